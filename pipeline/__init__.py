@@ -1,0 +1,1 @@
+"""Tessera: text-supervised open-vocabulary semantic segmentation from cached tensors."""
