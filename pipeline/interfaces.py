@@ -1,0 +1,87 @@
+"""What the layers hand to each other: the frozen towers and the training batch.
+
+Axes: batch, height/width in pixels, grid_h/grid_w in patches (height // patch_size, width // patch_size), tokens = grid_h * grid_w
+row-major, dim, texts.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+Facet = Literal["tokens", "keys"]
+Triple = tuple[float, float, float]
+
+# Source: DINO and timm (`IMAGENET_DEFAULT_MEAN/STD`), RGB in [0, 1]. What every TrainBatch is normalised with.
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+# Region label of a pixel that lies outside the stored image (a crop that reaches past its border).
+OUTSIDE = 255
+
+
+@runtime_checkable
+class PatchEncoder(Protocol):
+    """A frozen self-supervised ViT; an `nn.Module` in eval mode without gradients."""
+
+    patch_size: int
+    embed_dim: int
+    mean: Triple
+    std: Triple
+
+    def patch_tokens(
+        self, pixels: Float[Tensor, "batch 3 height width"], facet: Facet
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """One vector per patch from the last block, CLS dropped, row-major.
+
+        `pixels` are normalised with `mean` and `std`; sides are multiples of `patch_size` (else ValueError). "tokens": after the
+        final LayerNorm. "keys": the last block's attention keys, heads concatenated.
+        """
+        ...
+
+
+@runtime_checkable
+class ClipEncoder(Protocol):
+    """A frozen image-text pair of towers; an `nn.Module` in eval mode without gradients. All outputs are unit vectors."""
+
+    image_size: int
+    embed_dim: int
+    mean: Triple
+    std: Triple
+    logit_scale: float
+
+    def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]: ...
+
+    def encode_patches(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch grid_h grid_w dim"]: ...
+
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]: ...
+
+
+@dataclass
+class TrainBatch:
+    """Pairs after the joint transforms; row i of every field is the same sample.
+
+    pixels: ImageNet-normalised RGB. captions: the caption (or prompt) chosen for this visit. token_ids: its tokens, padded with 0.
+    regions: pseudo-mask labels moved with the image, at the pseudo-mask grid; OUTSIDE where the crop leaves the stored image; None
+    where the method reads none. uids: stable sample names.
+    """
+
+    pixels: Float[Tensor, "batch 3 height width"]
+    captions: list[str]
+    token_ids: Int64[Tensor, "batch length"]
+    regions: UInt8[Tensor, "batch grid_h grid_w"] | None
+    uids: list[str]
+
+    def to(self, device: torch.device | str) -> "TrainBatch":
+        """The same batch on `device`."""
+        regions = None if self.regions is None else self.regions.to(device, non_blocking=True)
+        return TrainBatch(
+            pixels=self.pixels.to(device, non_blocking=True),
+            captions=self.captions,
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            regions=regions,
+            uids=self.uids,
+        )
