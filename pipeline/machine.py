@@ -1,0 +1,61 @@
+"""Where and how work runs: settings that never decide a result's bytes and are in no key.
+
+They come from `machine.yaml` (ignored by git) or `TESSERA_*` variables; an absent file means the documented defaults.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pipeline import params
+from pipeline.params import Range
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Runner and resources.
+
+    Attributes:
+        runner: `inline` computes shards one after the other in this process, `process` in worker processes.
+        workers: worker processes of the `process` runner.
+        device: torch device string, such as `cpu` or `cuda:0`.
+        threads: torch threads of one process.
+        retries: further attempts at a shard that failed with an I/O error or a killed worker.
+    """
+
+    runner: Literal["inline", "process"]
+    workers: Annotated[int, Range(1)]
+    device: str
+    threads: Annotated[int, Range(1)]
+    retries: Annotated[int, Range(0)]
+
+
+def defaults() -> dict[str, Any]:
+    """One process that uses every core this process may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return {"runner": "inline", "workers": cores, "device": "cpu", "threads": cores, "retries": 2}
+
+
+def load(path: Path, environ: Mapping[str, str]) -> Machine:
+    """Settings from the file, overridden by `TESSERA_RUNNER`, `TESSERA_WORKERS`, ...; both are optional.
+
+    Raises:
+        ParamsError: an unknown key or a bad value; the message names it.
+    """
+    values = defaults()
+    if path.exists():
+        found = params.read(path)
+        unknown = sorted(set(found) - set(values))
+        if unknown:
+            raise params.ParamsError(f"{path}: unknown key {unknown[0]!r}; known keys are {', '.join(values)}")
+        values |= found
+    for name, default in defaults().items():
+        text = environ.get(f"TESSERA_{name.upper()}")
+        if text is not None:
+            try:
+                values[name] = type(default)(text)
+            except ValueError:
+                raise params.ParamsError(f"TESSERA_{name.upper()}: expected a number, found {text!r}") from None
+    return params.build(Machine, values, "machine")
