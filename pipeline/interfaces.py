@@ -1,7 +1,7 @@
 """What the layers hand to each other: the frozen towers and the training batch.
 
-Axes: batch, height/width in pixels, grid_h/grid_w in patches (height // patch_size, width // patch_size), tokens = grid_h * grid_w
-row-major, dim, texts.
+Axes: batch, height/width in pixels, grid_h/grid_w in patches (height // patch_size, width // patch_size),
+tokens = grid_h * grid_w row-major, dim, texts.
 """
 
 from dataclasses import dataclass
@@ -35,15 +35,15 @@ class PatchEncoder(Protocol):
     ) -> Float[Tensor, "batch tokens dim"]:
         """One vector per patch from the last block, CLS dropped, row-major.
 
-        `pixels` are normalised with `mean` and `std`; sides are multiples of `patch_size` (else ValueError). "tokens": after the
-        final LayerNorm. "keys": the last block's attention keys, heads concatenated.
+        `pixels` are normalised with `mean` and `std`; sides are multiples of `patch_size` (else ValueError).
+        "tokens": after the final LayerNorm. "keys": the last block's attention keys, heads concatenated.
         """
         ...
 
 
 @runtime_checkable
 class ClipEncoder(Protocol):
-    """A frozen image-text pair of towers; an `nn.Module` in eval mode without gradients. All outputs are unit vectors."""
+    """A frozen image and text tower; an `nn.Module` in eval mode without gradients. All outputs are unit vectors."""
 
     image_size: int
     embed_dim: int
@@ -64,9 +64,9 @@ class ClipEncoder(Protocol):
 class TrainBatch:
     """Pairs after the joint transforms; row i of every field is the same sample.
 
-    pixels: ImageNet-normalised RGB. captions: the caption (or prompt) chosen for this visit. token_ids: its tokens, padded with 0.
-    regions: pseudo-mask labels moved with the image, at the pseudo-mask grid; OUTSIDE where the crop leaves the stored image; None
-    where the method reads none. uids: stable sample names.
+    pixels: ImageNet-normalised RGB. captions: the caption (or prompt) chosen for this visit. token_ids: its tokens,
+    padded with 0. regions: pseudo-mask labels moved with the image, at the pseudo-mask grid; OUTSIDE where the crop
+    leaves the stored image; None where the method reads none. uids: stable sample names.
     """
 
     pixels: Float[Tensor, "batch 3 height width"]
