@@ -1,0 +1,27 @@
+"""Reads one module of an installed package without importing the package around it."""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+
+@cache
+def module(package: str, name: str) -> ModuleType:
+    """The module `package/name.py`, executed on its own.
+
+    `import open_clip` takes seconds (timm, transformers); its tokenizer and its prompt templates need neither.
+    Raises ModuleNotFoundError when the package is not installed or has no such file.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise ModuleNotFoundError(f"{package} is not installed: run `make setup`", name=package)
+    path = Path(folders[0]) / f"{name}.py"
+    if not path.is_file():
+        raise ModuleNotFoundError(f"{package} has no {name}.py: the version in requirements.lock has", name=package)
+    alone = importlib.util.spec_from_file_location(f"{package}_{name}_alone", path)
+    assert alone is not None and alone.loader is not None
+    loaded = importlib.util.module_from_spec(alone)
+    alone.loader.exec_module(loaded)
+    return loaded
