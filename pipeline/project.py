@@ -1,0 +1,83 @@
+"""A checkout with its parameters and machine: where every file of the chain lies."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline import params
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.manifest import Manifest, Row
+from pipeline.machine import Machine
+from pipeline.store import Store, repair_command
+
+T = TypeVar("T")
+
+
+class MissingPayload(BadInput):
+    """A payload that a manifest names is not in the store, or not whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """Paths and parameters of one checkout; nothing is read before it is asked for.
+
+    Attributes:
+        root: the folder with params.yaml.
+        params: its blocks as plain dicts.
+        machine: runner and resources.
+    """
+
+    root: Path
+    params: dict[str, Any]
+    machine: Machine
+
+    @property
+    def store(self) -> Store:
+        """The payloads, data/store."""
+        return Store(self.root / "data" / "store")
+
+    def config(self, block: str, cls: type[T]) -> T:
+        """The block at a dotted name (`features`, `train.sseg`) as its dataclass."""
+        return params.build(cls, params.block(self.params, block), block)
+
+    def path(self, relative: str) -> Path:
+        """A path of params.yaml: relative to the checkout, or absolute."""
+        return self.root / relative
+
+    def manifest_path(self, stage: str) -> Path:
+        """Where a stage's manifest lies."""
+        return self.root / "data" / "manifests" / f"{stage}.json"
+
+    def manifest(self, stage: str) -> Manifest:
+        """A stage's manifest."""
+        return Manifest.read(self.manifest_path(stage))
+
+    def inputs(self, stage: str) -> list[tuple[Row, Path]]:
+        """Every shard of an upstream stage with its payload folder, checked for existence and size.
+
+        Raises:
+            MissingPayload: the first payload that is not whole, with the repair command.
+        """
+        rows = self.manifest(stage).rows
+        for row in rows:
+            problem = self.store.problem(stage, row.key)
+            if problem:
+                raise MissingPayload(problem.file, problem.problem, repair_command(stage))
+        return [(row, self.store.folder(stage, row.key)) for row in rows]
+
+    def encoder(self, name: str) -> Path:
+        """Folder of a frozen tower, `dino` or `clip`."""
+        return self.root / "models" / "encoders" / name
+
+    def model(self, method: str) -> Path:
+        """Folder of a trained method."""
+        return self.root / "models" / method
+
+    def checkpoints(self, run: str, key: str) -> Path:
+        """Folder of a training's checkpoints; another key has another folder, so nothing foreign is resumed."""
+        return self.root / "data" / "checkpoints" / run / key
+
+    @property
+    def logs(self) -> Path:
+        """Times, hosts and retries: what is true of a run, not of its results."""
+        return self.root / "logs"

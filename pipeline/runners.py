@@ -1,0 +1,106 @@
+"""Runners: where shard tasks run. Same function, same bytes, whichever runs them.
+
+A runner is a function `(work, items, machine) -> iterator of (item, outcome)`, where the outcome is what `work(item)`
+returned or the exception it raised. `threads`, `dask` and `ray` fit the same signature.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from pipeline.machine import Machine
+
+Item = TypeVar("Item")
+Outcome = Any
+POLL_SECONDS = 1.0
+
+
+class WorkerLost(Exception):
+    """A worker process died while it had this item (killed, or out of memory)."""
+
+
+def run_inline(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
+    """One item after the other in this process."""
+    limit_threads(machine.threads)
+    for item in items:
+        try:
+            yield item, work(item)
+        except Exception as error:
+            yield item, error
+
+
+def run_process(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
+    """Items in `machine.workers` spawned processes; the threads are shared out among them.
+
+    A worker that dies takes the pool with it: what was running then is given back as `WorkerLost`, and a new pool
+    carries on with the rest.
+    """
+    waiting = list(items)
+    while waiting:
+        pool = ProcessPoolExecutor(
+            max_workers=min(machine.workers, len(waiting)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(os.getpid(), max(1, machine.threads // machine.workers)),
+        )
+        running: dict[Future, Item] = {}
+        try:
+            broken = False
+            while (waiting or running) and not broken:
+                while waiting and len(running) < machine.workers:
+                    item = waiting.pop(0)
+                    running[pool.submit(work, item)] = item
+                done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in done:
+                    item, error = running.pop(future), future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        broken = True
+                        error = WorkerLost("a worker process died")
+                    yield item, future.result() if error is None else error
+            for item in running.values():
+                yield item, WorkerLost("a worker process died")
+        finally:
+            _stop(pool)
+
+
+RUNNERS = {"inline": run_inline, "process": run_process}
+
+
+def limit_threads(threads: int) -> None:
+    """Set the torch threads of this process, where torch is in use."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _start_worker(parent: int, threads: int) -> None:
+    # Ctrl-C goes to the whole process group; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    limit_threads(threads)
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+
+
+def _exit_with_parent(parent: int) -> None:
+    """A parent that was killed can stop nobody: its workers watch for that themselves."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    """End the workers now, in whatever they are doing; their temporary folders are swept at the next start."""
+    workers = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(timeout=5)
+        if worker.is_alive():
+            worker.kill()
