@@ -1,0 +1,124 @@
+"""Text towers: a transformer over token ids with [EOS] or mean pooling; with no layers, a bag of words.
+
+Axes: batch, length (tokens of a text, at most the context length), dim. A text is what stands up to and including its
+first `end_token`; ids after it are padding and change nothing.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from pipeline.nn.attention import Block, causal_mask, initialise
+
+Pooling = Literal["eos", "mean"]
+
+
+class Vocabulary(nn.Module):
+    """Maps a tokenizer's ids to the rows of a small embedding table; ids never seen in training share the last row.
+
+    A BPE vocabulary has 49,408 ids and a small corpus a few hundred; an optimiser step over the unused rows costs more
+    than a small model's whole forward.
+    """
+
+    def __init__(self, rows: Int64[Tensor, " ids"]) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows)
+        self.size = int(rows.max()) + 1
+
+    @classmethod
+    def of(cls, seen: Int64[Tensor, " seen"], *, vocab_size: int) -> "Vocabulary":
+        """The vocabulary of the ids in `seen` (duplicates allowed, any order)."""
+        kept = torch.unique(seen)
+        rows = torch.full((vocab_size,), len(kept), dtype=torch.int64)
+        rows[kept] = torch.arange(len(kept))
+        return cls(rows)
+
+    def forward(self, token_ids: Int64[Tensor, "batch length"]) -> Int64[Tensor, "batch length"]:
+        """Rows of the table."""
+        return self.rows[token_ids]
+
+
+def inside_text(token_ids: Int64[Tensor, "batch length"], end_token: int) -> Bool[Tensor, "batch length"]:
+    """True up to and including the first `end_token`; a text without one counts whole."""
+    ends = (token_ids == end_token).long()
+    return ends.cumsum(dim=1) - ends == 0
+
+
+class TextTransformer(nn.Module):
+    """Token ids to one vector per text: embedding + position -> blocks -> LayerNorm -> pooling -> linear projection.
+
+    `eos` takes the vector at the end token under a causal mask; `mean` averages the text's tokens, which see one
+    another but no padding. With `layers` = 0 there are no positions either, so word order plays no part.
+    `vocabulary` shrinks the table; None gives every id its own row.
+    Source: GroupViT and S-Seg 3.5 (12 layers, width 256, heads of 64, [EOS]); initialisation as CLIP's text tower.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context_length: int,
+        width: int,
+        layers: int,
+        heads: int,
+        out_dim: int,
+        pooling: Pooling,
+        end_token: int,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling == "eos" and layers == 0:
+            raise ValueError("pooling 'eos' needs at least one layer: without one the end token has seen nothing")
+        self.context_length, self.end_token, self.pooling = context_length, end_token, pooling
+        self.vocabulary = vocabulary
+        self.embedding = nn.Embedding(vocab_size if vocabulary is None else vocabulary.size, width)
+        self.position = nn.Parameter(torch.empty(context_length, width)) if layers else None
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=4.0) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, out_dim, bias=False)
+        # NOTE float and additive: a boolean mask is read as +1/0 by some attention modules.
+        mask = causal_mask(context_length) if pooling == "eos" else torch.zeros(context_length, context_length)
+        self.register_buffer("mask", mask, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        initialise(self)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.01)
+        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+
+    def forward(self, token_ids: Int64[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
+        """One vector per text, not normalised.
+
+        Raises:
+            ValueError: more tokens than the context length.
+        """
+        length = token_ids.shape[1]
+        if length > self.context_length:
+            raise ValueError(f"{length} tokens in a text tower of context length {self.context_length}")
+        inside = inside_text(token_ids, self.end_token)
+        x = self.embedding(token_ids if self.vocabulary is None else self.vocabulary(token_ids))
+        if self.position is not None:
+            x = x + self.position[:length]
+        mask = self._mask(inside)
+        for block in self.blocks:
+            x = block(x, mask)
+        x = self.norm(x)
+        if self.pooling == "eos":
+            last = inside.sum(dim=1) - 1
+            pooled = x[torch.arange(len(x), device=x.device), last]
+        else:
+            weight = inside.to(x.dtype)
+            pooled = (x * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True)
+        return self.projection(pooled)
+
+    def _mask(self, inside: Bool[Tensor, "batch length"]) -> Float[Tensor, "*rows length length"]:
+        """Causal for `eos` (padding stands after the end token, so it is hidden already), padding for `mean`."""
+        length = inside.shape[1]
+        if self.pooling == "eos":
+            return self.mask[:length, :length]
+        padding = torch.zeros_like(inside, dtype=self.mask.dtype).masked_fill(~inside, float("-inf"))
+        return self.mask[:length, :length] + padding[:, None, None, :]
