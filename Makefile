@@ -1,0 +1,55 @@
+# The front door. `dvc repro` is the make of the pipeline itself; this sets up what it needs, once.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+GROUPS ?=
+UV_VERSION := 0.13.8
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+.PHONY: setup repro test lint format bench lock seeds clean
+
+repro: setup  ## rebuild whatever is not up to date, then see reports/index.html
+	dvc repro
+	@echo "Report: $(CURDIR)/reports/index.html"
+
+test: setup  ## the whole test suite
+	pytest
+
+lint: setup  ## style, import order, types
+	ruff check .
+	ruff format --check .
+	pyright
+
+format: setup
+	ruff check --fix .
+	ruff format .
+
+bench: setup  ## speed against peers, as ratios measured in one run
+	python -m benchmarks
+
+setup: $(VENV)/.installed$(GROUPS)  ## the locked environment in .venv; `make setup GROUPS=cluster` adds a group (cluster, gpu)
+
+# The lock decides the environment: any change of it reinstalls, nothing else does.
+$(VENV)/.installed$(GROUPS): requirements$(addprefix -,$(GROUPS)).lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r $<
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+UV_COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-annotate --no-header --override requirements.overrides
+lock: setup  ## resolve requirements*.in again; `make lock UPGRADE=--upgrade` takes newer versions
+	$(UV_COMPILE) $(UPGRADE) requirements-dev.in -o requirements.lock
+	$(UV_COMPILE) $(UPGRADE) -c requirements.lock requirements-cluster.in -o requirements-cluster.lock
+	$(UV_COMPILE) $(UPGRADE) -c requirements.lock requirements-gpu.in -o requirements-gpu.lock
+
+seeds: setup  ## the default run's figures over three seeds, into reports/seeds.json
+	python -m benchmarks.seeds
+
+clean:  ## remove everything that can be made again
+	rm -rf data/store data/checkpoints logs models/encoders reports/index.html reports/figures

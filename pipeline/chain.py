@@ -1,0 +1,61 @@
+"""The chain as data: which module holds each shard stage, and which dataclass owns each block of params.yaml."""
+
+from importlib import import_module
+from typing import Any
+
+from pipeline import methods, params
+from pipeline.engine import ShardStage
+
+# In the order in which they run; `module:attribute`, imported when asked for (torch takes seconds).
+SHARD_STAGES = {
+    "scenes": "pipeline.sources.scenes.stage:STAGE",
+    "download": "pipeline.sources.download:STAGE",
+    "filter": "pipeline.text.filtering:STAGE",
+    "index": "pipeline.text.filtering:INDEX",
+    "features": "pipeline.caching.features:STAGE",
+    "pseudo_masks": "pipeline.caching.pseudo_masks:STAGE",
+    "teacher": "pipeline.caching.teacher:STAGE",
+}
+
+BLOCKS = {
+    "scenes": "pipeline.sources.scenes:Config",
+    "download": "pipeline.sources.download:Config",
+    "filter": "pipeline.text.filtering:Config",
+    "encoders": "pipeline.encoders:Config",
+    "features": "pipeline.caching.features:Config",
+    "pseudo_masks": "pipeline.caching.pseudo_masks:Config",
+    "teacher": "pipeline.caching.teacher:Config",
+    "evaluate": "pipeline.evaluation:Config",
+    "report": "pipeline.reporting:Config",
+}
+
+
+def shard_stage(name: str) -> ShardStage:
+    """The shard stage of that name."""
+    return _resolve(SHARD_STAGES[name])
+
+
+def validate(values: dict[str, Any]) -> None:
+    """Check every block of a whole params.yaml.
+
+    Raises:
+        ParamsError: names the first key that is unknown, missing or wrong.
+    """
+    expected = {"profile", "train", *BLOCKS}
+    unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
+    if unknown:
+        raise params.ParamsError(f"{unknown[0]}: unknown block; known blocks are {', '.join(sorted(expected))}")
+    if missing:
+        raise params.ParamsError(f"{missing[0]}: missing block")
+    for name, address in BLOCKS.items():
+        params.build(_resolve(address), values[name], name)
+    known = methods.names()
+    for name in values["train"]:
+        if name not in known:
+            raise params.ParamsError(f"train.{name}: no such method; pipeline/methods has {', '.join(known)}")
+        params.build(methods.get(name).Config, values["train"][name], f"train.{name}")
+
+
+def _resolve(address: str) -> Any:
+    module, attribute = address.split(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,41 @@
+"""`tessera`: the command line. Each command is a module with `add_arguments(parser)` and `run(arguments, project)`."""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from pipeline.artifacts.files import BadInput
+from pipeline.params import ParamsError
+
+COMMANDS = {
+    "profile": ("pipeline.cli.profile", "write params.yaml from a profile"),
+    "status": ("pipeline.cli.status", "per stage: shards done, stale, failed, and samples lost"),
+    "why": ("pipeline.cli.why", "which key field of a shard changed"),
+    "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),
+    "doctor": ("pipeline.cli.doctor", "weights, corpora, data sets, device, disk: what is there, what is missing"),
+    "evaluate": ("pipeline.evaluation", "score a model on a benchmark"),
+    "predict": ("pipeline.prediction", "segment a photograph with any labels"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    from stages import open_project  # the composition root: stages know argv, environment and paths
+
+    parser = argparse.ArgumentParser(prog="tessera", description="Text-supervised open-vocabulary segmentation.")
+    parser.add_argument("--root", type=Path, default=Path.cwd(), help="folder with params.yaml (default: here)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    wanted = next((word for word in (sys.argv[1:] if argv is None else argv) if word in COMMANDS), None)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == wanted:  # only the command that runs is imported: torch alone takes seconds
+            command.set_defaults(run=import_module(module).run)
+            import_module(module).add_arguments(command)
+    arguments = parser.parse_args(argv)
+    try:
+        project = None if arguments.command == "profile" else open_project(arguments.root)
+        return arguments.run(arguments, project) or 0
+    except (BadInput, ParamsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
