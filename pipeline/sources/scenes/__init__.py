@@ -1,0 +1,6 @@
+"""Generated captioned pictures with exact masks: what the chain learns from where there is no network."""
+
+from pipeline.sources.scenes.classes import CLASSES, STUFF
+from pipeline.sources.scenes.drawing import BORDER, Placed, Scene, SceneConfig, generate
+
+__all__ = ["BORDER", "CLASSES", "STUFF", "Placed", "Scene", "SceneConfig", "generate"]
