@@ -31,7 +31,7 @@ _RIM = 8  # role + _RIM is the dark outline of a part
 class SceneConfig:
     """What decides a scene's pixels and words. Shares are probabilities in [0, 1]."""
 
-    image_size: Annotated[int, Range(32, 1024)]
+    image_size: Annotated[int, Range(32, TILE)]
     variant: Literal["easy", "hard"]
     named: Annotated[float, Range(0, 1)]
     unrelated: Annotated[float, Range(0, 1)]
@@ -126,16 +126,16 @@ def _backdrop(rng: np.random.Generator, side: int) -> tuple[np.ndarray, float, t
 def _surface(rng: np.random.Generator, kind: Stuff, height: int, width: int) -> np.ndarray:
     colour = np.array(kind.colours[rng.integers(len(kind.colours))], np.float32) * rng.uniform(0.92, 1.06)
     texture = _swatch(rng, kind.texture, height, width)
-    return np.clip(texture * colour, 0, 255).astype(np.uint8)
+    return cv2.merge([cv2.convertScaleAbs(texture, alpha=float(value)) for value in colour])
 
 
-def _swatch(rng: np.random.Generator, name: str, height: int, width: int) -> Float[np.ndarray, "height width 1"]:
+def _swatch(rng: np.random.Generator, name: str, height: int, width: int) -> Float[np.ndarray, "height width"]:
     """A random piece of a texture, at most TILE px and else magnified."""
     corner = (int(rng.integers(TILE)), int(rng.integers(TILE)))
     if max(height, width) <= TILE:
         return crop(tile(name), height, width, corner)
     piece = crop(tile(name), TILE, TILE, corner)
-    return cv2.resize(piece, (width, height), interpolation=cv2.INTER_LINEAR)[:, :, None]
+    return cv2.resize(piece, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def _arrange(
@@ -211,13 +211,12 @@ def _paint(rng: np.random.Generator, roles: np.ndarray, item, kind: _Difficulty,
     palette[_RIM + 1 : _RIM + 5] = palette[1:5] * 0.55
     height, width = roles.shape
     texture = _swatch(rng, item.texture, height, width)
-    strength = np.zeros((2 * _RIM, 1), np.float32)
-    strength[BODY] = rng.uniform(0.7, 1.1)
-    rows = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None, None]
-    columns = np.linspace(-0.5, 0.5, width, dtype=np.float32)[None, :, None]
+    strength = np.float32(rng.uniform(0.7, 1.1)) * (roles == BODY)
+    rows = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None]
+    columns = np.linspace(-0.5, 0.5, width, dtype=np.float32)[None, :]
     light = 1 + 0.3 * (np.float32(np.cos(toward)) * columns + np.float32(np.sin(toward)) * rows)
-    painted = palette[roles] * ((1 + strength[roles] * (texture - 1)) * light)
-    return np.minimum(painted, 255).astype(np.uint8)
+    factor = (1 + strength * (texture - 1)) * light
+    return cv2.merge([cv2.convertScaleAbs(palette[:, channel][roles] * factor) for channel in range(3)])
 
 
 def _tinted(rng: np.random.Generator, colours: np.ndarray, kind: _Difficulty) -> np.ndarray:
@@ -237,15 +236,15 @@ def _expose(rng: np.random.Generator, canvas: np.ndarray, size: int, kind: _Diff
     light = rng.uniform(0.86, 1.1) + rng.uniform(0, kind.light) * light
     image *= light.astype(np.float32)[:, :, None] * rng.uniform(0.95, 1.05, 3).astype(np.float32)
     corner = (int(rng.integers(TILE)), int(rng.integers(TILE)))
-    amount = np.float32(rng.uniform(*kind.noise))
-    if size <= TILE:
-        image += amount * crop(grain(), size, size, corner)
+    image += np.float32(rng.uniform(*kind.noise)) * crop(grain(), size, size, corner)
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
 def _reduce_label(label: UInt8[np.ndarray, "tall wide"]) -> UInt8[np.ndarray, "size size"]:
     """One label per SUPERSAMPLING^2 samples: theirs when they agree, else BORDER."""
     size = label.shape[0] // SUPERSAMPLING
-    samples = label.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING)
-    low, high = samples.min((1, 3)), samples.max((1, 3))
-    return np.where(low == high, low, BORDER).astype(np.uint8)
+    first = label[::SUPERSAMPLING, ::SUPERSAMPLING]
+    mixed = np.zeros((size, size), bool)
+    for row, column in np.ndindex(SUPERSAMPLING, SUPERSAMPLING):
+        mixed |= label[row::SUPERSAMPLING, column::SUPERSAMPLING] != first
+    return np.where(mixed, np.uint8(BORDER), first)

@@ -102,9 +102,9 @@ _TILES = {
 
 
 @cache
-def tile(name: str) -> Float[np.ndarray, "twice_tile twice_tile 1"]:
+def tile(name: str) -> Float[np.ndarray, "twice_tile twice_tile"]:
     """The texture of that name, repeated once along each axis."""
-    return np.tile(np.asarray(_TILES[name](), np.float32), (2, 2))[:, :, None]
+    return np.tile(np.asarray(_TILES[name](), np.float32), (2, 2))
 
 
 @cache
