@@ -7,7 +7,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before any test imports `pipeline`: every annotated shape is then checked at run time.
-install_import_hook("pipeline", "beartype.beartype")
+install_import_hook("pipeline", "typechecker.check")
 
 REPO = Path(__file__).resolve().parent.parent
 
