@@ -1,0 +1,102 @@
+"""Joint transforms: what moves the pixels moves the pseudo-masks too.
+
+A `View` says which rectangle of the stored image a training input shows, and whether it is mirrored. Rectangles are
+in fractions of the stored image, so the same view applies to the pixels and to a label grid of any resolution.
+Axes: height, width (pixels of the stored image), side (pixels of the view), rows, columns (cells of a label grid).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+
+from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE
+
+# Source: torchvision's RandomResizedCrop: draws before it gives up and takes the largest centred crop.
+CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A rectangle of the stored image (fractions in [0, 1], y down) and whether it is mirrored left to right."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    flip: bool
+
+
+WHOLE = View(left=0.0, top=0.0, width=1.0, height=1.0, flip=False)
+
+
+def random_view(
+    rng: np.random.Generator,
+    *,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip_chance: float,
+) -> View:
+    """A rectangle whose area is a share `scale` of the image and whose aspect (width / height) lies in `ratio`.
+
+    Area uniform, aspect log-uniform, whole pixels; the largest centred crop of an allowed aspect when ten draws do not
+    fit. Source: torchvision RandomResizedCrop, which GroupViT and CLIP train with.
+    """
+    flip = bool(rng.random() < flip_chance)
+    for _ in range(CROP_ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_w, crop_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_w <= width and 0 < crop_h <= height:
+            top = int(rng.integers(0, height - crop_h + 1))
+            left = int(rng.integers(0, width - crop_w + 1))
+            return View(left / width, top / height, crop_w / width, crop_h / height, flip)
+    return _largest_centred(height, width, ratio, flip)
+
+
+def _largest_centred(height: int, width: int, ratio: tuple[float, float], flip: bool) -> View:
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    crop_w = min(width, round(height * aspect))
+    crop_h = min(height, round(width / aspect))
+    left, top = (width - crop_w) // 2, (height - crop_h) // 2
+    return View(left / width, top / height, crop_w / width, crop_h / height, flip)
+
+
+def render(image: UInt8[ndarray, "height width 3"], view: View, side: int) -> UInt8[ndarray, "side side 3"]:
+    """The view's pixels, resized to a square of `side` pixels (bilinear, antialiased, aspect squashed)."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    left, top = view.left * width, view.top * height
+    box = (left, top, min(left + view.width * width, width), min(top + view.height * height, height))
+    shown = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box=box))
+    return shown[:, ::-1] if view.flip else shown
+
+
+def move_labels(
+    labels: UInt8[ndarray, "rows columns"], view: View, grid: tuple[int, int]
+) -> UInt8[ndarray, "grid_h grid_w"]:
+    """The label grid as the view shows it: nearest label at the centre of each of `grid` cells, OUTSIDE past the image.
+
+    Source: S-Seg 3.4 (label map resized to supervise the masks); nearest per card section 2.
+    """
+    down = view.top + (np.arange(grid[0]) + 0.5) / grid[0] * view.height
+    across = view.left + (np.arange(grid[1]) + 0.5) / grid[1] * view.width
+    if view.flip:
+        across = across[::-1]
+    rows = np.floor(down * labels.shape[0]).astype(np.int64)
+    columns = np.floor(across * labels.shape[1]).astype(np.int64)
+    inside = ((rows >= 0) & (rows < labels.shape[0]))[:, None] & ((columns >= 0) & (columns < labels.shape[1]))
+    moved = labels[np.clip(rows, 0, labels.shape[0] - 1)[:, None], np.clip(columns, 0, labels.shape[1] - 1)]
+    return np.where(inside, moved, np.uint8(OUTSIDE))
+
+
+def normalise(images: UInt8[ndarray, "batch side side 3"]) -> Float[ndarray, "batch side side 3"]:
+    """uint8 RGB to float32, ImageNet mean and standard deviation."""
+    std = np.asarray(IMAGENET_STD, np.float32)
+    scaled = images * (np.float32(1 / 255) / std)
+    return np.subtract(scaled, np.asarray(IMAGENET_MEAN, np.float32) / std, out=scaled)

@@ -1,0 +1,160 @@
+"""What a run writes while it goes: the curve (deterministic), times, the live plot and a progress line.
+
+The curve holds means over the images since the row before, and no times, so two runs of the same key write the same
+bytes. Times and rates go to the log.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.artifacts.files import atomic_write
+
+# Seconds between two progress lines.
+PROGRESS_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class Means:
+    """Running sums of the named terms since the last row of the curve; JSON-able, so a checkpoint holds them."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+
+    def add(self, terms: dict[str, float]) -> None:
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        """The means; the sums start again."""
+        means = {name: total / self.steps for name, total in self.sums.items()}
+        self.sums, self.steps = {}, 0
+        return means
+
+
+class Curve:
+    """The rows of a run's CSV, kept as text: `publish` writes the whole file, `text` goes into the checkpoint."""
+
+    def __init__(self, path: Path, text: str = "") -> None:
+        self.path = path
+        self.lines = text.splitlines()
+
+    @property
+    def text(self) -> str:
+        return "".join(line + "\n" for line in self.lines)
+
+    def append(self, step: int, images: int, values: dict[str, float]) -> None:
+        """Add a row; the first row fixes the columns.
+
+        Raises:
+            ValueError: other terms than the first row had.
+        """
+        header = ",".join(["step", "images", *values])
+        if not self.lines:
+            self.lines.append(header)
+        elif self.lines[0] != header:
+            raise ValueError(f"the loss terms changed during the run: {self.lines[0]} became {header}")
+        self.lines.append(",".join([str(step), str(images), *(f"{value:.6g}" for value in values.values())]))
+
+    def publish(self) -> None:
+        atomic_write(self.path, self.text)
+
+    def rows(self) -> list[dict[str, float]]:
+        """The rows as numbers, by column."""
+        if not self.lines:
+            return []
+        names = self.lines[0].split(",")
+        return [dict(zip(names, map(float, line.split(",")), strict=True)) for line in self.lines[1:]]
+
+
+class LivePlot:
+    """DVCLive's files for `dvc plots` and editors; rebuilt from the curve when a run resumes."""
+
+    def __init__(self, folder: Path | None, rows: Sequence[dict[str, float]]) -> None:
+        self._live: Any = None
+        if folder is not None:
+            from dvclive import Live
+
+            self._live = Live(dir=str(folder), save_dvc_exp=False, dvcyaml=None)
+            for row in rows:
+                self.log(row)
+
+    def log(self, row: dict[str, float]) -> None:
+        if self._live is None:
+            return
+        self._live.step = int(row["step"])
+        for name, value in row.items():
+            if name != "step":
+                self._live.log_metric(name, value)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.end()
+
+
+class Clock:
+    """Rates of one process: images a second and the share of time spent waiting for data."""
+
+    def __init__(self, images: int, budget: int) -> None:
+        self.started = self._row_started = self._said = time.perf_counter()
+        self.first_images = self._row_images = images
+        self.budget = budget
+        self.waited = self._row_waited = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self.started, 1e-9)
+
+    def rate(self, images: int) -> float:
+        """Images a second of this process so far."""
+        return (images - self.first_images) / self.seconds
+
+    def row(self, images: int) -> dict[str, float]:
+        """Rates since the last row."""
+        now = time.perf_counter()
+        seconds = max(now - self._row_started, 1e-9)
+        rates = {
+            "images_per_second": (images - self._row_images) / seconds,
+            "data_wait": (self.waited - self._row_waited) / seconds,
+        }
+        self._row_started, self._row_images, self._row_waited = now, images, self.waited
+        return rates
+
+    def line(self, images: int, terms: dict[str, float], *, force: bool = False) -> str | None:
+        """The progress line when it is due."""
+        now = time.perf_counter()
+        if not force and now - self._said < PROGRESS_SECONDS:
+            return None
+        self._said = now
+        rate = self.rate(images)
+        left = (self.budget - images) / rate if rate else 0.0
+        shown = " ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        return (
+            f"{images:,}/{self.budget:,} images | {rate:.0f} images/s | ETA {left // 60:.0f}:{left % 60:02.0f} | "
+            f"waiting {self.waited / self.seconds:.1%} | {shown}"
+        )
+
+
+class Log:
+    """Lines of JSON with times, appended."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, **values: Any) -> None:
+        self._file.write(json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def say(line: str) -> None:
+    """A line for the person who watches."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,86 @@
+"""AdamW with parameter groups, and the learning rate as a function of images seen.
+
+Budgets and schedules count images, not steps or minutes, so that a run means the same on every machine.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from pipeline.params import Range
+
+Precision = Literal["fp32", "bf16"]
+Positive = Annotated[int, Range(1)]
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, lr_multipliers: dict[str, float]
+) -> list[dict]:
+    """Groups of trainable parameters for AdamW; each holds `names` beside `params`, and `peak_lr` (its lr at the peak).
+
+    Only matrices and filters called `weight` decay: not vectors and scalars (biases, norms, temperatures), embedding
+    tables, or parameters under another name (position embeddings, tokens, queries). `lr_multipliers` maps a prefix of
+    parameter names to a factor; the longest prefix that fits wins. Source: GroupViT and CLIP recipes.
+
+    Raises:
+        ValueError: a prefix fits no trainable parameter, or nothing is trainable.
+    """
+    decayed = _decayed(model)
+    groups: dict[tuple[float, float], dict] = {}
+    used: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        prefix = max((p for p in lr_multipliers if _starts(name, p)), key=len, default=None)
+        if prefix is not None:
+            used.add(prefix)
+        peak = lr * (1.0 if prefix is None else lr_multipliers[prefix])
+        decay = weight_decay if name in decayed else 0.0
+        group = groups.setdefault((peak, decay), {"params": [], "names": [], "peak_lr": peak, "weight_decay": decay})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    unused = sorted(set(lr_multipliers) - used)
+    if unused:
+        raise ValueError(f"lr_multipliers: no trainable parameter is named {unused[0]!r}")
+    if not groups:
+        raise ValueError("the model has no trainable parameter")
+    return list(groups.values())
+
+
+def _starts(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _decayed(model: nn.Module) -> set[str]:
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.endswith("weight") and parameter.ndim > 1 and not isinstance(module, nn.Embedding)
+    }
+
+
+def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the fused kernel, which the CPU has too."""
+    plain = [{k: g[k] for k in ("params", "names", "peak_lr", "weight_decay")} | {"lr": g["peak_lr"]} for g in groups]
+    return torch.optim.AdamW(plain, betas=betas, fused=True)
+
+
+def lr_factor(images: int, *, budget: int, warmup: int, final_fraction: float) -> float:
+    """Share of the peak learning rate after `images` images: linear from 0, then half a cosine to `final_fraction`.
+
+    The first step of a run has `images` of one batch, so it is not zero.
+    """
+    if images < warmup:
+        return images / warmup
+    done = min((images - warmup) / max(budget - warmup, 1), 1.0)
+    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """The precision that will run: bf16 on a CPU without bf16 instructions would be slower than fp32, so it is fp32."""
+    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "fp32"
+    return precision
