@@ -82,8 +82,8 @@ def block(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return current
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls` from a mapping, checked key by key.
+def build(cls: type[T], values: Any, where: str) -> T:
+    """An instance of the dataclass `cls` from what stands in the file, checked key by key.
 
     Raises:
         ParamsError: names `where.key` and what is wrong with it.
