@@ -127,7 +127,7 @@ class Benchmark:
         Raises:
             BadInput: unreadable, of different sizes, or the mask holds ids that are no class.
         """
-        image = decode_rgb(self.image_path(image_id).read_bytes())
+        image = decode_rgb(self.image_path(image_id).read_bytes(), str(self.image_path(image_id)))
         label = self._label(self.mask_path(image_id))
         if image.shape[:2] != label.shape:
             sizes = f"{label.shape[1]}x{label.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}"
@@ -214,5 +214,5 @@ def _read_index_image(path: Path) -> tuple[str, np.ndarray]:
     try:
         with Image.open(BytesIO(path.read_bytes())) as image:
             return image.mode, np.asarray(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(path, f"not readable as an image ({error})", "Restore it from the original archive") from error

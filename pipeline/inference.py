@@ -1,0 +1,286 @@
+"""From an image to class scores: resize, windows, averaging, final resize, background.
+
+The harness owns everything but the model's answer for one window, so every model is scored the same way. Class scores
+are averaged over windows (never labels) and resized to the label map's size before the best class is taken.
+
+Axes: classes (channels asked for), height and width in pixels; canvas = the resized image, window = a crop of it,
+grid_h and grid_w = the model's own score resolution. Scores lie in [0, 1].
+
+Source: evaluation card sections 1, 4 and 5; GroupViT's released evaluation code.
+Deviates: there, an image that is made smaller is resized without a low-pass filter (OpenCV). `antialias: false` does
+that; tiny models that see photographs at a fraction of their size need `antialias: true`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.params import Range
+from pipeline.text.prompts import class_prompts
+
+PromptOrder = Literal["average_first", "normalise_first"]
+CLASS_CHUNK = 32  # channels held at image size at once: 1,000 classes need no more memory than 32
+TEXT_BATCH = 256  # prompts per call of the text tower
+
+
+@runtime_checkable
+class ScoreModel(Protocol):
+    """What the harness asks of a model; pixels are ImageNet-normalised.
+
+    A model may also have `regions(pixels)`, its hard masks, and `project_text(texts)`, text vectors before their
+    normalisation.
+    """
+
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]: ...
+
+    def segment(
+        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
+    ) -> Float[Tensor, "classes grid_h grid_w"]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """How an image reaches the model; lengths in pixels.
+
+    Attributes:
+        short_side: of the canvas, aspect kept; None leaves the stored size.
+        long_side: upper bound of the canvas's longer side.
+        window: side of the sliding window; None shows the whole canvas at once.
+        stride: between windows.
+        multiple: windows are padded at the right and bottom to multiples of this, the scores cropped back.
+        antialias: low-pass filter when the image becomes smaller.
+    """
+
+    short_side: Annotated[int, Range(1)] | None
+    long_side: Annotated[int, Range(1)]
+    window: Annotated[int, Range(1)] | None
+    stride: Annotated[int, Range(1)]
+    multiple: Annotated[int, Range(1)]
+    antialias: bool
+
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the resized image; at least one pixel each."""
+        if self.short_side is None:
+            return height, width
+        factor = min(self.long_side / max(height, width), self.short_side / min(height, width))
+        return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+    def windows(self, height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+        """Top, left, height and width of each window of a canvas, row by row; the last ones end at the border."""
+        for top, tall in self._spans(height):
+            for left, wide in self._spans(width):
+                yield top, left, tall, wide
+
+    def _spans(self, length: int) -> list[tuple[int, int]]:
+        if self.window is None or length <= self.window:
+            return [(0, length)]
+        count = (length - self.window + self.stride - 1) // self.stride + 1
+        return [(min(index * self.stride, length - self.window), self.window) for index in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Background:
+    """A rule for pixels that are no class.
+
+    Attributes:
+        stuff_words: the model is also asked for the benchmark's stuff words; where one wins, there is background.
+        thresholded: a pixel whose best score is below the threshold is background; the threshold can be swept.
+        window: applied to each window's scores before they are averaged, for rules that add a background channel
+            (channel 0 then) or restrict the classes per window; None changes nothing.
+    """
+
+    stuff_words: bool
+    thresholded: bool
+    window: Callable[[Float[Tensor, "classes grid_h grid_w"]], Float[Tensor, "channels grid_h grid_w"]] | None = None
+
+
+# Source: evaluation card section 6. "max_probability": S-Seg, ZeroSeg. "extra_vocabulary": SCG. "none": answers
+# foreground classes everywhere, for benchmarks without a background class.
+BACKGROUNDS = {
+    "max_probability": Background(stuff_words=False, thresholded=True),
+    "extra_vocabulary": Background(stuff_words=True, thresholded=False),
+    "extra_vocabulary_threshold": Background(stuff_words=True, thresholded=True),
+    "none": Background(stuff_words=False, thresholded=False),
+}
+BackgroundName = Literal["max_probability", "extra_vocabulary", "extra_vocabulary_threshold", "none"]
+
+
+@torch.inference_mode()
+def class_embeddings(
+    model: ScoreModel, names: Sequence[str], templates: Sequence[str], order: PromptOrder
+) -> tuple[Float[Tensor, "classes dim"], PromptOrder]:
+    """Unit vectors of the classes, and the order that was really used.
+
+    "average_first": the mean of un-normalised text vectors over templates, then one normalisation. "normalise_first":
+    each vector is normalised before the mean too. A model without `project_text` gives unit vectors only, so that its
+    order is the latter; with one template the two are the same.
+
+    Source: evaluation card section 4.
+    """
+    texts = [text for prompts in class_prompts(names, templates) for text in prompts]
+    project = getattr(model, "project_text", None)
+    if order == "average_first" and project is None and len(templates) > 1:
+        order = "normalise_first"
+    encode = project if order == "average_first" and project is not None else model.encode_text
+    vectors = torch.cat([encode(texts[i : i + TEXT_BATCH]).float() for i in range(0, len(texts), TEXT_BATCH)])
+    if order == "normalise_first":
+        vectors = F.normalize(vectors, dim=1)
+    return F.normalize(vectors.view(len(names), len(templates), -1).mean(1), dim=1), order
+
+
+def resize_image(
+    image: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], antialias: bool
+) -> UInt8[np.ndarray, "new_height new_width 3"]:
+    """Bilinear resize to (height, width); without `antialias` exactly OpenCV's."""
+    if image.shape[:2] == size:
+        return image
+    if not antialias:
+        import cv2
+
+        return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)[0]
+    return resized.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def normalise(image: UInt8[np.ndarray, "height width 3"], device: str) -> Float[Tensor, "1 3 height width"]:
+    """RGB bytes to ImageNet-normalised pixels."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float() / 255
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+@dataclass(frozen=True, slots=True)
+class _WindowScores:
+    """One window's answer: where it lies on the canvas, the padded size it was computed at, its scores."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    padded: tuple[int, int]
+    scores: Float[Tensor, "channels grid_h grid_w"]
+
+
+def _upsample(scores: Float[Tensor, "channels h w"], size: tuple[int, int]) -> Float[Tensor, "channels H W"]:
+    if scores.shape[1:] == size:
+        return scores
+    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def best_channel(
+    windows: Sequence[_WindowScores], canvas: tuple[int, int], size: tuple[int, int]
+) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
+    """Best score and its channel at `size`, channels in chunks; of equal scores the lowest channel wins.
+
+    Window scores are upsampled to their window, averaged on the canvas and resized (bilinear, half-pixel centres).
+    """
+    device = windows[0].scores.device
+    count = torch.zeros(canvas, device=device)
+    for window in windows:
+        count[window.top : window.top + window.height, window.left : window.left + window.width] += 1
+    best = torch.full(size, -torch.inf, device=device)
+    winner = torch.zeros(size, dtype=torch.int64, device=device)
+    for start in range(0, windows[0].scores.shape[0], CLASS_CHUNK):
+        total = torch.zeros(0, *canvas, device=device)
+        for window in windows:
+            scores = _upsample(window.scores[start : start + CLASS_CHUNK].float(), window.padded)
+            if not total.shape[0]:
+                total = torch.zeros(scores.shape[0], *canvas, device=device)
+            rows = slice(window.top, window.top + window.height)
+            total[:, rows, window.left : window.left + window.width] += scores[:, : window.height, : window.width]
+        value, channel = _upsample(total / count, size).max(0)
+        better = value > best
+        best, winner = torch.where(better, value, best), torch.where(better, channel + start, winner)
+    return best, winner
+
+
+class Segmenter:
+    """A model that knows its class list, applied to whole images.
+
+    Raises:
+        ValueError: a background rule on a benchmark without background, or the reverse.
+    """
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        embeddings: Float[Tensor, "channels dim"],
+        *,
+        num_foreground: int,
+        has_background: bool,
+        geometry: Geometry,
+        background: Background,
+        device: str,
+    ) -> None:
+        if not has_background and (background.stuff_words or background.thresholded or background.window):
+            raise ValueError("this benchmark has no background class: use background: none")
+        self.model, self.embeddings, self.geometry = model, embeddings, geometry
+        self.background, self.device = background, device
+        # Label id of each channel: foreground classes in order, then background for every stuff word.
+        ids = torch.arange(num_foreground) + int(has_background)
+        if background.window is not None:
+            ids = torch.cat([torch.zeros(1, dtype=torch.int64), ids])
+        stuff = torch.zeros(len(embeddings) - num_foreground, dtype=torch.int64)
+        self.label_ids = torch.cat([ids, stuff]).to(device)
+
+    @torch.inference_mode()
+    def __call__(
+        self, image: UInt8[np.ndarray, "height width 3"]
+    ) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
+        """Best score and the label id it stands for, per pixel of the image."""
+        size = image.shape[:2]
+        canvas = self.geometry.canvas(*size)
+        pixels = normalise(resize_image(image, canvas, self.geometry.antialias), self.device)
+        windows = [self._window(pixels, *span) for span in self.geometry.windows(*canvas)]
+        best, channel = best_channel(windows, canvas, size)
+        if not torch.isfinite(best).all():
+            raise ValueError("the model gave scores that are not finite")
+        return best, self.label_ids[channel]
+
+    def _window(
+        self, pixels: Float[Tensor, "1 3 height width"], top: int, left: int, height: int, width: int
+    ) -> _WindowScores:
+        crop = pixels[:, :, top : top + height, left : left + width]
+        below, right = -height % self.geometry.multiple, -width % self.geometry.multiple
+        if below or right:
+            crop = F.pad(crop, (0, right, 0, below))  # zero is the mean colour after normalisation
+        scores = self.model.segment(crop, self.embeddings)
+        if self.background.window is not None:
+            scores = self.background.window(scores)
+        return _WindowScores(top, left, height, width, (height + below, width + right), scores)
+
+
+def threshold_labels(
+    best: Float[Tensor, "height width"], label_ids: Int64[Tensor, "height width"], threshold: float | None
+) -> Int64[Tensor, "height width"]:
+    """Label ids with background (0) where the best score lies below the threshold; None keeps them all."""
+    # The threshold is compared as float32, as `ThresholdSweep` does: in float64 a tie could fall differently.
+    return label_ids if threshold is None else torch.where(best < torch.tensor(threshold), 0, label_ids)
+
+
+@torch.inference_mode()
+def square_regions(
+    regions: Callable[[Tensor], Int64[Tensor, "grid_h grid_w"]],
+    image: UInt8[np.ndarray, "height width 3"],
+    side: int,
+    device: str,
+) -> Int64[Tensor, "height width"]:
+    """A model's hard masks of the whole image, squashed to side x side, resized (nearest) to the image's size.
+
+    One view per image: regions of sliding windows have no common identity to give an oracle label to.
+    """
+    pixels = normalise(resize_image(image, (side, side), True), device)
+    return nearest(regions(pixels), image.shape[:2]).cpu()
+
+
+def nearest(labels: Int64[Tensor, "grid_h grid_w"], size: tuple[int, ...]) -> Int64[Tensor, "height width"]:
+    """A label map at another size, by nearest neighbour (pixel centres)."""
+    return F.interpolate(labels[None, None].double(), tuple(size), mode="nearest-exact")[0, 0].long()
