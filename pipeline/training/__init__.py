@@ -15,14 +15,11 @@ SIGINT finish the step, save and end the process with 128 + the signal's number.
 """
 
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 from pipeline.engine import SIGNAL_EXIT, Interrupted
 from pipeline.params import Range
 from pipeline.training.curve import Clock, Curve, LivePlot, Log, say
+from pipeline.training.interrupts import stop_requests
 from pipeline.training.optimiser import Positive, Precision, adamw, lr_factor, parameter_groups, resolve_precision
 from pipeline.training.state import RunState, restore_state, save_state
 
@@ -115,6 +113,7 @@ class Loaded:
     failures: list[tuple[str, str]] = field(default_factory=list)
 
 
+@runtime_checkable
 class Loader(Protocol):
     """Endless batches from a position on; closing the iterator ends its threads."""
 
@@ -241,7 +240,7 @@ def _run(loop: _Loop, loader: Loader, run: Run, state: RunState) -> FitResult:
 
     batches = loader.batches(state.images)
     try:
-        with _stop_requests() as stop:
+        with stop_requests() as stop:
             while state.images < settings.images:
                 asked = perf_counter()
                 loaded = next(batches)
@@ -283,8 +282,7 @@ def _crossed(before: int, after: int, every: int) -> bool:
 
 def _write_row(state: RunState, curve: Curve, live: LivePlot, log: Log, clock: Clock) -> None:
     means = state.means.take()
-    curve.append(state.step, state.images, means)
-    live.log(curve.rows()[-1])
+    live.log(curve.append(state.step, state.images, means))
     log.write("row", step=state.step, images=state.images, **clock.row(state.images), **means)
 
 
@@ -292,19 +290,3 @@ def _report_failures(loaded: Loaded, state: RunState, log: Log) -> None:
     state.failed += len(loaded.failures)
     for uid, reason in loaded.failures:
         log.write("failed_sample", uid=uid, reason=reason)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Signals that arrived, in a list; the default handlers would tear a step apart. Main thread only."""
-    arrived: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield arrived
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda got, _frame: arrived.append(got)) for number in numbers}
-    try:
-        yield arrived
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -20,10 +20,19 @@ PROGRESS_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Means:
-    """Running sums of the named terms since the last row of the curve; JSON-able, so a checkpoint holds them."""
+    """Running sums of the named terms since the last row of the curve."""
 
     sums: dict[str, float] = field(default_factory=dict)
     steps: int = 0
+
+    @classmethod
+    def of_json(cls, saved: dict[str, Any]) -> "Means":
+        """From a checkpoint."""
+        return cls(dict(saved["sums"]), saved["steps"])
+
+    def json(self) -> dict[str, Any]:
+        """For a checkpoint; pairs, because JSON objects are stored sorted and the order is the curve's."""
+        return {"sums": list(self.sums.items()), "steps": self.steps}
 
     def add(self, terms: dict[str, float]) -> None:
         for name, value in terms.items():
@@ -48,8 +57,8 @@ class Curve:
     def text(self) -> str:
         return "".join(line + "\n" for line in self.lines)
 
-    def append(self, step: int, images: int, values: dict[str, float]) -> None:
-        """Add a row; the first row fixes the columns.
+    def append(self, step: int, images: int, values: dict[str, float]) -> dict[str, float]:
+        """Add a row and return it; the first row fixes the columns.
 
         Raises:
             ValueError: other terms than the first row had.
@@ -60,6 +69,7 @@ class Curve:
         elif self.lines[0] != header:
             raise ValueError(f"the loss terms changed during the run: {self.lines[0]} became {header}")
         self.lines.append(",".join([str(step), str(images), *(f"{value:.6g}" for value in values.values())]))
+        return {"step": step, "images": images, **values}
 
     def publish(self) -> None:
         atomic_write(self.path, self.text)

@@ -43,7 +43,8 @@ def save_state(folder: Path, state: RunState, model: nn.Module, optimiser: torch
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     path = folder / f"state-{state.step:09d}.safetensors"
     atomic_write(path, save(plain))
-    atomic_json(folder / "state.json", {**asdict(state), "tensors": path.name, "sha256": sha256_file(path)})
+    saved = {**asdict(state), "means": state.means.json(), "tensors": path.name, "sha256": sha256_file(path)}
+    atomic_json(folder / "state.json", saved)
     for old in folder.glob("state-*.safetensors"):
         if old != path:
             old.unlink()
@@ -73,7 +74,7 @@ def restore_state(folder: Path, key: str, model: nn.Module, optimiser: torch.opt
             }
     _set_random_states(tensors)
     fields = {name: saved[name] for name in ("key", "step", "images", "curve", "failed", "seconds")}
-    return RunState(**fields, means=Means(**saved["means"]))
+    return RunState(**fields, means=Means.of_json(saved["means"]))
 
 
 def _intact(folder: Path, key: str) -> dict[str, Any] | None:
