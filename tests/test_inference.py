@@ -1,0 +1,258 @@
+"""The harness: geometry by hand, window averaging against a plain loop, background rules, prompts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline import inference
+from pipeline.inference import (
+    BACKGROUNDS,
+    Background,
+    Geometry,
+    ScoreModel,
+    Segmenter,
+    class_embeddings,
+    nearest,
+    normalise,
+    resize_image,
+    square_regions,
+    threshold_labels,
+)
+
+PAPER = Geometry(short_side=448, long_side=2048, window=448, stride=224, multiple=1, antialias=False)
+NATIVE = Geometry(short_side=None, long_side=2048, window=None, stride=1, multiple=1, antialias=False)
+
+
+class PixelModel:
+    """Scores of a patch: softmax over classes of the dot product of its mean colour with the class embedding."""
+
+    def __init__(self, patch: int = 1) -> None:
+        self.patch, self.seen = patch, []
+
+    def encode_text(self, texts):
+        table = {"red": [1.0, 0, 0], "green": [0, 1.0, 0], "blue": [0, 0, 1.0]}
+        return torch.tensor([table.get(text.split()[-1].strip("."), [0.5, 0.5, 0.5]) for text in texts])
+
+    def segment(self, pixels, class_embeddings):
+        self.seen.append(tuple(pixels.shape[2:]))
+        cells = F.avg_pool2d(pixels, self.patch)[0]
+        return torch.einsum("dhw,cd->chw", cells, class_embeddings).softmax(0)
+
+
+def segmenter(model, geometry=NATIVE, background="max_probability", names=("red", "green", "blue"), stuff=(), **kwargs):
+    embeddings, _ = class_embeddings(model, [*names, *stuff], ["a photo of {}."], "average_first")
+    settings = {"num_foreground": len(names), "has_background": True, "device": "cpu", **kwargs}
+    rule = background if isinstance(background, Background) else BACKGROUNDS[background]
+    return Segmenter(model, embeddings, geometry=geometry, background=rule, **settings)
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_canvas_and_windows_of_the_paper():
+    assert PAPER.canvas(375, 500) == (448, 597)
+    assert [(left, wide) for _, left, _, wide in PAPER.windows(448, 597)] == [(0, 448), (149, 448)]
+    assert PAPER.canvas(100, 1000) == (205, 2048)  # the long side binds
+    assert list(PAPER.windows(205, 448)) == [(0, 0, 205, 448)]
+    assert NATIVE.canvas(33, 47) == (33, 47)
+    assert list(NATIVE.windows(33, 47)) == [(0, 0, 33, 47)]
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 12, 13, 30])
+def test_windows_match_the_released_formula_and_cover_everything(length):
+    geometry = dataclasses.replace(PAPER, window=8, stride=4)
+    spans = [(left, wide) for _, left, _, wide in geometry.windows(5, length)]
+    count = max(length - 8 + 4 - 1, 0) // 4 + 1
+    expected = []
+    for k in range(count):
+        end = min(4 * k + 8, length)
+        expected.append((max(end - 8, 0), end - max(end - 8, 0)))
+    assert spans == expected
+    assert set(range(length)) == {x for left, wide in spans for x in range(left, left + wide)}
+    assert spans[-1][0] + spans[-1][1] == length
+
+
+def test_windows_are_averaged_as_a_plain_loop_does():
+    geometry = Geometry(short_side=20, long_side=100, window=12, stride=7, multiple=1, antialias=False)
+    model, image = PixelModel(patch=4), picture(30, 41)
+    best, labels = segmenter(model, geometry)(image)
+    canvas = geometry.canvas(30, 41)
+    pixels = normalise(resize_image(image, canvas, False), "cpu")
+    embeddings = model.encode_text(["red", "green", "blue"])
+    total, count = torch.zeros(3, *canvas), torch.zeros(canvas)
+    tops = [0, 7, 8]
+    lefts = [0, 7, 14, 15]
+    assert canvas == (20, 27)
+    for top in tops:
+        for left in lefts:
+            scores = model.segment(pixels[:, :, top : top + 12, left : left + 12], embeddings)
+            up = F.interpolate(scores[None], (12, 12), mode="bilinear", align_corners=False)[0]
+            for y in range(12):
+                for x in range(12):
+                    total[:, top + y, left + x] += up[:, y, x]
+                    count[top + y, left + x] += 1
+    full = F.interpolate((total / count)[None], (30, 41), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(best, full.max(0).values)
+    assert torch.equal(labels, full.argmax(0) + 1)
+
+
+def test_a_local_model_does_not_notice_windows():
+    whole = segmenter(PixelModel())(picture(17, 23))
+    slid = segmenter(PixelModel(), dataclasses.replace(NATIVE, window=8, stride=3))(picture(17, 23))
+    torch.testing.assert_close(whole[0], slid[0])
+    assert torch.equal(whole[1], slid[1])
+
+
+def test_classes_are_chunked_without_a_trace(monkeypatch):
+    names = [f"{i} {color}" for i in range(5) for color in ("red", "green", "blue")]
+    image = picture(9, 11)
+    best, labels = segmenter(PixelModel(), names=names)(image)
+    monkeypatch.setattr(inference, "CLASS_CHUNK", 2)
+    chunked_best, chunked_labels = segmenter(PixelModel(), names=names)(image)
+    assert torch.equal(labels, chunked_labels) and torch.equal(best, chunked_best)
+    assert labels.max() <= 3  # equal scores: the lowest class
+
+
+def test_class_order_does_not_matter():
+    image = picture(10, 12)
+    _, labels = segmenter(PixelModel(), names=("red", "green", "blue"))(image)
+    _, moved = segmenter(PixelModel(), names=("blue", "red", "green"))(image)
+    assert torch.equal(torch.tensor([0, 3, 1, 2])[moved], labels)
+
+
+def test_threshold_ends():
+    best, labels = segmenter(PixelModel())(picture(10, 12))
+    assert torch.equal(threshold_labels(best, labels, 0.0), labels) and (labels > 0).all()
+    assert (threshold_labels(best, labels, 1.01) == 0).all()
+    assert threshold_labels(best, labels, None) is labels
+    middle = threshold_labels(best, labels, float(best.median()))
+    assert torch.equal(middle == 0, best < best.median())
+
+
+def test_stuff_words_become_background():
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[:, :3, 0] = 255
+    image[:, 3:, 1] = 255
+    _, labels = segmenter(PixelModel(), background="extra_vocabulary", names=("red", "blue"), stuff=("green",))(image)
+    assert labels[:, :3].eq(1).all() and labels[:, 3:].eq(0).all()
+
+
+def test_a_window_rule_may_add_a_background_channel():
+    def capped(scores):
+        background = (scores.max(0, keepdim=True).values < min(0.9, float(scores.max()))).float()
+        return torch.cat([background, scores])
+
+    rule = Background(stuff_words=False, thresholded=False, window=capped)
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[:, :3, 0] = 255
+    best, labels = segmenter(PixelModel(), background=rule)(image)
+    assert labels[:, :3].eq(1).all() and labels[:, 3:].eq(0).all() and best[:, 3:].eq(1).all()
+
+
+def test_benchmark_without_background():
+    _, labels = segmenter(PixelModel(), background="none", has_background=False)(picture(5, 5))
+    assert labels.min() == 0 and labels.max() == 2
+    with pytest.raises(ValueError, match="use background: none"):
+        segmenter(PixelModel(), background="max_probability", has_background=False)
+
+
+def test_windows_are_padded_to_a_multiple_and_cropped_back():
+    model = PixelModel(patch=4)
+    best, labels = segmenter(model, dataclasses.replace(NATIVE, multiple=4))(picture(9, 14))
+    assert model.seen == [(12, 16)]
+    assert labels.shape == (9, 14)
+    constant = np.full((9, 14, 3), (255, 0, 0), np.uint8)
+    assert segmenter(model, dataclasses.replace(NATIVE, multiple=4))(constant)[1].eq(1).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (37, 3), (64, 64)])
+def test_odd_sizes_round_trip(size):
+    geometry = Geometry(short_side=16, long_side=64, window=16, stride=8, multiple=4, antialias=True)
+    best, labels = segmenter(PixelModel(patch=4), geometry)(picture(*size))
+    assert best.shape == labels.shape == size
+
+
+def test_nan_scores_are_refused():
+    model = PixelModel()
+    model.segment = lambda pixels, classes: torch.full((3, 2, 2), torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        segmenter(model)(picture(4, 4))
+
+
+def test_a_fake_is_a_score_model():
+    assert isinstance(PixelModel(), ScoreModel)
+
+
+class TextModel:
+    """Un-normalised text vectors of different lengths, so that the two orders differ."""
+
+    vectors = {"a cat": [3.0, 0.0], "cat!": [0.0, 1.0]}
+
+    def encode_text(self, texts):
+        return F.normalize(torch.tensor([self.vectors[text] for text in texts]), dim=1)
+
+    def segment(self, pixels, class_embeddings):
+        return torch.zeros(len(class_embeddings), 1, 1)
+
+
+class ProjectingModel(TextModel):
+    def project_text(self, texts):
+        return torch.tensor([self.vectors[text] for text in texts])
+
+
+def test_average_first_then_normalise_once():
+    templates = ["a {}", "{}!"]
+    vectors, order = class_embeddings(ProjectingModel(), ["cat"], templates, "average_first")
+    assert order == "average_first"
+    torch.testing.assert_close(vectors, F.normalize(torch.tensor([[1.5, 0.5]]), dim=1))
+    vectors, order = class_embeddings(ProjectingModel(), ["cat"], templates, "normalise_first")
+    torch.testing.assert_close(vectors, F.normalize(torch.tensor([[0.5, 0.5]]), dim=1))
+    vectors, order = class_embeddings(TextModel(), ["cat"], templates, "average_first")
+    assert order == "normalise_first"  # unit vectors are all this model gives, and that is what is reported
+    torch.testing.assert_close(vectors, F.normalize(torch.tensor([[0.5, 0.5]]), dim=1))
+    one = [
+        class_embeddings(model, ["cat"], ["a {}"], order)[0]
+        for model in (TextModel(), ProjectingModel())
+        for order in ("average_first", "normalise_first")
+    ]
+    assert all(torch.equal(vectors, one[0]) for vectors in one)
+
+
+def test_text_batches_do_not_change_anything(monkeypatch):
+    names = ["red", "green", "blue", "pink"]
+    whole, _ = class_embeddings(PixelModel(), names, ["x {}", "y {}"], "average_first")
+    monkeypatch.setattr(inference, "TEXT_BATCH", 3)
+    batched, _ = class_embeddings(PixelModel(), names, ["x {}", "y {}"], "average_first")
+    assert torch.equal(whole, batched)
+
+
+def test_resize_is_opencvs_and_antialias_is_not():
+    import cv2
+
+    image = picture(40, 30)
+    assert np.array_equal(resize_image(image, (17, 13), False), cv2.resize(image, (13, 17)))
+    small = resize_image(image, (4, 3), True)
+    assert small.shape == (4, 3, 3)
+    blocks = image.reshape(4, 10, 3, 10, 3).mean((1, 3))
+    # A triangle filter twice as wide as a block: near the block means, far from OpenCV's two-pixel samples.
+    assert abs(small - blocks).mean() < abs(resize_image(image, (4, 3), False) - blocks).mean() / 2
+    assert resize_image(image, (40, 30), True) is image
+
+
+def test_nearest_keeps_labels_and_square_regions_fill_the_image():
+    grid = torch.tensor([[0, 1], [2, 300]])
+    assert nearest(grid, (4, 4)).tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 300, 300]] * 2
+    assert torch.equal(nearest(grid, (2, 2)), grid)
+
+    def halves(pixels):
+        assert pixels.shape == (1, 3, 8, 8)
+        return (pixels[0, 0] > 0).long()
+
+    image = np.zeros((5, 10, 3), np.uint8)
+    image[:, 5:] = 255
+    regions = square_regions(halves, image, 8, "cpu")
+    assert regions.shape == (5, 10) and regions[:, :4].eq(0).all() and regions[:, 6:].eq(1).all()
