@@ -1,0 +1,198 @@
+"""Image shards in img2dataset's webdataset layout: `NNNNN.tar`, `NNNNN.parquet`, `NNNNN_stats.json`.
+
+The Parquet file has a row per input row, failed ones included, sorted by key; the tar has `<key>.jpg`, `<key>.json` and
+`<key>.txt` for each success. Images are read from the tar by offset. `uid` names a sample across shards and settings.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from pipeline.artifacts.files import BadInput, atomic_json, read_json
+from pipeline.artifacts.tars import index_tar, write_tar
+
+__all__ = ["SCHEMA", "SUCCESS", "Shard", "decode_rgb", "index_tar", "make_uid", "write_shard", "write_tar"]
+
+SUCCESS = "success"
+MAX_PIXELS = 1 << 26  # 67 Mpx, 200 MB as RGB: more is taken for a decompression bomb
+_REPAIR = "Run `tessera verify --repair download`, then `dvc repro`"
+# Pillow's other readers (EPS runs Ghostscript) are closed to untrusted bytes.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# Source: img2dataset 1.47.0, Downloader.download_shard: the input's columns, then its own; `uid` is ours.
+SCHEMA = pa.schema(
+    [
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("key", pa.string()),
+        ("status", pa.string()),
+        ("error_message", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("sha256", pa.string()),
+        ("uid", pa.string()),
+    ]
+)
+
+
+def make_uid(source: str, url: str, caption: str) -> str:
+    """16 hex digits that name a sample wherever it stands."""
+    return hashlib.sha256(f"{source}\0{url}\0{caption}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+class Shard:
+    """An open shard: a table of its successes and their images, each one read of the tar.
+
+    Attributes:
+        name: five digits.
+        table: key, uid, caption, width, height (of the stored image, px) of the successes, sorted by key.
+    """
+
+    def __init__(self, path: Path, table: pa.Table, index: dict[str, tuple[int, int]]) -> None:
+        self.path, self.name, self.table = path, path.stem, table
+        self._index = index
+        self._descriptor: int | None = None
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> "Shard":
+        """Opens `folder/name.{tar,parquet}`.
+
+        Raises:
+            BadInput: a file is absent, torn or of another layout, or the tar's keys are not the table's successes.
+        """
+        rows = read_rows(folder / f"{name}.parquet")
+        table = rows.filter(pa.compute.equal(rows["status"], SUCCESS))  # type: ignore[attr-defined]
+        table = table.select(["key", "uid", "caption", "width", "height"]).sort_by("key").combine_chunks()
+        path = folder / f"{name}.tar"
+        index = index_tar(path)
+        images = sorted(member[:-4] for member in index if member.endswith(".jpg"))
+        if images != table["key"].to_pylist():
+            raise BadInput(path, f"{len(images)} images, but {table.num_rows} successes in the Parquet file", _REPAIR)
+        return cls(path, table, index)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def image_bytes(self, key: str) -> bytes:
+        """The encoded image."""
+        offset, size = self._index[f"{key}.jpg"]
+        if self._descriptor is None:  # opened late: a Shard is picklable and each process has its own descriptor
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) != size:
+            raise BadInput(self.path, f"cut off inside {key}.jpg", _REPAIR)
+        return data
+
+    def close(self) -> None:
+        """Releases the file descriptor; the next read opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def read_rows(path: Path) -> pa.Table:
+    """Every row of a shard's Parquet file, failed ones included.
+
+    Raises:
+        BadInput: absent, torn, or columns of `SCHEMA` missing or of another type.
+    """
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except FileNotFoundError:
+        raise BadInput(path, "no such file", _REPAIR) from None
+    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+        raise BadInput(path, f"not a whole Parquet file ({error})", _REPAIR) from error
+    for field in SCHEMA:
+        if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
+            raise BadInput(path, f"column {field.name!r} of type {field.type} is missing", _REPAIR)
+    return table
+
+
+def write_shard(folder: Path, name: str, rows: Iterable[dict[str, Any]], image: Callable[[str], bytes]) -> None:
+    """Writes a shard's three files; equal rows and images give equal bytes.
+
+    Args:
+        rows: dicts with the columns of `SCHEMA`.
+        image: the encoded JPEG of a key; asked for successes only, in key order.
+    """
+    rows = sorted(rows, key=lambda row: row["key"])
+    ordered = [{field: row[field] for field in SCHEMA.names} for row in rows]
+    write_tar(folder / f"{name}.tar", _members((row for row in ordered if row["status"] == SUCCESS), image))
+    pq.write_table(pa.Table.from_pylist(ordered, SCHEMA), folder / f"{name}.parquet", compression="zstd")
+    atomic_json(folder / f"{name}_stats.json", _stats(ordered))
+
+
+def _members(rows: Iterable[dict[str, Any]], image: Callable[[str], bytes]) -> Iterator[tuple[str, bytes]]:
+    for row in rows:
+        yield f"{row['key']}.jpg", image(row["key"])
+        yield f"{row['key']}.json", json.dumps(row, indent=4).encode()
+        yield f"{row['key']}.txt", row["caption"].encode()
+
+
+def _stats(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """img2dataset's statistics less its times, which no two runs share."""
+    statuses = Counter(row["status"] for row in rows)
+    reasons = Counter(row["error_message"] or row["status"] for row in rows)
+    return {
+        "count": len(rows),
+        "successes": statuses[SUCCESS],
+        "failed_to_download": statuses["failed_to_download"],
+        "failed_to_resize": statuses["failed_to_resize"],
+        "status_dict": dict(sorted(reasons.items())),
+    }
+
+
+def read_stats(folder: Path, name: str) -> dict[str, Any]:
+    """A shard's `_stats.json`."""
+    return read_json(folder / f"{name}_stats.json", _REPAIR)
+
+
+def decode_rgb(data: bytes, name: str = "image") -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes an untrusted image: turned as EXIF says, transparency on white, first frame, 8 bits, RGB.
+
+    Raises:
+        BadInput: not an image, cut off, or more than MAX_PIXELS pixels.
+    """
+    remedy = "Leave it out"
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadInput(name, f"{image.width} x {image.height} px is more than {MAX_PIXELS}", remedy)
+            return np.asarray(_to_rgb(image))
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:  # Pillow lets errors of a dozen types out of its parsers
+        raise BadInput(name, f"not a readable image ({error})", remedy) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which PNG and TIFF keep in the low half of I
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
