@@ -1,0 +1,222 @@
+"""`results.md` and the README's table: what git tracks, a function of the measurements alone (no time, no commit)."""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, stdev
+
+from pipeline.artifacts.files import BadInput, atomic_write
+from pipeline.reporting.collect import Findings, Score
+from pipeline.reporting.funnel import Step
+from pipeline.reporting.labels import (
+    MISSING,
+    benchmark_title,
+    clean,
+    count,
+    describe,
+    kind,
+    method_title,
+    points,
+    published,
+)
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
+
+
+def escape(text: str) -> str:
+    """Untrusted text for one Markdown table cell: no markup, no HTML, no cell break."""
+    safe = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return SPECIAL.sub(r"\\\1", safe)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose cells are already escaped; the first column is text, the others figures."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def paper_figure(score: Score) -> tuple[float, str, str] | None:
+    """The paper's mIoU in percent for this method and benchmark, its training data and its source."""
+    entry = published()["methods"].get(score.method, {})
+    miou = entry.get("miou", {}).get(score.benchmark)
+    return None if miou is None else (miou, entry["data"], entry["source"])
+
+
+def best(scores: Sequence[Score]) -> Score | None:
+    """The highest mIoU among what answers without reading the true masks."""
+    fair = [score for score in scores if kind(score.method) != "bound"]
+    return max(fair, key=lambda score: score.miou, default=None)
+
+
+def threshold_text(score: Score) -> str:
+    """The background threshold and the images it was chosen on."""
+    if score.threshold is None:
+        return MISSING
+    return f"{score.threshold:g} ({score.chosen_on})" if score.chosen_on else f"{score.threshold:g}"
+
+
+def protocol_text(score: Score) -> str:
+    """What fixes a number besides method and threshold, in one line."""
+    settings = score.settings
+    parts = [describe(settings["protocol"])] if settings["protocol"] is not None else []
+    parts += [
+        f"{name} {describe(settings[name])}"
+        for name in ("resize", "window", "background")
+        if settings[name] is not None
+    ]
+    if settings["templates"] is not None:
+        parts.append(f"prompts {describe(settings['templates'])}")
+    if score.num_images is not None:
+        parts.append(f"{count(score.num_images)} images")
+    parts.append(f"{len(score.per_class)} classes")
+    return "; ".join(parts)
+
+
+def by_benchmark(scores: Sequence[Score]) -> list[tuple[str, list[Score]]]:
+    """Scores grouped by benchmark, in each group by kind and mIoU."""
+    ordered = sorted(scores, key=lambda score: (score.benchmark, score.rank))
+    return [(name, list(group)) for name, group in groupby(ordered, key=lambda score: score.benchmark)]
+
+
+def results_table(scores: Sequence[Score]) -> str:
+    """The method by benchmark table: mIoU and what one needs to judge it, in percent; the best fair mIoU is bold."""
+    if not scores:
+        return "No method has been scored yet: run `make repro`."
+    header = [
+        "Method",
+        "Benchmark",
+        "mIoU",
+        "Foreground accuracy",
+        "Region oracle",
+        "Constant label",
+        "Threshold",
+        "Paper",
+    ]
+    rows, notes = [], {}
+    for benchmark, group in by_benchmark(scores):
+        winner = best(group)
+        for score in group:
+            miou = f"**{points(score.miou)}**" if score is winner else points(score.miou)
+            paper = paper_figure(score)
+            if paper:
+                notes[f"{method_title(score.method)}: {paper[1]} ({paper[2]})"] = None
+            upper = " (upper bound)" if kind(score.method) == "bound" else ""
+            rows.append(
+                [
+                    escape(method_title(score.method)) + upper,
+                    escape(benchmark_title(benchmark)),
+                    miou,
+                    points(score.fg_accuracy),
+                    points(score.oracle),
+                    points(score.constant),
+                    escape(threshold_text(score)),
+                    f"{points(paper[0])} †" if paper else MISSING,
+                ]
+            )
+    text = table(header, rows)
+    if notes:
+        text += f"\n\n† The paper's figure, at another data scale: {'; '.join(escape(note) for note in notes)}."
+    return text
+
+
+def seeds_table(seeds: dict[str, dict[str, list[float]]]) -> str:
+    """mIoU over seeds: mean, sample deviation and each seed, in percent."""
+    rows = [
+        [
+            escape(method_title(method)),
+            escape(benchmark_title(benchmark)),
+            *spread(values),
+            ", ".join(points(value) for value in values) or MISSING,
+        ]
+        for method, benchmarks in seeds.items()
+        for benchmark, values in benchmarks.items()
+    ]
+    return table(["Method", "Benchmark", "Mean", "Deviation", "Seeds"], rows)
+
+
+def spread(values: Sequence[float]) -> tuple[str, str]:
+    """Mean and sample deviation (n - 1), written; the deviation of fewer than two values is a dash."""
+    average = points(mean(values)) if values else MISSING
+    return average, points(stdev(values)) if len(values) > 1 else MISSING
+
+
+def class_table(group: Sequence[Score]) -> str:
+    """IoU per class (rows) and method (columns) of one benchmark, in percent; a dash where a class never occurs."""
+    names = list(dict.fromkeys(name for score in group for name in score.per_class))
+    rows = [[escape(name), *(points(score.per_class.get(name)) for score in group)] for name in names]
+    return table(["Class", *(escape(method_title(score.method)) for score in group)], rows)
+
+
+def funnel_table(steps: Sequence[Step]) -> str:
+    """Rows in and out of each stage, and why the rest was lost."""
+    rows = [
+        [
+            step.title,
+            count(step.rows_in),
+            count(step.rows),
+            "; ".join(f"{escape(k)} {count(v)}" for k, v in step.reasons.items()) or MISSING,
+        ]
+        for step in steps
+    ]
+    return table(["Stage", "Rows in", "Rows out", "Counted"], rows)
+
+
+def results(findings: Findings, steps: Sequence[Step]) -> str:
+    """The whole of results.md."""
+    parts = [
+        "# Results",
+        "Written by the `report` stage from `reports/metrics/`; do not edit. All figures are percent.",
+        results_table(findings.scores),
+    ]
+    groups = by_benchmark(findings.scores)
+    for benchmark, group in groups:
+        parts.append(f"## {escape(benchmark_title(benchmark))}")
+        parts.append(_protocols(group))
+        parts.append(class_table(group))
+    if findings.seeds:
+        parts += ["## Over seeds", seeds_table(findings.seeds)]
+    if steps:
+        parts += ["## Data", funnel_table(steps)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _protocols(group: Sequence[Score]) -> str:
+    """A line per distinct protocol with the methods scored by it."""
+    lines: dict[str, list[str]] = {}
+    for score in group:
+        lines.setdefault(protocol_text(score), []).append(method_title(score.method))
+    if len(lines) == 1:
+        return f"Protocol: {escape(next(iter(lines)))}."
+    return "\n".join(f"- {escape(', '.join(methods))}: {escape(text)}" for text, methods in lines.items())
+
+
+def replace_between(text: str, begin: str, end: str, inner: str) -> str:
+    """`text` with what stands between the two markers replaced.
+
+    Raises:
+        ValueError: not exactly one pair of markers, in order.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one {begin} before one {end}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{inner}\n{end}{rest.split(end)[1]}"
+
+
+def update_readme(path: Path, table: str) -> bool:
+    """Put the table between the README's markers; True when the file changed. An equal file is not written.
+
+    Raises:
+        BadInput: the README is absent or has no such markers.
+    """
+    try:
+        before = path.read_text(encoding="utf-8")
+        after = replace_between(before, BEGIN, END, table)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            path, str(error), f"Put {BEGIN} and {END} on lines of their own where the table belongs"
+        ) from error
+    if after != before:
+        atomic_write(path, after)
+    return after != before

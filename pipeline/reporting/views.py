@@ -1,0 +1,359 @@
+"""What the page shows, section by section, as plain dicts for the templates: ordered, worded and scaled, not escaped.
+
+Escaping is the templates' business (autoescape is on); `labels.clean` has made untrusted names readable before.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.reporting import Config
+from pipeline.reporting.collect import Curve, Findings, PanelSet, Score
+from pipeline.reporting.funnel import Data, Run, Step
+from pipeline.reporting.images import embed
+from pipeline.reporting.labels import (
+    KINDS,
+    MISSING,
+    benchmark_title,
+    change,
+    clean,
+    count,
+    duration,
+    kind,
+    method_title,
+    points,
+    published,
+    size,
+)
+from pipeline.reporting.markdown import best, by_benchmark, paper_figure, protocol_text, spread
+from pipeline.reporting.plots import curve_svg, summary
+from pipeline.reporting.revision import Base
+
+SHOWN_ENTITIES = 30
+FLOW = {"download": "downloaded", "filter": "kept", "pseudo_masks": "with pseudo-masks"}
+COLUMNS = ("image", "regions", "prediction", "truth")
+
+
+def leading(scores: Sequence[Score]) -> Score | None:
+    """The number the page opens with: the best trained method, else the best of all, on the benchmark scored most."""
+    groups = by_benchmark(scores)
+    if not groups:
+        return None
+    _, group = max(groups, key=lambda item: (sum(kind(score.method) == "method" for score in item[1]), len(item[1])))
+    return best([score for score in group if kind(score.method) == "method"]) or best(group)
+
+
+def floor(score: Score, scores: Sequence[Score]) -> tuple[float, str] | None:
+    """The higher of the constant label and the same model untrained, in percent, with its name."""
+    candidates = [(score.constant, "a constant label")] if score.constant is not None else []
+    for other in scores:
+        if other.benchmark == score.benchmark and other.method == f"{score.method}-untrained":
+            candidates.append((other.miou, "its untrained self"))
+    return max(candidates, default=None)
+
+
+def headline(findings: Findings, source: Data) -> dict[str, Any]:
+    """The first screen: one sentence, up to four figures, and the way from captions to the score in counts."""
+    score = leading(findings.scores)
+    if score is None:
+        return {
+            "sentence": "No method has been scored yet. Run make repro, then open this page again.",
+            "tiles": [],
+            "flow": [],
+        }
+    name, where = method_title(score.method), benchmark_title(score.benchmark)
+    scene = f"{count(score.num_images)} images, {len(score.per_class)} classes" if score.num_images else where
+    sentence = f"{name} reaches {points(score.miou)} mIoU on {where} ({scene})"
+    tiles = [{"value": points(score.miou), "label": f"mIoU of {name}", "note": _seed_note(findings, score) or where}]
+    low = floor(score, findings.scores)
+    if low and low[0] > 0:
+        ratio = f"{score.miou / low[0]:.1f}×"
+        sentence += f": {ratio} {low[1]} ({points(low[0])})"
+        tiles.append({"value": ratio, "label": f"over {low[1]}", "note": f"which scores {points(low[0])}"})
+    if score.fg_accuracy is not None:
+        tiles.append(
+            {"value": points(score.fg_accuracy), "label": "foreground accuracy", "note": "object pixels named right"}
+        )
+    if score.oracle is not None:
+        tiles.append({"value": points(score.oracle), "label": "region oracle", "note": "its regions, named perfectly"})
+    rival = best([other for other in findings.scores if other.benchmark == score.benchmark])
+    if rival is not None and rival.miou > score.miou:
+        sentence += f". {method_title(rival.method)} is ahead with {points(rival.miou)}"
+    return {"sentence": sentence + ".", "tiles": tiles, "flow": _flow(findings, source, score)}
+
+
+def _flow(findings: Findings, source: Data, score: Score) -> list[tuple[str, str]]:
+    """Counts along the chain, as far as they are known."""
+    steps = {step.stage: step for step in source.steps}
+    flow = [(count(steps["download"].rows_in), "captioned links")] if "download" in steps else []
+    flow += [(count(steps[name].rows), text) for name, text in FLOW.items() if name in steps]
+    for curve in findings.curves:
+        if curve.run == score.method and curve.images:
+            flow.append((count(curve.images[-1]), f"images seen by {method_title(score.method)}"))
+    if score.num_images is not None:
+        flow.append((count(score.num_images), "test images scored"))
+    return flow
+
+
+def _seed_note(findings: Findings, score: Score) -> str:
+    values = findings.seeds.get(score.method, {}).get(score.benchmark, [])
+    if len(values) < 2:
+        return ""
+    average, deviation = spread(values)
+    return f"{average} ± {deviation} over {len(values)} seeds"
+
+
+def benchmarks(findings: Findings, base: Base) -> list[dict[str, Any]]:
+    """One results table per benchmark: rows by kind, protocol lines marked a, b, ... where they differ."""
+    tables = []
+    for benchmark, group in by_benchmark(findings.scores):
+        protocols = list(dict.fromkeys(protocol_text(score) for score in group))
+        top, winner = max(score.miou for score in group), best(group)
+        rows = [_row(score, winner, top, base, protocols) for score in group]
+        kinds = [(name, [row for row in rows if row["kind"] == name]) for name in KINDS]
+        tables.append(
+            {
+                "id": f"b{len(tables)}",
+                "title": benchmark_title(benchmark),
+                "groups": [(KINDS[name], members) for name, members in kinds if members],
+                "protocols": [
+                    (chr(ord("a") + i % 26) if len(protocols) > 1 else "", text) for i, text in enumerate(protocols)
+                ],
+                "papers": list(dict.fromkeys(row["paper"]["note"] for row in rows if row["paper"])),
+                "gone": [
+                    method_title(m)
+                    for m, b in sorted(base.scores)
+                    if b == benchmark and all(s.method != m for s in group)
+                ],
+                "moved": [(row["method"], row["moved"]) for row in rows if row["kind"] == "method" and row["moved"]],
+                "classes": _classes(group),
+            }
+        )
+    return tables
+
+
+def _row(score: Score, winner: Score | None, top: float, base: Base, protocols: list[str]) -> dict[str, Any]:
+    before = base.scores.get((score.method, score.benchmark))
+    difference = score.miou - before.miou if before else None
+    paper = paper_figure(score)
+    scale = 100 / max(top, 1e-9)
+    return {
+        "kind": kind(score.method),
+        "method": method_title(score.method),
+        "best": score is winner,
+        "miou": points(score.miou),
+        "bar": round(scale * score.miou, 2),
+        "tick": None if score.constant is None else round(min(100.0, scale * score.constant), 2),
+        "change": change(difference) if before else ("new" if base.scores else MISSING),
+        "trend": "" if difference is None or abs(difference) < 0.05 else ("up" if difference > 0 else "down"),
+        "moved": _moved(score, before),
+        "fg": points(score.fg_accuracy),
+        "aacc": points(score.aacc),
+        "macc": points(score.macc),
+        "oracle": points(score.oracle),
+        "oracle_best": points(score.oracle_best),
+        "constant": points(score.constant),
+        "threshold": MISSING if score.threshold is None else f"{score.threshold:.3g}",
+        "chosen_on": score.chosen_on,
+        "mark": chr(ord("a") + protocols.index(protocol_text(score)) % 26) if len(protocols) > 1 else "",
+        "digest": clean(score.settings["model_digest"] or "")[:12],
+        "paper": {"miou": points(paper[0]), "note": _paper_note(score, paper)} if paper else None,
+    }
+
+
+def _paper_note(score: Score, paper: tuple[float, str, str]) -> str:
+    images = published()["benchmarks"].get(score.benchmark, {}).get("images")
+    tested = f", tested on {count(images)} images" if images else ""
+    return f"{method_title(score.method)}: the paper's model learned from {paper[1]}{tested} ({paper[2]})"
+
+
+def _moved(score: Score, before: Score | None) -> str:
+    """The classes that gained and lost the most since the base, in words."""
+    if before is None:
+        return ""
+    differences = []
+    for name, value in score.per_class.items():
+        old = before.per_class.get(name)
+        if value is not None and old is not None and abs(value - old) >= 0.05:
+            differences.append((value - old, name))
+    differences.sort(key=lambda item: -abs(item[0]))
+    return ", ".join(f"{name} {change(value)}" for value, name in differences[:3])
+
+
+def _classes(group: Sequence[Score]) -> dict[str, Any]:
+    """Per-class IoU: a row per class, the best-scored class of the first method on top, a cell per method."""
+    names = list(dict.fromkeys(name for score in group for name in score.per_class))
+    first = group[0].per_class
+    names.sort(key=lambda name: (first.get(name) is None, -(first.get(name) or 0.0)))
+    rows = []
+    for name in names:
+        values = [score.per_class.get(name) for score in group]
+        cells = [
+            {"text": points(value), "bar": round(value or 0.0, 1), "kind": kind(score.method)}
+            for score, value in zip(group, values, strict=True)
+        ]
+        rows.append((name, cells))
+    return {"methods": [method_title(score.method) for score in group], "rows": rows}
+
+
+def panels(findings: Findings, config: Config) -> list[dict[str, Any]]:
+    """The picture sections, the page's leading method first; each has its legend and at most `config.panels` rows."""
+    score = leading(findings.scores)
+    first = (score.method, score.benchmark) if score else ("", "")
+    order = {(s.method, s.benchmark): i for i, s in enumerate(sorted(findings.scores, key=lambda s: s.rank))}
+    sets = sorted(
+        findings.panels,
+        key=lambda s: ((s.method, s.benchmark) != first, order.get((s.method, s.benchmark), len(order)), s.benchmark),
+    )
+    return [_panel_set(panel_set, config) for panel_set in sets]
+
+
+def _panel_set(source: PanelSet, config: Config) -> dict[str, Any]:
+    name = method_title(source.method)
+    rows = [_panel(source, panel, name, config) for panel in choose(source.panels, config.panels)]
+    seen = {label for row in rows for label in row["present"]}
+    legend = [
+        (label, "#{:02x}{:02x}{:02x}".format(*source.colors[label]), label in seen)
+        for label in source.classes
+        if label in source.colors
+    ]
+    return {
+        "title": f"{name} on {benchmark_title(source.benchmark)}",
+        "legend": legend,
+        "rows": rows,
+        "more": len(source.panels) - len(rows),
+    }
+
+
+def choose(panels: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """At most `number` panels in their order: up to a quarter each of the best and the worst, else those by seed."""
+    if len(panels) <= number:
+        return list(panels)
+    extremes = [
+        i
+        for extreme in ("best", "worst")
+        for i in [i for i, panel in enumerate(panels) if panel.get("picked") == extreme][: number // 4]
+    ]
+    others = sorted(
+        (i for i in range(len(panels)) if i not in extremes), key=lambda i: panels[i].get("picked") != "seed"
+    )
+    return [panels[i] for i in sorted(extremes + others[: number - len(extremes)])]
+
+
+def _panel(source: PanelSet, panel: dict[str, Any], name: str, config: Config) -> dict[str, Any]:
+    label = clean(panel.get("id", "?"))
+    present = [clean(item) for item in panel.get("present") or []]
+    inside = ", ".join(present) or "nothing named"
+    texts = {
+        "image": ("Image", f"Test image {label}, showing {inside}"),
+        "regions": ("Regions", f"Regions that {name} found in image {label}, each in its own colour"),
+        "prediction": ("Prediction", f"What {name} answered for image {label}, in the legend's colours"),
+        "truth": ("Truth", f"True masks of image {label}: {inside}"),
+    }
+    pictures = []
+    for column in COLUMNS:
+        picture = embed(source.folder, panel.get(column), config.image_px, photograph=column == "image")
+        title, alt = texts[column]
+        pictures.append(
+            {"title": title, "alt": alt, "picture": picture, "file": clean(panel.get(column) or "none named")}
+        )
+    miou = panel.get("miou")
+    return {
+        "id": label,
+        "picked": {"seed": "picked by seed", "best": "among the best", "worst": "among the worst"}.get(
+            str(panel.get("picked")), clean(panel.get("picked") or "")
+        ),
+        "miou": points(100 * miou) if isinstance(miou, int | float) else MISSING,
+        "caption": clean(panel.get("caption") or ""),
+        "present": present,
+        "pictures": pictures,
+    }
+
+
+def curves(sources: Sequence[Curve], number: int) -> list[dict[str, Any]]:
+    """One block per training run, one small figure per term, the total first."""
+    blocks = []
+    for curve in sources:
+        names = sorted(curve.terms, key=lambda name: (name != "total", name in ("lr", "grad_norm")))
+        figures = [
+            {
+                "term": clean(name),
+                "alt": summary(curve.images, curve.terms[name], clean(name)),
+                "svg": curve_svg(curve, name, number),
+            }
+            for name in names
+        ]
+        images = curve.images[-1] if curve.images else 0.0
+        blocks.append(
+            {"run": clean(curve.run), "images": count(images) if images == images else MISSING, "figures": figures}
+        )
+    return blocks
+
+
+def data(source: Data) -> dict[str, Any]:
+    """Funnel bars against the widest row count, entity bars against the most frequent word."""
+    widest = max((step.rows_in for step in source.steps), default=0) or 1
+    most = max((number for _, number in source.entities), default=0) or 1
+    entities = [(word, count(number), round(100 * number / most, 2)) for word, number in source.entities]
+    return {
+        "steps": [_step(step, widest) for step in source.steps],
+        "entities": entities[:SHOWN_ENTITIES],
+        "rest": entities[SHOWN_ENTITIES:],
+    }
+
+
+def _step(step: Step, widest: int) -> dict[str, Any]:
+    share = 100 * step.rows / step.rows_in if step.rows_in else 0.0
+    return {
+        "stage": step.stage,
+        "title": step.title,
+        "rows": count(step.rows),
+        "rows_in": count(step.rows_in),
+        "lost": count(step.rows_in - step.rows) if step.rows_in > step.rows else "",
+        "share": f"{share:.1f} %",
+        "bar": round(100 * step.rows / widest, 2),
+        "bar_in": round(100 * step.rows_in / widest, 2),
+        "reasons": [(reason, count(number)) for reason, number in step.reasons.items()],
+    }
+
+
+def costs(source: Data) -> dict[str, Any]:
+    """Seconds and bytes by stage, seconds and speed by training; bars against the slowest."""
+    timed = {run.stage: run for run in source.runs}
+    sizes = {step.stage: step.size for step in source.steps} | {run.stage: run.size for run in source.runs}
+    slowest = max([run.seconds for run in source.runs] + [run.seconds for run in source.trainings], default=0) or 1
+    stages = [_cost(stage, total, timed.get(stage), slowest) for stage, total in sizes.items()]
+    trainings = [
+        {
+            "run": run.run,
+            "seconds": duration(run.seconds),
+            "bar": round(100 * run.seconds / slowest, 2),
+            "speed": f"{run.images_per_second:,.0f} images/s" if run.images_per_second else MISSING,
+            "waiting": f"{100 * run.waiting:.1f} %" if run.waiting is not None else MISSING,
+        }
+        for run in source.trainings
+    ]
+    return {"stages": stages, "trainings": trainings, "bytes": size(sum(sizes.values()))}
+
+
+def _cost(stage: str, total: int, run: Run | None, slowest: float) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "bytes": size(total),
+        "seconds": duration(run.seconds) if run else MISSING,
+        "bar": round(100 * run.seconds / slowest, 2) if run else 0,
+        "computed": count(run.computed) if run else MISSING,
+        "reused": count(run.reused) if run else MISSING,
+        "finished": run.finished if run else "",
+    }
+
+
+def seeds(source: dict[str, dict[str, list[float]]]) -> list[dict[str, str]]:
+    """A row per method and benchmark: mean, sample deviation, the values."""
+    rows = []
+    for method, entries in source.items():
+        for benchmark, values in entries.items():
+            average, deviation = spread(values)
+            each = ", ".join(points(value) for value in values)
+            row = {"method": method_title(method), "benchmark": benchmark_title(benchmark), "mean": average}
+            rows.append(row | {"deviation": deviation, "values": each, "number": str(len(values))})
+    return rows
