@@ -46,7 +46,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --
 lock: setup  ## resolve requirements*.in again; `make lock UPGRADE=--upgrade` takes newer versions
 	$(UV_COMPILE) $(UPGRADE) requirements-dev.in -o requirements.lock
 	$(UV_COMPILE) $(UPGRADE) -c requirements.lock requirements-cluster.in -o requirements-cluster.lock
-	$(UV_COMPILE) $(UPGRADE) -c requirements.lock requirements-gpu.in -o requirements-gpu.lock
+	$(UV_COMPILE) $(UPGRADE) --override requirements-gpu.overrides -c requirements.lock requirements-gpu.in -o requirements-gpu.lock
 
 seeds: setup  ## the default run's figures over three seeds, into reports/seeds.json
 	python -m benchmarks.seeds
