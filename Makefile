@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-GROUPS ?=
+GROUPS ?= dev
 UV_VERSION := 0.13.8
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -31,22 +31,31 @@ format: setup
 bench: setup  ## speed against peers, as ratios measured in one run
 	python -m benchmarks
 
-setup: $(VENV)/.installed$(GROUPS)  ## the locked environment in .venv; `make setup GROUPS=cluster` adds a group (cluster, gpu)
+# Each group's lock holds the base as well. In alphabetical order gpu comes last: its faiss replaces the base's.
+LOCKS := $(if $(GROUPS),$(patsubst %,requirements-%.lock,$(sort $(GROUPS))),requirements.lock)
+STAMP := $(VENV)/.installed$(subst $() ,,$(patsubst %,-%,$(sort $(GROUPS))))
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 
-# The lock decides the environment: any change of it reinstalls, nothing else does.
-$(VENV)/.installed$(GROUPS): requirements$(addprefix -,$(GROUPS)).lock pyproject.toml
+setup: $(STAMP)  ## the locked environment in .venv; `make setup GROUPS="dev cluster gpu"` adds groups
+
+# The locks decide the environment: any change of them reinstalls, nothing else does.
+$(STAMP): $(LOCKS) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r $<
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$(foreach lock,$(LOCKS),$(INSTALL) --require-hashes -r $(lock) &&) true
+	$(if $(filter gpu,$(GROUPS)),$(BIN)/uv pip uninstall --quiet --python $(BIN)/python faiss-cpu)
+	$(if $(filter gpu,$(GROUPS)),$(INSTALL) --require-hashes --reinstall-package faiss-gpu-cu12 -r requirements-gpu.lock)
+	$(INSTALL) --no-build-isolation -e .
 	touch $@
 
 UV_COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --no-header --override requirements.overrides
 lock: setup  ## resolve requirements*.in again; `make lock UPGRADE=--upgrade` takes newer versions
-	$(UV_COMPILE) $(UPGRADE) requirements-dev.in -o requirements.lock
+	$(UV_COMPILE) $(UPGRADE) requirements.in -o requirements.lock
+	$(UV_COMPILE) $(UPGRADE) -c requirements.lock requirements-dev.in -o requirements-dev.lock
 	$(UV_COMPILE) $(UPGRADE) -c requirements.lock requirements-cluster.in -o requirements-cluster.lock
-	$(UV_COMPILE) $(UPGRADE) --override requirements-gpu.overrides -c requirements.lock requirements-gpu.in -o requirements-gpu.lock
+	$(UV_COMPILE) $(UPGRADE) -c requirements.lock --override requirements-gpu.overrides \
+		requirements-gpu.in -o requirements-gpu.lock
 
 seeds: setup  ## the default run's figures over three seeds, into reports/seeds.json
 	python -m benchmarks.seeds
