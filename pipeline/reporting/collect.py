@@ -111,7 +111,7 @@ def read_score(method: str, benchmark: str, text: str, file: Path | str) -> Scor
             constant=_percent(values.get("constant_miou")),
             threshold=None if threshold.get("value") is None else float(threshold["value"]),
             chosen_on=clean(threshold.get("chosen_on") or ""),
-            num_images=values.get("num_images"),
+            num_images=None if values.get("num_images") is None else int(values["num_images"]),
             settings={
                 key: values.get(key)
                 for key in ("protocol", "templates", "resize", "window", "background", "model_digest")
@@ -216,7 +216,9 @@ def read_panels(folder: Path) -> PanelSet:
         folder=folder,
         classes=[clean(name) for name in values["classes"]],
         colors=colors,
-        panels=[dict(panel) for panel in values["panels"]],
+        panels=[
+            {**panel, "present": [clean(name) for name in panel.get("present") or []]} for panel in values["panels"]
+        ],
     )
 
 

@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.manifest import Manifest
 from pipeline.project import Project
 from pipeline.reporting.labels import clean
 
 # Stages whose manifest's rows are image-caption pairs, in the order of the chain.
 CHAIN = {
-    "scenes": "generated",
     "download": "downloaded",
     "filter": "kept by the filter",
     "features": "with features",
     "pseudo_masks": "with pseudo-masks",
     "teacher": "with teacher views",
 }
-VALIDATION = "val"  # the generator's test set is a shard of its own and no training pair
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,16 +83,16 @@ def gather(project: Project) -> Data:
     data.entities = _entities(project, data.notes)
     for path in sorted(project.logs.glob("*.jsonl")):
         _read_log(path, data)
-    order = [*CHAIN, "index"]
+    order = ["scenes", *CHAIN, "index"]
     data.runs.sort(key=lambda run: (order.index(run.stage) if run.stage in order else len(order), run.stage))
     return data
 
 
 def _step(project: Project, stage: str, title: str) -> Step:
-    rows = [row for row in project.manifest(stage).rows if row.shard != VALIDATION]
-    totals = Manifest(stage, rows).totals
+    manifest = project.manifest(stage)
+    totals = manifest.totals
     reasons: Counter[str] = Counter()
-    for row in rows:
+    for row in manifest.rows:
         description = project.store.describe(stage, row.key) or {}
         for reason, number in description.get("counts", {}).get("detail", {}).items():
             reasons[clean(reason)] += int(number)

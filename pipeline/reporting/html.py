@@ -7,10 +7,10 @@ from importlib import resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.reporting import Config, views
+from pipeline.reporting import Config, pictures, views
 from pipeline.reporting.collect import Findings
 from pipeline.reporting.funnel import Data
-from pipeline.reporting.revision import Base, Commit
+from pipeline.reporting.provenance import Base, Commit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +40,8 @@ def render(findings: Findings, data: Data, base: Base, context: Context, config:
         lstrip_blocks=True,
     )
     css = resources.files("pipeline.reporting").joinpath("templates/report.css").read_text(encoding="utf-8")
+    score = views.leading(findings.scores)
+    first = (score.method, score.benchmark) if score else ("", "")
     curves = views.curves(findings.curves, config.curve_points)
     for block in curves:
         for figure in block["figures"]:
@@ -51,7 +53,7 @@ def render(findings: Findings, data: Data, base: Base, context: Context, config:
         base=base,
         benchmarks=views.benchmarks(findings, base),
         seeds=views.seeds(findings.seeds),
-        panels=views.panels(findings, config),
+        panels=pictures.sections(findings, first, config),
         curves=curves,
         data=views.data(data),
         costs=views.costs(data),

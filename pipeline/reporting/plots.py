@@ -4,6 +4,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.artifacts.files import digest
 from pipeline.reporting.collect import Curve
@@ -58,7 +59,7 @@ def curve_svg(curve: Curve, term: str, number: int) -> str:
 
     images, values = bins(curve.images, number), bins(curve.terms[term], number)
     salt = digest([curve.run, term])[:12]
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "font.family": "sans-serif",

@@ -6,10 +6,8 @@ Escaping is the templates' business (autoescape is on); `labels.clean` has made 
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.reporting import Config
-from pipeline.reporting.collect import Curve, Findings, PanelSet, Score
+from pipeline.reporting.collect import Curve, Findings, Score
 from pipeline.reporting.funnel import Data, Run, Step
-from pipeline.reporting.images import embed
 from pipeline.reporting.labels import (
     KINDS,
     MISSING,
@@ -26,11 +24,10 @@ from pipeline.reporting.labels import (
 )
 from pipeline.reporting.markdown import best, by_benchmark, paper_figure, protocol_text, spread
 from pipeline.reporting.plots import curve_svg, summary
-from pipeline.reporting.revision import Base
+from pipeline.reporting.provenance import Base
 
 SHOWN_ENTITIES = 30
 FLOW = {"download": "downloaded", "filter": "kept", "pseudo_masks": "with pseudo-masks"}
-COLUMNS = ("image", "regions", "prediction", "truth")
 
 
 def leading(scores: Sequence[Score]) -> Score | None:
@@ -195,80 +192,6 @@ def _classes(group: Sequence[Score]) -> dict[str, Any]:
     return {"methods": [method_title(score.method) for score in group], "rows": rows}
 
 
-def panels(findings: Findings, config: Config) -> list[dict[str, Any]]:
-    """The picture sections, the page's leading method first; each has its legend and at most `config.panels` rows."""
-    score = leading(findings.scores)
-    first = (score.method, score.benchmark) if score else ("", "")
-    order = {(s.method, s.benchmark): i for i, s in enumerate(sorted(findings.scores, key=lambda s: s.rank))}
-    sets = sorted(
-        findings.panels,
-        key=lambda s: ((s.method, s.benchmark) != first, order.get((s.method, s.benchmark), len(order)), s.benchmark),
-    )
-    return [_panel_set(panel_set, config) for panel_set in sets]
-
-
-def _panel_set(source: PanelSet, config: Config) -> dict[str, Any]:
-    name = method_title(source.method)
-    rows = [_panel(source, panel, name, config) for panel in choose(source.panels, config.panels)]
-    seen = {label for row in rows for label in row["present"]}
-    legend = [
-        (label, "#{:02x}{:02x}{:02x}".format(*source.colors[label]), label in seen)
-        for label in source.classes
-        if label in source.colors
-    ]
-    return {
-        "title": f"{name} on {benchmark_title(source.benchmark)}",
-        "legend": legend,
-        "rows": rows,
-        "more": len(source.panels) - len(rows),
-    }
-
-
-def choose(panels: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """At most `number` panels in their order: up to a quarter each of the best and the worst, else those by seed."""
-    if len(panels) <= number:
-        return list(panels)
-    extremes = [
-        i
-        for extreme in ("best", "worst")
-        for i in [i for i, panel in enumerate(panels) if panel.get("picked") == extreme][: number // 4]
-    ]
-    others = sorted(
-        (i for i in range(len(panels)) if i not in extremes), key=lambda i: panels[i].get("picked") != "seed"
-    )
-    return [panels[i] for i in sorted(extremes + others[: number - len(extremes)])]
-
-
-def _panel(source: PanelSet, panel: dict[str, Any], name: str, config: Config) -> dict[str, Any]:
-    label = clean(panel.get("id", "?"))
-    present = [clean(item) for item in panel.get("present") or []]
-    inside = ", ".join(present) or "nothing named"
-    texts = {
-        "image": ("Image", f"Test image {label}, showing {inside}"),
-        "regions": ("Regions", f"Regions that {name} found in image {label}, each in its own colour"),
-        "prediction": ("Prediction", f"What {name} answered for image {label}, in the legend's colours"),
-        "truth": ("Truth", f"True masks of image {label}: {inside}"),
-    }
-    pictures = []
-    for column in COLUMNS:
-        picture = embed(source.folder, panel.get(column), config.image_px, photograph=column == "image")
-        title, alt = texts[column]
-        pictures.append(
-            {"title": title, "alt": alt, "picture": picture, "file": clean(panel.get(column) or "none named")}
-        )
-    miou = panel.get("miou")
-    return {
-        "id": label,
-        "picked": {"seed": "picked by seed", "best": "among the best", "worst": "among the worst"}.get(
-            str(panel.get("picked")), clean(panel.get("picked") or "")
-        ),
-        "miou": points(100 * miou) if isinstance(miou, int | float) else MISSING,
-        "caption": clean(panel.get("caption") or ""),
-        "present": present,
-        "pictures": pictures,
-    }
-
-
 def curves(sources: Sequence[Curve], number: int) -> list[dict[str, Any]]:
     """One block per training run, one small figure per term, the total first."""
     blocks = []
@@ -295,6 +218,7 @@ def data(source: Data) -> dict[str, Any]:
     most = max((number for _, number in source.entities), default=0) or 1
     entities = [(word, count(number), round(100 * number / most, 2)) for word, number in source.entities]
     return {
+        "listed": count(source.steps[0].rows_in) if source.steps else MISSING,
         "steps": [_step(step, widest) for step in source.steps],
         "entities": entities[:SHOWN_ENTITIES],
         "rest": entities[SHOWN_ENTITIES:],

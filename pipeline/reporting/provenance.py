@@ -1,10 +1,13 @@
-"""What git says: the commit of this checkout, and the metrics of another one."""
+"""Where results come from: this checkout's commit, the metrics of another one, the machine and its versions."""
 
+import platform
 import subprocess
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.artifacts.files import BadInput
+from pipeline.machine import Machine
 from pipeline.reporting.collect import Score, read_score
 
 METRICS = "reports/metrics"
@@ -71,3 +74,27 @@ def base(root: Path, revision: str) -> Base:
     if not scores and not problems:
         problems.append(f"The base {revision} ({short.strip()}) has no metrics, so no changes are shown.")
     return Base(revision=revision, short=short.strip(), scores=scores, problem=" ".join(problems))
+
+
+def environment(machine: Machine, cpuinfo: Path) -> dict[str, str]:
+    """Versions, processor and settings by name; `cpuinfo` is Linux's file of that name, absent elsewhere."""
+    facts = {"Python": platform.python_version()}
+    for package in ("torch", "timm", "open_clip_torch", "zarr", "dvc"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["Processor"] = _processor(cpuinfo)
+    facts["Device"] = machine.device
+    facts["Runner"] = f"{machine.runner}, {machine.workers} workers, {machine.threads} threads"
+    facts["System"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+    return facts
+
+
+def _processor(cpuinfo: Path) -> str:
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} logical cores" if names else platform.processor() or platform.machine()

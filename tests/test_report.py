@@ -1,0 +1,352 @@
+"""results.md, the README's table and what the reader makes of the files that stages leave."""
+
+import json
+import subprocess
+
+import pytest
+
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.manifest import Manifest, Row
+from pipeline.machine import Machine, defaults
+from pipeline.project import Project
+from pipeline.reporting.collect import collect, read_score, read_scores
+from pipeline.reporting.funnel import gather
+from pipeline.reporting.labels import change, clean, describe, duration, kind, method_title, size
+from pipeline.reporting.markdown import BEGIN, END, escape, results, results_table, seeds_table, update_readme
+from pipeline.reporting.provenance import base, environment, head
+
+
+def metrics(miou=0.3142, **changes):
+    values = {
+        "miou": miou,
+        "per_class": {"background": 0.8, "dog": 0.25, "kite": None},
+        "class_names": ["background", "dog", "kite"],
+        "aacc": 0.7,
+        "macc": 0.5,
+        "fg_accuracy": 0.51,
+        "oracle_majority": 0.59,
+        "constant_miou": 0.0812,
+        "protocol": "native",
+        "templates": ["a photo of a {}."],
+        "threshold": {"value": 0.42, "chosen_on": "tune split"},
+        "background": "max_probability",
+        "resize": {"short_side": 448},
+        "window": None,
+        "num_images": 300,
+        "model_digest": "ab" * 32,
+    }
+    return json.dumps(values | changes)
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def collected(root):
+    return collect(
+        metrics=root / "metrics", seeds=root / "seeds.json", curves=root / "curves", figures=root / "figures"
+    )
+
+
+def rows_of(table):
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line[:1] == "|"]
+
+
+def test_results_table_by_hand(tmp_path):
+    write(tmp_path / "sseg" / "scenes.json", metrics())
+    write(tmp_path / "sseg-untrained" / "scenes.json", metrics(0.0864))
+    write(tmp_path / "baseline-oracle" / "scenes.json", metrics(0.6312, threshold=None))
+    write(
+        tmp_path / "baseline-clip_patches" / "scenes.json",
+        metrics(0.2, oracle_majority=None, threshold={"value": None}),
+    )
+    write(tmp_path / "baseline-constant" / "scenes.json", metrics(0.0812, fg_accuracy=0))
+    rows = rows_of(results_table(read_scores(tmp_path)))
+    assert [row[:3] for row in rows[2:]] == [
+        ["S-Seg", "Generated scenes", "**31.4**"],  # best of what never saw the masks: the oracle's 63.1 is not
+        ["S-Seg, untrained", "Generated scenes", "8.6"],
+        ["CLIP patches", "Generated scenes", "20.0"],
+        ["Constant label", "Generated scenes", "8.1"],
+        ["Pseudo-mask oracle (upper bound)", "Generated scenes", "63.1"],
+    ]
+    assert rows[2][3:] == ["51.0", "59.0", "8.1", "0.42 (tune split)", "–"]
+    assert rows[4][4] == "–" and rows[4][6] == "–"
+
+
+def test_a_baseline_that_wins_is_marked_best(tmp_path):
+    write(tmp_path / "sseg" / "scenes.json", metrics(0.1))
+    write(tmp_path / "baseline-clip_patches" / "scenes.json", metrics(0.2))
+    table = results_table(read_scores(tmp_path))
+    assert "**20.0**" in table and "**10.0**" not in table
+
+
+def test_the_papers_figure_stands_beside_with_its_data_scale(tmp_path):
+    write(tmp_path / "sseg" / "voc.json", metrics(0.06))
+    table = results_table(read_scores(tmp_path))
+    assert rows_of(table)[2][-1] == "53.2 †"  # S-Seg, Table 2
+    assert "another data scale: S-Seg: 26M pairs" in table
+
+
+def test_no_scores_is_a_sentence():
+    assert "make repro" in results_table([])
+
+
+def test_results_are_a_function_of_the_inputs(tmp_path):
+    for method in ("sseg", "baseline-oracle"):
+        write(tmp_path / "metrics" / method / "scenes.json", metrics())
+    write(tmp_path / "seeds.json", json.dumps({"sseg": {"scenes": {"miou": [0.3, 0.4, 0.5]}}}))
+    texts = {results(collected(tmp_path), []) for _ in range(2)}
+    assert len(texts) == 1
+    text = texts.pop()
+    assert "| kite | – | – |" in text and "prompts a photo of a {}." in text
+    assert "| S-Seg | Generated scenes | 40.0 | 10.0 | 30.0, 40.0, 50.0 |" in text
+
+
+def test_deviation_needs_two_seeds():
+    assert rows_of(seeds_table({"sseg": {"scenes": [31.0]}}))[2][2:] == ["31.0", "–", "31.0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"miou": 0.3', "not JSON"),
+        ("[1, 2]", "not a metrics file"),
+        ('{"miou": 0.3, "class_names": ["a"]}', "no 'per_class'"),
+        (metrics(31.4), "expected a fraction"),
+        (metrics(float("nan")), "expected a fraction"),
+        (metrics(None), "miou is null"),
+        (metrics(per_class={"dog": "high"}), "expected a fraction"),
+        (metrics(threshold=0.4), "not a metrics file"),
+        (metrics(num_images="many"), "not a metrics file"),
+    ],
+)
+def test_a_corrupt_metrics_file_names_itself_and_the_remedy(tmp_path, text, problem):
+    path = write(tmp_path / "sseg" / "scenes.json", text)
+    with pytest.raises(BadInput) as caught:
+        read_scores(tmp_path)
+    assert str(path) in str(caught.value) and problem in str(caught.value) and "dvc repro" in str(caught.value)
+
+
+def test_metrics_that_are_not_utf8_name_the_file(tmp_path):
+    (tmp_path / "sseg").mkdir()
+    (tmp_path / "sseg" / "scenes.json").write_bytes(b'{"miou": "\xff"}')
+    with pytest.raises(BadInput, match=r"scenes\.json"):
+        read_scores(tmp_path)
+
+
+def test_an_unreadable_curve_or_panel_is_a_note(tmp_path):
+    write(tmp_path / "metrics" / "sseg" / "scenes.json", metrics())
+    write(tmp_path / "curves" / "torn.csv", "step,images,total\n1,2")
+    write(tmp_path / "curves" / "empty.csv", "")
+    write(tmp_path / "curves" / "sseg.csv", "step,images,total,lr,grad_norm\n1,64,4.5,0.001,nan\n")
+    write(tmp_path / "figures" / "sseg" / "scenes" / "panels.json", '{"classes": []}')
+    write(tmp_path / "figures" / "sseg" / "voc" / "panels.json", '{"classes": [], "colors": {"a": 3}, "panels": []}')
+    findings = collected(tmp_path)
+    assert [curve.run for curve in findings.curves] == ["sseg"] and not findings.panels
+    assert findings.curves[0].images == [64.0] and findings.curves[0].terms["total"] == [4.5]
+    for name in ("torn.csv", "empty.csv", "scenes/panels.json", "voc/panels.json"):
+        assert sum(name in note for note in findings.notes) == 1
+
+
+def test_corrupt_seeds_name_the_file(tmp_path):
+    write(tmp_path / "seeds.json", '{"sseg": {"scenes": [0.3]}}')
+    with pytest.raises(BadInput, match=r"seeds\.json"):
+        collected(tmp_path)
+
+
+def test_everything_absent_is_empty(tmp_path):
+    findings = collected(tmp_path)
+    assert not findings.scores and not findings.curves and not findings.panels and not findings.notes
+    assert "make repro" in results(findings, [])
+
+
+HOSTILE = "<script>alert(1)</script>|`x`\n**b** [l](u) \u202eevil & قطة 🐕"
+
+
+def test_markdown_cells_hold_no_markup():
+    cell = escape(HOSTILE)
+    assert "<" not in cell and "\n" not in cell and "\u202e" not in cell
+    assert r"\|" in cell and r"\`x\`" in cell and r"\*\*b\*\*" in cell and r"\[l\](u)" in cell and "&amp;" in cell
+    assert "قطة 🐕" in cell
+
+
+def test_a_hostile_class_name_keeps_the_table_whole(tmp_path):
+    name = HOSTILE
+    text = metrics(class_names=["background", name], per_class={"background": 0.5, name: 0.25})
+    write(tmp_path / "metrics" / "sseg" / "scenes.json", text)
+    lines = [line for line in results(collected(tmp_path), []).splitlines() if "alert" in line]
+    assert len(lines) == 1 and lines[0].endswith("| 25.0 |") and "<script" not in lines[0]
+
+
+def test_clean_leaves_languages_and_removes_tricks():
+    assert clean("a\tb\r\nc") == "a b c"
+    assert clean("x\u202ey\u2066z\x00\ud800") == "x\ufffdy\ufffdz\ufffd\ufffd"
+    assert clean("قطة 🐕‍🦺 e\u0301") == "قطة 🐕‍🦺 e\u0301"
+
+
+def test_words_for_numbers():
+    assert [change(v) for v in (0.04, -0.04, 1.26, -1.26, None)] == ["±0.0", "±0.0", "+1.3", "−1.3", "–"]
+    assert [size(v) for v in (0, 999, 999_600, 1_234_567, 5e12)] == ["0 B", "999 B", "1 MB", "1.23 MB", "5 TB"]
+    assert [duration(v) for v in (0.04, 9.96, 59.6, 3599, 7500)] == [
+        "0.0 s",
+        "10 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "2 h 05 min",
+    ]
+    assert describe({"b": None, "a": [1, 2.5]}) == "a 1 / 2.5, b none"
+    assert describe(["x {}"] * 9) == "9 of them, first x {}"
+
+
+def test_kinds_and_titles_of_names_nobody_listed():
+    assert [kind(n) for n in ("scg", "sseg-untrained", "baseline-constant", "baseline-oracle")] == [
+        "method",
+        "untrained",
+        "baseline",
+        "bound",
+    ]
+    assert method_title("mymethod-untrained") == "mymethod, untrained"
+    assert method_title("baseline-mean_shift") == "mean shift"
+
+
+def test_readme_is_rewritten_between_the_markers_only(tmp_path):
+    path = write(tmp_path / "README.md", f"# A\n\n{BEGIN}\nold\n{END}\n\ntail\n")
+    assert update_readme(path, "| new |")
+    assert path.read_text() == f"# A\n\n{BEGIN}\n| new |\n{END}\n\ntail\n"
+    before = path.stat().st_mtime_ns
+    assert not update_readme(path, "| new |")
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("text", ["none", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{BEGIN}\n{END}\n"])
+def test_readme_without_one_pair_of_markers_is_refused(tmp_path, text):
+    path = write(tmp_path / "README.md", text)
+    with pytest.raises(BadInput, match="results:begin"):
+        update_readme(path, "x")
+    assert path.read_text() == text
+
+
+def project(root):
+    return Project(root, {}, Machine(**defaults()))
+
+
+def add_stage(root, stage, shards, details):
+    checkout, rows = project(root), []
+    for number, ((rows_in, rows_out), detail) in enumerate(zip(shards, details, strict=True)):
+        key = f"{number:064x}"
+        counts = {"rows_in": rows_in, "rows": rows_out, "failed": rows_in - rows_out, "detail": detail}
+        write(checkout.store.folder(stage, key) / "payload.json", json.dumps({"counts": counts}))
+        rows.append(Row(f"{number:05d}", key, rows_in, rows_out, 100, "0" * 64))
+    checkout.manifest_path(stage).parent.mkdir(parents=True, exist_ok=True)
+    Manifest(stage, rows).write(checkout.manifest_path(stage))
+
+
+def test_funnel_by_hand(tmp_path):
+    add_stage(tmp_path, "download", [(10, 8), (10, 9)], [{"404": 1, "html": 1}, {"404": 1}])
+    add_stage(tmp_path, "filter", [(8, 4), (9, 5)], [{"no_entity": 4}, {"no_entity": 4}])
+    download, kept = gather(project(tmp_path)).steps
+    assert (download.rows_in, download.rows, download.size, download.reasons) == (20, 17, 200, {"404": 2, "html": 1})
+    assert (kept.rows_in, kept.rows, kept.reasons) == (17, 9, {"no_entity": 8})
+    text = results(collected(tmp_path), [download, kept])
+    assert "| downloaded | 20 | 17 | 404 2; html 1 |" in text
+
+
+def test_a_payload_that_is_gone_loses_its_reasons_only(tmp_path):
+    add_stage(tmp_path, "download", [(10, 8)], [{"404": 2}])
+    (project(tmp_path).store.folder("download", "0" * 64) / "payload.json").unlink()
+    step = gather(project(tmp_path)).steps[0]
+    assert (step.rows, step.reasons) == (8, {})
+
+
+def test_a_corrupt_manifest_is_a_note(tmp_path):
+    write(project(tmp_path).manifest_path("filter"), "{")
+    data = gather(project(tmp_path))
+    assert not data.steps and "filter.json" in data.notes[0]
+
+
+def test_entities_most_frequent_first(tmp_path):
+    add_stage(tmp_path, "index", [(9, 9)], [{}])
+    folder = project(tmp_path).store.folder("index", "0" * 64)
+    write(folder / "vocabulary.json", json.dumps({"classes": ["cat", "dog"], "counts": [2, 7]}))
+    assert gather(project(tmp_path)).entities == [("dog", 7), ("cat", 2)]
+    write(folder / "vocabulary.json", "[")
+    data = gather(project(tmp_path))
+    assert data.entities == [] and "Entity counts are not shown" in data.notes[0]
+
+
+def test_the_last_run_that_computed_is_shown(tmp_path):
+    run = {"stage": "features", "seconds": 31.5, "computed": 2, "reused": 0, "rows": 5, "bytes": 7, "finished": "t"}
+    lines = [run, run | {"seconds": 0.1, "computed": 0, "reused": 2}]
+    write(tmp_path / "logs" / "features.jsonl", "\n".join(map(json.dumps, lines)) + '\n{"stage": "fea')
+    data = gather(project(tmp_path))
+    assert [(r.seconds, r.computed) for r in data.runs] == [(31.5, 2)]
+    assert "features.jsonl: 1 unreadable line" in data.notes[0]
+
+
+def test_a_resumed_training_counts_its_own_time_only(tmp_path):
+    lines = [
+        {"time": 0.0, "event": "start", "images": 0},  # an older run: not counted
+        {"time": 9.0, "event": "row", "images": 10, "data_wait": 0.0},
+        {"time": 100.0, "event": "start", "images": 0},
+        {"time": 110.0, "event": "row", "images": 300, "data_wait": 0.1},
+        {"time": 500.0, "event": "start", "images": 200},  # resumed from an older checkpoint
+        {"time": 520.0, "event": "row", "images": 900, "data_wait": 0.1},
+    ]
+    write(tmp_path / "logs" / "sseg.jsonl", "\n".join(map(json.dumps, lines)))
+    (training,) = gather(project(tmp_path)).trainings
+    assert training.run == "sseg" and training.seconds == 30.0
+    assert training.images_per_second == pytest.approx((300 + 700) / 30)
+    assert training.waiting == pytest.approx(0.1)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository in which the project is a sub-folder, with one committed score."""
+
+    def git(*arguments):
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments], check=True
+        )
+
+    git("init", "-q")
+    root = tmp_path / "project"
+    write(root / "reports" / "metrics" / "sseg" / "scenes.json", metrics(0.30))
+    write(root / "reports" / "metrics" / "sseg" / "torn.json", "{")
+    git("add", ".")
+    git("commit", "-qm", "first\tcommit")
+    return root
+
+
+def test_base_reads_another_commits_metrics(checkout):
+    write(checkout / "reports" / "metrics" / "sseg" / "scenes.json", metrics(0.35))
+    found = base(checkout, "HEAD")
+    assert found.scores["sseg", "scenes"].miou == pytest.approx(30.0)
+    assert "torn.json" in found.problem and found.short
+    commit = head(checkout)
+    assert commit is not None and commit.dirty and commit.short == found.short and commit.subject == "first\tcommit"
+
+
+@pytest.mark.parametrize("revision", ["", "nowhere", "--all", "HEAD~9"])
+def test_an_unusable_base_says_so(checkout, revision):
+    found = base(checkout, revision)
+    assert not found.scores and "no changes are shown" in found.problem
+
+
+def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert head(tmp_path) is None and "not a commit" in base(tmp_path, "HEAD").problem
+
+
+def test_environment_names_versions_and_processor(tmp_path):
+    cpuinfo = write(tmp_path / "cpuinfo", "model name\t: Fast 9000\nflags\t: a\nmodel name\t: Fast 9000\n")
+    facts = environment(Machine(**defaults()), cpuinfo)
+    assert facts["Processor"] == "Fast 9000, 2 logical cores" and facts["torch"].startswith("2.")
+    assert environment(Machine(**defaults()), tmp_path / "absent")["Processor"]
+
+
+def test_reading_a_score_from_text_scales_to_percent():
+    score = read_score("sseg", "scenes", metrics(), "x")
+    assert (score.miou, score.oracle, score.oracle_best) == (pytest.approx(31.42), pytest.approx(59.0), None)
+    assert score.per_class == {"background": 80.0, "dog": 25.0, "kite": None}
