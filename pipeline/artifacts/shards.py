@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.artifacts.files import BadInput, atomic_json, read_json
 from pipeline.artifacts.tars import index_tar, write_tar
@@ -116,7 +116,7 @@ def read_rows(path: Path) -> pa.Table:
         BadInput: absent, torn, or columns of `SCHEMA` missing or of another type.
     """
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.ParquetFile(path).read()  # read_table takes `a=b` in a path for a column
     except FileNotFoundError:
         raise BadInput(path, "no such file", _REPAIR) from None
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
@@ -181,7 +181,19 @@ def decode_rgb(data: bytes, name: str = "image") -> UInt8[np.ndarray, "height wi
     except (BadInput, MemoryError):
         raise
     except Exception as error:  # Pillow lets errors of a dozen types out of its parsers
-        raise BadInput(name, f"not a readable image ({error})", remedy) from error
+        raise BadInput(name, _what_is_wrong(data, error), remedy) from error
+
+
+def _what_is_wrong(data: bytes, error: Exception) -> str:
+    """The same words for the same fault: they are counted, and stand in files that two runs must write alike."""
+    if not data:
+        return "not a readable image (empty file)"
+    if isinstance(error, UnidentifiedImageError):
+        page = data[:1024].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body"))
+        return f"not a readable image ({'a web page' if page else 'unknown format'})"
+    if "truncated" in str(error).lower():
+        return "not a readable image (cut off)"
+    return f"not a readable image ({error})"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

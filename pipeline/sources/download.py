@@ -1,0 +1,165 @@
+"""Stage `download`: lists of links to shards of images, a row with a status for every link.
+
+A task is one slice of a list; `fetching` runs it through img2dataset. Links of generated scenes are served on loopback
+and really downloaded; folders of images take the same path without a server.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.artifacts.files import CorruptPayload
+from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, make_uid, read_rows, write_shard
+from pipeline.artifacts.tars import index_tar
+from pipeline.engine import Counts, ShardStage, Task
+from pipeline.machine import Machine
+from pipeline.params import Range, plain
+from pipeline.project import Project
+from pipeline.sources import web
+from pipeline.sources.annotations import Annotations, Layout, Slice, cut, read_slice
+from pipeline.sources.fetching import MAX_ROWS, Fetch, Link, Stored, fetch
+from pipeline.sources.loopback import SceneServer
+from pipeline.sources.scenes.stage import VAL
+
+_STAGING = ".staging"
+_REASONS = 50  # kinds of failure that are counted apart
+_CHECKED = 16  # images of a shard that are decoded when it is read back
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The params block `download`. Paths are relative to the checkout, or absolute."""
+
+    source: Literal["scenes", "urls", "flickr8k", "coco_captions"]
+    annotations: str
+    images: str
+    layout: Layout
+    url_column: str
+    caption_column: str
+    limit: Annotated[int, Range(1)] | None
+    rows_per_shard: Annotated[int, Range(1, MAX_ROWS)]
+    stored: Stored
+    fetch: Fetch
+
+
+class _Job(NamedTuple):
+    """A task's arguments: the scenes payload, or a slice of a list."""
+
+    config: Config
+    scenes: Path | None
+    annotations: Annotations | None
+    part: Slice | None
+
+
+def tasks(project: Project) -> list[Task]:
+    """A task per slice of the list, or per train shard of scenes.
+
+    Raises:
+        BadInput: the list or the folder is not there, or a scenes payload is missing.
+    """
+    config = project.config("download", Config)
+    common = {"source": config.source, "stored": plain(config.stored)}
+    if config.source == "scenes":
+        return [
+            Task(
+                shard=row.shard,
+                fields={**common, "shard": row.shard, "input": row.out},
+                args=_Job(config, folder, None, None),
+                rows=row.rows,
+            )
+            for row, folder in project.inputs("scenes")
+            if row.shard != VAL
+        ]
+    annotations = Annotations(
+        path=project.path(config.annotations),
+        kind=config.source,
+        layout=config.layout,
+        url_column=config.url_column,
+        caption_column=config.caption_column,
+        images=None if config.source == "urls" else project.path(config.images),
+    )
+    return [
+        Task(
+            shard=f"{number:05d}",
+            fields={**common, "shard": f"{number:05d}", "input": part.digest},
+            args=_Job(config, None, annotations, part),
+            rows=part.rows,
+        )
+        for number, part in zip(count(), cut(annotations, config.rows_per_shard, config.limit), strict=False)
+    ]
+
+
+def compute(task: Task, folder: Path, machine: Machine) -> Counts:
+    """Downloads one slice and publishes what was read back of it.
+
+    Raises:
+        OSError: not one link could be reached: the network is at fault, not the links.
+    """
+    config: Config = task.args.config
+    staging = folder / _STAGING
+    staging.mkdir()
+    with _links(task.args) as (links, local, images):
+        got = fetch(int(task.shard), links, config.stored, config.fetch, staging, local=local, folder=images)
+    if config.source == "urls":
+        _require_network(got.rows)
+    rows = [{**row, "uid": make_uid(config.source, row["url"], row["caption"])} for row in got.rows]
+    write_shard(folder, task.shard, rows, got.image)
+    shutil.rmtree(staging)
+    done = sum(row["status"] == SUCCESS for row in rows)
+    return Counts(rows_in=task.rows, rows=done, failed=len(rows) - done, detail=_reasons(rows))
+
+
+@contextmanager
+def _links(job: _Job) -> Iterator[tuple[list[Link], str, Path | None]]:
+    """A slice's links, with the private host and the folder that may be asked for them while the context lasts."""
+    if job.scenes is not None:
+        table = pq.read_table(job.scenes / "rows.parquet", columns=["url", "caption"])
+        with SceneServer(job.scenes) as server:
+            pairs = zip(table["url"].to_pylist(), table["caption"].to_pylist(), strict=True)
+            yield [Link(*pair, server.address(row)) for row, pair in enumerate(pairs)], server.host, None
+        return
+    assert job.annotations is not None and job.part is not None
+    pairs = read_slice(job.annotations, job.part)
+    images = job.annotations.images
+    yield [Link(url, text, web.folder_address(url) if images else url) for url, text in pairs], "", images
+
+
+def _require_network(rows: list[dict[str, Any]]) -> None:
+    errors = [row["error_message"] or "" for row in rows]
+    if rows and all(error.startswith("<urlopen error") for error in errors):
+        raise OSError(f"none of {len(rows)} links could be reached ({errors[-1]}): is there a network?")
+
+
+def _reasons(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Failed rows by status and message, the rare messages together."""
+    failed = Counter(f"{row['status']}: {row['error_message']}" for row in rows if row["status"] != SUCCESS)
+    common = dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))[:_REASONS])
+    rest = failed.total() - sum(common.values())
+    return {**common, **({"other": rest} if rest else {})}
+
+
+def check(folder: Path, counts: Counts) -> None:
+    """Reads a shard back: keys, rows, and the pixels of some images."""
+    name = next(folder.glob("*.parquet")).stem
+    rows, shard = read_rows(folder / f"{name}.parquet"), Shard.open(folder, name)
+    if (rows.num_rows, len(shard)) != (counts.rows_in, counts.rows):
+        raise CorruptPayload(folder, f"{rows.num_rows} rows and {len(shard)} images for {counts}")
+    if len(index_tar(shard.path)) != 3 * len(shard):
+        raise CorruptPayload(shard.path, "a sample is not an image, a caption and a record")
+    for row in np.unique(np.linspace(0, len(shard) - 1, _CHECKED).astype(int)) if len(shard) else ():
+        sample = shard.table.slice(int(row), 1).to_pylist()[0]
+        shape = decode_rgb(shard.image_bytes(sample["key"]), sample["key"]).shape
+        if shape != (sample["height"], sample["width"], 3):
+            raise CorruptPayload(shard.path, f"{sample['key']} is {shape}, not as its row says")
+    shard.close()
+
+
+STAGE = ShardStage(name="download", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check)

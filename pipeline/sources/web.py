@@ -1,0 +1,243 @@
+"""What a request to an untrusted address may do: an opener for urllib, which img2dataset downloads with.
+
+Only http and https are spoken, and only with public addresses: a link or a redirect into the private network is refused
+once the name is resolved. A body has a limit in bytes and a deadline in seconds; the user agent says who is asking.
+"""
+
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FOLDER_SCHEME = "folder"
+_CHUNK = 1 << 16
+
+
+class Refused(urllib.error.URLError):
+    """A request that policy forbids; str() is the reason."""
+
+    def __str__(self) -> str:
+        return str(self.reason)
+
+
+def build_opener(
+    *, user_agent: str, max_bytes: int, deadline: float, local: str = "", folder: Path | None = None
+) -> tuple[urllib.request.OpenerDirector, threading.Event]:
+    """An opener, and an event that makes it refuse everything from then on.
+
+    Args:
+        max_bytes: of a body.
+        deadline: seconds for a body to arrive.
+        local: the one `host:port` that is allowed though it is private; then no proxy is used.
+        folder: where addresses `folder:///<name>` are looked up.
+    """
+    stop = threading.Event()
+    opener = urllib.request.OpenerDirector()
+    handlers: list[urllib.request.BaseHandler] = [
+        urllib.request.ProxyHandler({} if local else None),
+        urllib.request.UnknownHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _PublicHTTP(local),
+        _PublicHTTPS(),
+        _Policy(user_agent, max_bytes, deadline, stop),
+    ]
+    if folder is not None:
+        handlers.append(_Folder(folder))
+    for handler in handlers:
+        opener.add_handler(handler)
+    opener.addheaders = []
+    return opener, stop
+
+
+@contextmanager
+def installed(opener: urllib.request.OpenerDirector) -> Iterator[None]:
+    """Makes it the one that `urllib.request.urlopen` uses in this process."""
+    urllib.request.install_opener(opener)
+    try:
+        yield
+    finally:
+        urllib.request.install_opener(None)  # type: ignore[arg-type]  # None brings the default back
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one that anybody on the internet could reach."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    mapped = getattr(ip, "ipv4_mapped", None)
+    ip = mapped or ip
+    return ip.is_global and not ip.is_multicast
+
+
+class _PublicHTTP(urllib.request.HTTPHandler):
+    def __init__(self, local: str) -> None:
+        super().__init__()
+        self._local = local
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        if request.has_proxy():
+            _refuse_private_name(request.full_url)
+            return self.do_open(http.client.HTTPConnection, request)
+        allowed = bool(self._local) and request.host == self._local
+        return self.do_open(http.client.HTTPConnection if allowed else _PublicConnection, request)
+
+
+class _PublicHTTPS(urllib.request.HTTPSHandler):
+    def __init__(self) -> None:
+        # One for all connections: reading the certificates costs 20 ms.
+        self._certificates = ssl.create_default_context()
+        super().__init__(context=self._certificates)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        if getattr(request, "_tunnel_host", None):
+            _refuse_private_name(request.full_url)
+            return self._open(http.client.HTTPSConnection, request)
+        return self._open(_PublicSecureConnection, request)
+
+    def _open(self, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(kind, request, context=self._certificates)
+
+
+def _connect_public(address: tuple[str, int], timeout: Any, source_address: Any) -> socket.socket:
+    """As socket.create_connection, but only to public addresses of the name: checked is what is connected to."""
+    host, port = address
+    error: OSError = Refused(f"refused: {host} has no address")
+    for family, kind, protocol, _, place in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        if not is_public(str(place[0])):
+            error = Refused(f"refused: {host} is a private address")
+            continue
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(place)
+            return connection
+        except OSError as failure:
+            connection.close()
+            error = failure
+    raise error
+
+
+class _PublicConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = _connect_public((self.host, self.port), self.timeout, None)
+
+
+class _PublicSecureConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        plain = _connect_public((self.host, self.port), self.timeout, None)
+        self.sock = self._context.wrap_socket(plain, server_hostname=self.host)  # type: ignore[attr-defined]
+
+
+def _refuse_private_name(url: str) -> None:
+    """Behind a proxy the name is resolved elsewhere: what can be told from the name itself is refused."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        private = not is_public(host)
+    except ValueError:
+        private = host == "localhost" or host.endswith((".localhost", ".local", ".internal"))
+    if private:
+        raise Refused(f"refused: {host} is a private address")
+
+
+class _Policy(urllib.request.BaseHandler):
+    """Names us in every request, and bounds every body."""
+
+    handler_order = 400  # before urllib's own processors, which read the bodies of redirects
+
+    def __init__(self, user_agent: str, max_bytes: int, deadline: float, stop: threading.Event) -> None:
+        self._user_agent, self._max_bytes, self._deadline, self._stop = user_agent, max_bytes, deadline, stop
+
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        if self._stop.is_set():
+            raise Refused("the download was stopped")
+        request.add_header("User-agent", self._user_agent)
+        return request
+
+    def http_response(self, request: urllib.request.Request, response: Any) -> "_Bounded":
+        return _Bounded(response, self._max_bytes, self._deadline)
+
+    https_request, https_response = http_request, http_response
+
+
+class _Bounded:
+    """A response whose body is read whole, in time, and not beyond a size."""
+
+    def __init__(self, response: Any, max_bytes: int, deadline: float) -> None:
+        self._response, self._max_bytes, self._until = response, max_bytes, time.monotonic() + deadline
+        self.headers = response.headers
+        self.code, self.msg = getattr(response, "code", 200), getattr(response, "msg", "")
+
+    def info(self) -> http.client.HTTPMessage:
+        """The headers, as urllib asks for them."""
+        return self.headers
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._response.close()
+
+    def __enter__(self) -> "_Bounded":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self) -> bytes:
+        """The body.
+
+        Raises:
+            Refused: it is too large, or too slow.
+        """
+        body = io.BytesIO()
+        while chunk := self._response.read1(_CHUNK):
+            body.write(chunk)
+            if body.tell() > self._max_bytes:
+                raise Refused(f"more than {self._max_bytes} bytes")
+            if time.monotonic() > self._until:
+                raise Refused("too slow")
+        declared = self.headers.get("Content-Length")
+        if declared is not None and declared.isdigit() and body.tell() < int(declared):
+            raise Refused(f"cut off at {body.tell()} of {declared} bytes")
+        return body.getvalue()
+
+
+class _Folder(urllib.request.BaseHandler):
+    """`folder:///<name>` is a file below one folder, and nothing outside it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+
+    def folder_open(self, request: urllib.request.Request) -> "_Bounded":
+        name = urllib.parse.unquote(urllib.parse.urlsplit(request.full_url).path).removeprefix("/")
+        path = (self._root / name).resolve()
+        if not path.is_relative_to(self._root):
+            raise Refused(f"refused: {name} lies outside the folder")
+        if not path.is_file():
+            raise Refused("no such file in the folder")
+        return _Bounded(_File(path), path.stat().st_size, float("inf"))
+
+
+class _File(io.FileIO):
+    """A file with a response's headers."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.headers = http.client.HTTPMessage()
+
+    def read1(self, size: int) -> bytes:
+        """Up to `size` bytes."""
+        return self.read(size) or b""
+
+
+def folder_address(name: str) -> str:
+    """The address of a file in the opener's folder."""
+    return f"{FOLDER_SCHEME}:///{urllib.parse.quote(name)}"
