@@ -1,9 +1,18 @@
-"""Reads one module of an installed package without importing the package around it."""
+"""Files and single modules of an installed package, without importing the package around them."""
 
 import importlib.util
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+
+def folder(package: str) -> Path:
+    """Where the package is installed. Raises ModuleNotFoundError when it is not."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise ModuleNotFoundError(f"{package} is not installed: run `make setup`", name=package)
+    return Path(folders[0])
 
 
 @cache
@@ -13,11 +22,7 @@ def module(package: str, name: str) -> ModuleType:
     `import open_clip` takes seconds (timm, transformers); its tokenizer and its prompt templates need neither.
     Raises ModuleNotFoundError when the package is not installed or has no such file.
     """
-    spec = importlib.util.find_spec(package)
-    folders = spec.submodule_search_locations if spec else None
-    if not folders:
-        raise ModuleNotFoundError(f"{package} is not installed: run `make setup`", name=package)
-    path = Path(folders[0]) / f"{name}.py"
+    path = folder(package) / f"{name}.py"
     if not path.is_file():
         raise ModuleNotFoundError(f"{package} has no {name}.py: the version in requirements.lock has", name=package)
     alone = importlib.util.spec_from_file_location(f"{package}_{name}_alone", path)

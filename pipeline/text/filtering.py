@@ -1,0 +1,242 @@
+"""The `filter` and `index` stages: what each caption says, which samples are kept and why, who names which entity.
+
+A payload of `filter` is one table, rows.parquet, with a row per downloaded sample in key order; rejected samples stay in
+it with their reason. Images are not touched. Duplicates are found within a shard: a shard's verdicts then depend on that
+shard alone, and adding shards recomputes none. The same sample in two shards is kept twice.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import params
+from pipeline.artifacts.files import CorruptPayload, digest
+from pipeline.artifacts.shards import SUCCESS, read_rows
+from pipeline.artifacts.tables import read_table, write_table
+from pipeline.engine import Counts, ShardStage, Task
+from pipeline.machine import Machine
+from pipeline.params import Range
+from pipeline.project import Project
+from pipeline.text import entities, tagging
+from pipeline.text.entities import Annotation, Annotator, Mode, Ragged, Vocabulary
+from pipeline.text.index import EntityIndex, check_index, write_index
+
+__all__ = ["INDEX", "SCHEMA", "STAGE", "Config", "EntityIndex", "kept"]
+
+KEPT, REJECTED = "kept", "rejected"
+# reason: "" for kept rows; entities: classes of the vocabulary; nouns: lower-case singulars.
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("uid", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("nouns", pa.list_(pa.string())),
+        ("entities", pa.list_(pa.int16())),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Block `filter`.
+
+    Attributes:
+        vocabulary: "cc4m", or the path of a JSON file of its form.
+        mode: "exact": a word of the vocabulary letter by letter (CC4M's rule); "noun": tagged as a noun, in any case and
+            number.
+        tagger: "nltk", "textblob", or "auto": nltk's where its data is on this machine, TextBlob's otherwise.
+        min_words, max_words: bounds on the words of a caption; of several captions one within them is enough.
+        require_entity: reject samples whose captions name no entity.
+        duplicates: what makes a later sample of the shard a duplicate of an earlier one: "pair" is the same image
+            bytes and captions, "image" and "caption" one of them, "keep" nothing.
+    """
+
+    vocabulary: str
+    mode: Mode
+    tagger: tagging.Choice
+    min_words: Annotated[int, Range(0)]
+    max_words: Annotated[int, Range(1)]
+    require_entity: bool
+    duplicates: Literal["keep", "pair", "image", "caption"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Args:
+    folder: Path
+    config: Config
+    vocabulary: Vocabulary
+    tagger: tagging.Source
+
+
+def kept(folder: Path) -> pa.Table:
+    """The kept rows of a `filter` payload, in key order: key, uid, nouns, entities."""
+    table = read_table(folder / "rows.parquet", SCHEMA)
+    return table.filter(pc.equal(table["status"], KEPT)).drop_columns(["status", "reason"])
+
+
+def _vocabulary(project: Project, name: str) -> Vocabulary:
+    return Vocabulary.read(project.path(name)) if name.endswith(".json") else entities.vocabulary(name)
+
+
+def _tasks(project: Project) -> list[Task]:
+    config = project.config("filter", Config)
+    vocabulary = _vocabulary(project, config.vocabulary)
+    source = tagging.resolve(config.tagger)
+    settings = {
+        **params.plain(config),
+        "vocabulary": digest([vocabulary.words, vocabulary.classes, vocabulary.class_of]),
+        "tagger": source.name,
+        "tagger_data": source.digest,
+    }
+    return [
+        Task(
+            shard=row.shard,
+            fields={"input": row.out, "params": settings},
+            args=_Args(folder, config, vocabulary, source),
+            rows=row.rows,
+        )
+        for row, folder in project.inputs("download")
+    ]
+
+
+def _compute(task: Task, out: Path, machine: Machine) -> Counts:
+    args: _Args = task.args
+    rows = read_rows(args.folder / f"{task.shard}.parquet")
+    rows = rows.filter(pc.equal(rows["status"], SUCCESS)).sort_by("key")
+    captions = _texts(rows["caption"])
+    annotator = Annotator(args.vocabulary, args.config.mode, tagging.load(args.tagger, args.vocabulary.nouns))
+    reasons: list[str] = []
+    nouns, classes = [], []
+    for start in range(0, len(captions), entities.BATCH):
+        batch = captions[start : start + entities.BATCH]
+        said = annotator(batch)
+        reasons += _judge(batch, said, args.config)
+        nouns.append(said.nouns)
+        classes.append(said.entities)
+    _mark_duplicates(reasons, captions, rows["sha256"].to_pylist(), args.config.duplicates)
+    lemmas = pa.array(list(annotator.lemmas), pa.string())
+    table = pa.table(
+        {
+            "key": rows["key"],
+            "uid": rows["uid"],
+            "status": [REJECTED if reason else KEPT for reason in reasons],
+            "reason": reasons,
+            "nouns": _lists(nouns, lambda values: lemmas.take(pa.array(values, pa.int32()))),
+            "entities": _lists(classes, lambda values: pa.array(values, pa.int16())),
+        },
+        schema=SCHEMA,
+    )
+    write_table(out / "rows.parquet", table)
+    why = Counter(reason for reason in reasons if reason)
+    detail = {f"reason: {reason}": count for reason, count in sorted(why.items())}
+    detail[f"tagger: {args.tagger.name}"] = len(reasons)
+    failed = sum(why.values())
+    return Counts(rows_in=len(reasons), rows=len(reasons) - failed, failed=failed, detail=detail)
+
+
+def _texts(captions: pa.ChunkedArray) -> list[str]:
+    """Captions as text whatever the bytes: null is empty, what is not UTF-8 becomes U+FFFD."""
+    return [(data or b"").decode("utf-8", "replace") for data in captions.cast(pa.binary()).to_pylist()]
+
+
+def _judge(captions: Sequence[str], said: Annotation, config: Config) -> list[str]:
+    """Why each row is rejected; "" for the others."""
+    named = np.diff(said.entities.offsets)
+    reasons = []
+    for caption, fewest, most, entities_named in zip(
+        captions, said.fewest_words.tolist(), said.most_words.tolist(), named.tolist(), strict=True
+    ):
+        if not caption.strip():
+            reasons.append("empty")
+        elif most == 0:
+            reasons.append("not_text")
+        elif most < config.min_words:
+            reasons.append("too_short")
+        elif fewest > config.max_words:
+            reasons.append("too_long")
+        elif config.require_entity and not entities_named:
+            reasons.append("no_entity")
+        else:
+            reasons.append("")
+    return reasons
+
+
+def _mark_duplicates(reasons: list[str], captions: Sequence[str], images: Sequence[str], rule: str) -> None:
+    """Reject every row that repeats an earlier kept one."""
+    if rule == "keep":
+        return
+    seen = set()
+    for at, (caption, image) in enumerate(zip(captions, images, strict=True)):
+        mark = {"pair": (image, caption), "image": image, "caption": caption}[rule]
+        if not reasons[at] and mark in seen:
+            reasons[at] = "duplicate"
+        elif not reasons[at]:
+            seen.add(mark)
+
+
+def _lists(parts: list[Ragged], values) -> pa.ListArray:
+    """The batches' lists as one column."""
+    lengths = np.concatenate([[0], *(np.diff(part.offsets) for part in parts)])
+    flat = np.concatenate([np.zeros(0, dtype=np.int64), *(part.values for part in parts)])
+    return pa.ListArray.from_arrays(pa.array(np.cumsum(lengths), pa.int32()), values(flat))
+
+
+def _check(folder: Path, counts: Counts) -> None:
+    path = folder / "rows.parquet"
+    table = read_table(path, SCHEMA)
+    keys = table["key"].to_pylist()
+    if table.num_rows != counts.rows_in or kept(folder).num_rows != counts.rows:
+        raise CorruptPayload(path, f"{table.num_rows} rows where {counts.rows_in} went in and {counts.rows} are kept")
+    if keys != sorted(set(keys)):
+        raise CorruptPayload(path, "keys are not in order, or repeat")
+    if pc.any(pc.xor(pc.equal(table["status"], REJECTED), pc.not_equal(table["reason"], ""))).as_py():
+        raise CorruptPayload(path, "a rejected row without a reason, or a kept one with")
+
+
+STAGE = ShardStage(name="filter", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check)
+
+
+@dataclass(frozen=True, slots=True)
+class _IndexArgs:
+    shards: tuple[str, ...]
+    folders: tuple[Path, ...]
+    vocabulary: Vocabulary
+
+
+def _index_tasks(project: Project) -> list[Task]:
+    vocabulary = _vocabulary(project, project.config("filter", Config).vocabulary)
+    inputs = project.inputs("filter")
+    return [
+        Task(
+            shard="index",
+            fields={"inputs": [[row.shard, row.out] for row, _ in inputs], "classes": list(vocabulary.classes)},
+            args=_IndexArgs(tuple(row.shard for row, _ in inputs), tuple(folder for _, folder in inputs), vocabulary),
+            rows=sum(row.rows for row, _ in inputs),
+        )
+    ]
+
+
+def _index_compute(task: Task, out: Path, machine: Machine) -> Counts:
+    args: _IndexArgs = task.args
+
+    def named(position: int) -> Ragged:
+        column = kept(args.folders[position])["entities"].combine_chunks()
+        offsets = column.offsets.to_numpy()
+        return Ragged(column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    rows, mentions = write_index(out, args.vocabulary, args.shards, named)
+    return Counts(rows_in=rows, rows=rows, failed=0, detail={"mentions": mentions})
+
+
+def _index_check(folder: Path, counts: Counts) -> None:
+    check_index(folder, counts.rows)
+
+
+INDEX = ShardStage(name="index", schema=1, code_tag=1, tasks=_index_tasks, compute=_index_compute, check=_index_check)
