@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -74,7 +75,7 @@ class Shard:
             BadInput: a file is absent, torn or of another layout, or the tar's keys are not the table's successes.
         """
         rows = read_rows(folder / f"{name}.parquet")
-        table = rows.filter(pa.compute.equal(rows["status"], SUCCESS))  # type: ignore[attr-defined]
+        table = rows.filter(pc.field("status") == SUCCESS)
         table = table.select(["key", "uid", "caption", "width", "height"]).sort_by("key").combine_chunks()
         path = folder / f"{name}.tar"
         index = index_tar(path)
