@@ -1,0 +1,57 @@
+"""The default run over several seeds: mean and deviation of every mIoU, into reports/seeds.json.
+
+Each seed rebuilds the `scenes` profile in a clone of HEAD, from the encoders on with that seed; a single run on such
+small data says little about a difference of two points.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.artifacts.files import atomic_json
+
+REPO = Path(__file__).resolve().parent.parent
+SEEDED = ("encoders.dino.optimisation.seed", "encoders.clip.optimisation.seed", "train.sseg.optimisation.seed")
+
+
+def metrics_of(seed: int, work: Path) -> dict[str, dict]:
+    """Metrics by `method/benchmark` of a full run with that seed, in a clone below `work`."""
+    clone = work / f"seed-{seed}"
+    if not clone.exists():
+        subprocess.run(["git", "clone", "--quiet", str(REPO), str(clone)], check=True)
+    settings = [argument for name in SEEDED for argument in ("-S", f"{name}={seed}")]
+    subprocess.run([sys.executable, "-m", "pipeline.cli", "profile", "use", "scenes", *settings], cwd=clone, check=True)
+    subprocess.run(["dvc", "repro", "evaluate"], cwd=clone, check=True)
+    folder = clone / "reports" / "metrics"
+    return {str(p.relative_to(folder).with_suffix("")): json.loads(p.read_text()) for p in folder.rglob("*.json")}
+
+
+def main() -> None:
+    """Run the seeds and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, default=REPO.parent / "tessera-seeds", help="folder for the clones; kept")
+    arguments = parser.parse_args()
+    runs = [metrics_of(seed, arguments.work) for seed in arguments.seeds]
+    table: dict[str, dict[str, dict]] = {}
+    for name in sorted(runs[0]):
+        method, benchmark = name.split("/")
+        columns = ("miou", "oracle_majority", "fg_accuracy", "constant_miou")
+        entry = {c: [run[name][c] for run in runs] for c in columns if runs[0][name].get(c) is not None}
+        table.setdefault(method, {})[benchmark] = entry
+        values = [100 * value for value in entry["miou"]]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(
+            f"{name:36} mIoU {statistics.mean(values):5.1f} +- {spread:.1f}  ({', '.join(f'{v:.1f}' for v in values)})"
+        )
+    atomic_json(REPO / "reports" / "seeds.json", table)
+
+
+if __name__ == "__main__":
+    if shutil.which("dvc") is None:
+        sys.exit("error: dvc is not on the path; run this with `make seeds`")
+    main()
