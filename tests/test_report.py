@@ -12,7 +12,16 @@ from pipeline.project import Project
 from pipeline.reporting.collect import collect, read_score, read_scores
 from pipeline.reporting.funnel import gather
 from pipeline.reporting.labels import change, clean, describe, duration, kind, method_title, size
-from pipeline.reporting.markdown import BEGIN, END, escape, results, results_table, seeds_table, update_readme
+from pipeline.reporting.markdown import (
+    BEGIN,
+    END,
+    escape,
+    protocol_text,
+    results,
+    results_table,
+    seeds_table,
+    update_readme,
+)
 from pipeline.reporting.provenance import base, environment, head
 
 
@@ -100,8 +109,23 @@ def test_results_are_a_function_of_the_inputs(tmp_path):
     texts = {results(collected(tmp_path), []) for _ in range(2)}
     assert len(texts) == 1
     text = texts.pop()
-    assert "| kite | – | – |" in text and "prompts a photo of a {}." in text
+    assert "| kite | – | – |" in text and "prompts: a photo of a {}." in text
     assert "| S-Seg | Generated scenes | 40.0 | 10.0 | 30.0, 40.0, 50.0 |" in text
+
+
+def test_the_protocol_in_words():
+    def line(**changes):
+        return protocol_text(read_score("sseg", "voc", metrics(**changes), "x"))
+
+    resize = {"short_side": 448, "long_side": 2048, "antialias": True}
+    window = {"side": 448, "stride": 224, "multiple": 16}
+    assert line(resize=resize, window=window, num_test_images=1449, precision="float32") == (
+        "native; short side 448 px, long side at most 2048 px, antialiased; windows of 448 px every 224 px; "
+        "background: max_probability; prompts: a photo of a {}.; 300 of 1,449 images; 3 classes; float32"
+    )
+    resize, window = {"short_side": None, "long_side": 2048, "antialias": True}, {"side": None, "stride": 1}
+    assert "native; stored size; whole image at once; background" in line(resize=resize, window=window)
+    assert "resize: exact; window: 3; prompts" in line(resize="exact", window=3, background=None)
 
 
 def test_deviation_needs_two_seeds():

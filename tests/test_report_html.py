@@ -248,10 +248,30 @@ def test_changes_against_a_base(tmp_path):
 def test_protocols_are_lettered_only_where_they_differ(tmp_path):
     full(tmp_path)
     assert not Page(page(tmp_path)).all("sup")
-    put(tmp_path / "metrics" / "baseline-oracle" / "scenes.json", metrics(0.6, window={"size": 448}))
+    put(tmp_path / "metrics" / "baseline-oracle" / "scenes.json", metrics(0.6, window={"side": 448, "stride": 224}))
     parsed = Page(page(tmp_path))
     assert len(parsed.all("sup")) == 4 + 2  # four rows, two lines
-    assert "window size 448" in parsed.text
+    assert "windows of 448 px every 224 px" in parsed.text
+
+
+def test_background_rules_and_sweeps_stand_beside_the_score(tmp_path):
+    full(tmp_path)
+    other = {"miou": 0.25, "fg_accuracy": None, "threshold": {"value": None}, "sweep": None}
+    sweep = {"best_miou": 0.345, "best_threshold": 0.5, "thresholds": [0, 0.5, 1], "miou": [0.1, 0.345, 0.08]}
+    changes = {"background": "max_probability", "other_backgrounds": {EVIL: other}, "sweep": sweep}
+    put(tmp_path / "metrics" / "sseg" / "scenes.json", metrics(0.31, **changes))
+    parsed = Page(page(tmp_path))
+    assert not parsed.errors and "max_probability (reported)" in parsed.text and EVIL in parsed.text
+    assert "mIoU 31.0 at the chosen threshold; 34.5 at the best one" in parsed.text
+    labels = [attributes.get("aria-label") for attributes in parsed.all("figure")]
+    assert "S-Seg: mIoU over the threshold, at most 34.5; chosen 0.4 (tune split), 31.0" in labels
+
+
+def test_a_models_own_masks_are_a_fifth_column(tmp_path):
+    full(tmp_path, panel={"masks": "0-masks.png"})
+    draw(tmp_path / "figures" / "sseg" / "scenes" / "0-masks.png", 77)
+    parsed = Page(page(tmp_path))
+    assert len(parsed.all("img")) == 13 and "Its own masks" in parsed.text and "Pseudo-masks" in parsed.text
 
 
 def test_the_headline_is_honest(tmp_path):

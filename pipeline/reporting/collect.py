@@ -15,6 +15,21 @@ from pipeline.reporting.labels import KINDS, clean, kind
 
 REMEDY = "Delete it and run `dvc repro` to make it again"
 PERCENT = 100.0
+SETTINGS = (
+    *("protocol", "templates", "prompt_order", "resize", "window", "background", "precision"),
+    *("constant_label", "num_test_images", "model_digest"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """A background rule's result, in percent; `best_swept` is what the best threshold for the test images gives."""
+
+    name: str
+    miou: float | None
+    fg_accuracy: float | None
+    threshold: float | None
+    best_swept: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +41,9 @@ class Score:
         constant: mIoU of the best single label, the floor that any threshold reaches.
         oracle: mIoU when each region takes the majority label of the true masks.
         threshold: background threshold, and `chosen_on` the images it was chosen on.
-        settings: what else fixes the number (protocol, templates, resize, window, background, model digest).
+        sweep: (threshold, mIoU) on the test images, for looking only; `best_swept` is the highest.
+        others: the same model under other background rules.
+        settings: what else fixes the number, as the metrics file holds it; see `SETTINGS`.
     """
 
     method: str
@@ -42,6 +59,9 @@ class Score:
     threshold: float | None
     chosen_on: str
     num_images: int | None
+    sweep: list[tuple[float, float]]
+    best_swept: float | None
+    others: list[Rule]
     settings: dict[str, Any]
 
     @property
@@ -95,34 +115,53 @@ def read_score(method: str, benchmark: str, text: str, file: Path | str) -> Scor
         BadInput: not JSON, a key is absent, or a figure lies outside [0, 1]; names the file and the remedy.
     """
     try:
-        values = json.loads(text)
-        names, per_class = values["class_names"], values["per_class"]
-        threshold = values.get("threshold") or {}
-        return Score(
-            method=method,
-            benchmark=benchmark,
-            miou=_required(values["miou"]),
-            per_class={clean(name): _percent(per_class.get(name)) for name in names},
-            aacc=_percent(values.get("aacc")),
-            macc=_percent(values.get("macc")),
-            fg_accuracy=_percent(values.get("fg_accuracy")),
-            oracle=_percent(values.get("oracle_majority")),
-            oracle_best=_percent(values.get("oracle_best_iou")),
-            constant=_percent(values.get("constant_miou")),
-            threshold=None if threshold.get("value") is None else float(threshold["value"]),
-            chosen_on=clean(threshold.get("chosen_on") or ""),
-            num_images=None if values.get("num_images") is None else int(values["num_images"]),
-            settings={
-                key: values.get(key)
-                for key in ("protocol", "templates", "resize", "window", "background", "model_digest")
-            },
-        )
+        return _score(method, benchmark, json.loads(text))
     except json.JSONDecodeError as error:
         raise BadInput(file, f"not JSON ({error})", REMEDY) from error
     except KeyError as error:
         raise BadInput(file, f"not a metrics file: no {error}", REMEDY) from error
     except (AttributeError, TypeError, ValueError) as error:
         raise BadInput(file, f"not a metrics file: {error}", REMEDY) from error
+
+
+def _score(method: str, benchmark: str, values: dict[str, Any]) -> Score:
+    names, per_class, threshold = values["class_names"], values["per_class"], values.get("threshold") or {}
+    sweep = values.get("sweep") or {}
+    swept = zip(sweep.get("thresholds") or [], sweep.get("miou") or [], strict=True)
+    others = values.get("other_backgrounds") or {}
+    return Score(
+        method=method,
+        benchmark=benchmark,
+        miou=_required(values["miou"]),
+        per_class={clean(name): _percent(per_class.get(name)) for name in names},
+        aacc=_percent(values.get("aacc")),
+        macc=_percent(values.get("macc")),
+        fg_accuracy=_percent(values.get("fg_accuracy")),
+        oracle=_percent(values.get("oracle_majority")),
+        oracle_best=_percent(values.get("oracle_best_iou")),
+        constant=_percent(values.get("constant_miou")),
+        threshold=_value(threshold),
+        chosen_on=clean(threshold.get("chosen_on") or "") if _value(threshold) is not None else "",
+        num_images=None if values.get("num_images") is None else int(values["num_images"]),
+        sweep=[(float(x), _required(y)) for x, y in swept if y is not None],
+        best_swept=_percent(sweep.get("best_miou")),
+        others=[_rule(name, rule) for name, rule in sorted(others.items())],
+        settings={key: values.get(key) for key in SETTINGS},
+    )
+
+
+def _rule(name: str, values: dict[str, Any]) -> Rule:
+    return Rule(
+        name=clean(name),
+        miou=_percent(values.get("miou")),
+        fg_accuracy=_percent(values.get("fg_accuracy")),
+        threshold=_value(values.get("threshold") or {}),
+        best_swept=_percent((values.get("sweep") or {}).get("best_miou")),
+    )
+
+
+def _value(threshold: dict[str, Any]) -> float | None:
+    return None if threshold.get("value") is None else float(threshold["value"])
 
 
 def _percent(value: Any) -> float | None:

@@ -24,6 +24,20 @@ CHAIN = {
 }
 
 
+ORDER = (
+    "scenes",
+    "download",
+    "filter",
+    "index",
+    "encoders",
+    "features",
+    "pseudo_masks",
+    "teacher",
+    "train",
+    "evaluate",
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """What one stage did to the rows; `reasons` counts its losses and notes, `size` is in bytes."""
@@ -83,8 +97,6 @@ def gather(project: Project) -> Data:
     data.entities = _entities(project, data.notes)
     for path in sorted(project.logs.glob("*.jsonl")):
         _read_log(path, data)
-    order = ["scenes", *CHAIN, "index"]
-    data.runs.sort(key=lambda run: (order.index(run.stage) if run.stage in order else len(order), run.stage))
     return data
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.reporting import Config, pictures, views
+from pipeline.reporting import Config, ledger, pictures, views
 from pipeline.reporting.collect import Findings
 from pipeline.reporting.funnel import Data
 from pipeline.reporting.provenance import Base, Commit
@@ -43,19 +44,20 @@ def render(findings: Findings, data: Data, base: Base, context: Context, config:
     score = views.leading(findings.scores)
     first = (score.method, score.benchmark) if score else ("", "")
     curves = views.curves(findings.curves, config.curve_points)
-    for block in curves:
-        for figure in block["figures"]:
-            figure["svg"] = Markup(figure["svg"])  # drawn by plots.py from numbers alone
+    benchmarks = views.benchmarks(findings, base)
+    figures = [block["losses"] + block["optimiser"] for block in curves] + [table["sweeps"] for table in benchmarks]
+    for figure in chain.from_iterable(figures):
+        figure["svg"] = Markup(figure["svg"])  # drawn by plots.py from numbers alone
     return environment.get_template("page.html.j2").render(
         css=Markup(css),
         headline=views.headline(findings, data),
         context=context,
         base=base,
-        benchmarks=views.benchmarks(findings, base),
+        benchmarks=benchmarks,
         seeds=views.seeds(findings.seeds),
         panels=pictures.sections(findings, first, config),
         curves=curves,
-        data=views.data(data),
-        costs=views.costs(data),
+        data=ledger.data(data),
+        costs=ledger.costs(data),
         notes=findings.notes + data.notes,
     )

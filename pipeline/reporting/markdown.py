@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from pipeline.artifacts.files import BadInput, atomic_write
 from pipeline.reporting.collect import Findings, Score
@@ -61,17 +62,38 @@ def protocol_text(score: Score) -> str:
     """What fixes a number besides method and threshold, in one line."""
     settings = score.settings
     parts = [describe(settings["protocol"])] if settings["protocol"] is not None else []
-    parts += [
-        f"{name} {describe(settings[name])}"
-        for name in ("resize", "window", "background")
-        if settings[name] is not None
-    ]
-    if settings["templates"] is not None:
-        parts.append(f"prompts {describe(settings['templates'])}")
+    parts += [words for words in (resize_text(settings["resize"]), window_text(settings["window"])) if words]
+    parts += [f"background: {describe(settings['background'])}"] if settings["background"] is not None else []
+    if settings["templates"]:
+        order = f" ({describe(settings['prompt_order'])})" if settings["prompt_order"] else ""
+        parts.append(f"prompts: {describe(settings['templates'])}{order}")
     if score.num_images is not None:
-        parts.append(f"{count(score.num_images)} images")
-    parts.append(f"{len(score.per_class)} classes")
+        whole = settings["num_test_images"]
+        part = f" of {count(whole)}" if isinstance(whole, int) and whole != score.num_images else ""
+        parts.append(f"{count(score.num_images)}{part} images")
+    parts += [f"{len(score.per_class)} classes", *([describe(settings["precision"])] if settings["precision"] else [])]
     return "; ".join(parts)
+
+
+def resize_text(resize: Any) -> str:
+    """How the image was resized, in words."""
+    if not isinstance(resize, dict) or "short_side" not in resize:
+        return "" if resize is None else f"resize: {describe(resize)}"
+    if resize["short_side"] is None:
+        return "stored size"
+    longest = f", long side at most {describe(resize['long_side'])} px" if resize.get("long_side") else ""
+    return (
+        f"short side {describe(resize['short_side'])} px{longest}{', antialiased' if resize.get('antialias') else ''}"
+    )
+
+
+def window_text(window: Any) -> str:
+    """Which windows the model saw, in words."""
+    if not isinstance(window, dict) or "side" not in window:
+        return "" if window is None else f"window: {describe(window)}"
+    if window["side"] is None:
+        return "whole image at once"
+    return f"windows of {describe(window['side'])} px every {describe(window.get('stride'))} px"
 
 
 def by_benchmark(scores: Sequence[Score]) -> list[tuple[str, list[Score]]]:

@@ -16,7 +16,7 @@ from pipeline.reporting.labels import MISSING, benchmark_title, clean, method_ti
 
 SMALL = 200  # pixels: up to here a picture is enlarged without smoothing, so that single pixels stay visible
 JPEG_QUALITY = 82
-COLUMNS = ("image", "regions", "prediction", "truth")
+COLUMNS = ("image", "regions", "masks", "prediction", "truth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,14 +121,16 @@ def _panel(source: PanelSet, panel: dict[str, Any], name: str, config: Config) -
     label = clean(panel.get("id", "?"))
     present = panel["present"]
     inside = ", ".join(present) or "nothing named"
+    own = "masks" in panel
     texts = {
         "image": ("Image", f"Test image {label}, showing {inside}"),
-        "regions": ("Regions", f"Regions that {name} found in image {label}, each in its own colour"),
+        "regions": ("Pseudo-masks" if own else "Regions", f"Regions of image {label}, each in a colour of its own"),
+        "masks": ("Its own masks", f"Masks that {name} drew in image {label}, each in a colour of its own"),
         "prediction": ("Prediction", f"What {name} answered for image {label}, in the legend's colours"),
         "truth": ("Truth", f"True masks of image {label}: {inside}"),
     }
     pictures = []
-    for column in COLUMNS:
+    for column in (column for column in COLUMNS if own or column != "masks"):
         picture = embed(source.folder, panel.get(column), config.image_px, photograph=column == "image")
         title, alt = texts[column]
         pictures.append(

@@ -15,8 +15,10 @@ STAND_INS = {
     "#010204": "var(--rule)",
     "#010205": "var(--accent)",
     "#010206": "var(--faint)",
+    "#010207": "var(--second)",
 }
-INK, RULE, LINE, RAW = STAND_INS
+INK, RULE, LINE, RAW, MARK = STAND_INS
+Line = tuple[Sequence[float], Sequence[float], str, float]  # x, y, colour, width in points
 WIDTH, HEIGHT = 3.5, 1.9  # inches; at matplotlib's 72 units an inch the text keeps its size on a phone
 
 
@@ -55,10 +57,24 @@ def curve_svg(curve: Curve, term: str, number: int) -> str:
 
     Returns an `<svg>` element without a title (the figure's caption names it); the same curve gives the same bytes.
     """
+    images, values = bins(curve.images, number), bins(curve.terms[term], number)
+    average = smooth(values, max(1, len(values) // 30))
+    return _svg([(images, values, RAW, 0.8), (images, average, LINE, 1.8)], "images seen", [curve.run, term])
+
+
+def sweep_svg(sweep: Sequence[tuple[float, float]], chosen: float | None, name: str) -> str:
+    """mIoU in percent over the background threshold, with the chosen one as an upright line."""
+    thresholds, values = [x for x, _ in sweep], [y for _, y in sweep]
+    lines = [(thresholds, values, LINE, 1.8)]
+    if chosen is not None:
+        lines.append(([chosen, chosen], [min(values, default=0.0), max(values, default=0.0)], MARK, 1.2))
+    return _svg(lines, "threshold", ["sweep", name])
+
+
+def _svg(lines: Sequence[Line], label: str, name: list[str]) -> str:
     import matplotlib
 
-    images, values = bins(curve.images, number), bins(curve.terms[term], number)
-    salt = digest([curve.run, term])[:12]
+    salt = digest(name)[:12]
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
@@ -69,11 +85,10 @@ def curve_svg(curve: Curve, term: str, number: int) -> str:
         "text.parse_math": False,
     }
     with matplotlib.rc_context(settings):
-        markup = _draw(images, values)
-    return _inline(markup, salt)
+        return _inline(_draw(lines, label), salt)
 
 
-def _draw(images: list[float], values: list[float]) -> str:
+def _draw(lines: Sequence[Line], label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -81,15 +96,16 @@ def _draw(images: list[float], values: list[float]) -> str:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
-    if any(math.isfinite(value) for value in values):
-        axes.plot(images, values, color=RAW, linewidth=0.8)
-        axes.plot(images, smooth(values, max(1, len(values) // 30)), color=LINE, linewidth=1.8)
+    for x, y, color, width in lines:
+        if any(math.isfinite(value) for value in y):
+            axes.plot(x, y, color=color, linewidth=width)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if max((value for x, _, _, _ in lines for value in x), default=0) >= 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("images seen", color=INK)
+    axes.set_xlabel(label, color=INK)
     axes.tick_params(colors=INK, length=0)
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")

@@ -6,8 +6,8 @@ Escaping is the templates' business (autoescape is on); `labels.clean` has made 
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.reporting.collect import Curve, Findings, Score
-from pipeline.reporting.funnel import Data, Run, Step
+from pipeline.reporting.collect import Curve, Findings, Rule, Score
+from pipeline.reporting.funnel import Data
 from pipeline.reporting.labels import (
     KINDS,
     MISSING,
@@ -15,18 +15,17 @@ from pipeline.reporting.labels import (
     change,
     clean,
     count,
-    duration,
+    describe,
     kind,
     method_title,
     points,
     published,
-    size,
 )
-from pipeline.reporting.markdown import best, by_benchmark, paper_figure, protocol_text, spread
-from pipeline.reporting.plots import curve_svg, summary
+from pipeline.reporting.markdown import best, by_benchmark, paper_figure, protocol_text, spread, threshold_text
+from pipeline.reporting.plots import curve_svg, summary, sweep_svg
 from pipeline.reporting.provenance import Base
 
-SHOWN_ENTITIES = 30
+OPTIMISER = ("lr", "grad_norm")
 FLOW = {"download": "downloaded", "filter": "kept", "pseudo_masks": "with pseudo-masks"}
 
 
@@ -122,6 +121,8 @@ def benchmarks(findings: Findings, base: Base) -> list[dict[str, Any]]:
                     if b == benchmark and all(s.method != m for s in group)
                 ],
                 "moved": [(row["method"], row["moved"]) for row in rows if row["kind"] == "method" and row["moved"]],
+                "rules": [rule for score in group for rule in _rules(score)],
+                "sweeps": [_sweep(score) for score in group if score.sweep],
                 "classes": _classes(group),
             }
         )
@@ -149,11 +150,48 @@ def _row(score: Score, winner: Score | None, top: float, base: Base, protocols: 
         "oracle": points(score.oracle),
         "oracle_best": points(score.oracle_best),
         "constant": points(score.constant),
+        "constant_label": clean(score.settings["constant_label"] or ""),
         "threshold": MISSING if score.threshold is None else f"{score.threshold:.3g}",
         "chosen_on": score.chosen_on,
         "mark": chr(ord("a") + protocols.index(protocol_text(score)) % 26) if len(protocols) > 1 else "",
         "digest": clean(score.settings["model_digest"] or "")[:12],
         "paper": {"miou": points(paper[0]), "note": _paper_note(score, paper)} if paper else None,
+    }
+
+
+def _rules(score: Score) -> list[dict[str, str]]:
+    """The reported background rule and the others, where there are others."""
+    if not score.others:
+        return []
+    reported = Rule(
+        name=describe(score.settings["background"]),
+        miou=score.miou,
+        fg_accuracy=score.fg_accuracy,
+        threshold=score.threshold,
+        best_swept=score.best_swept,
+    )
+    return [
+        {
+            "method": method_title(score.method),
+            "rule": rule.name + (" (reported)" if rule is reported else ""),
+            "miou": points(rule.miou),
+            "fg": points(rule.fg_accuracy),
+            "threshold": MISSING if rule.threshold is None else f"{rule.threshold:.3g}",
+            "swept": points(rule.best_swept),
+        }
+        for rule in (reported, *score.others)
+    ]
+
+
+def _sweep(score: Score) -> dict[str, Any]:
+    name, best_swept = method_title(score.method), points(score.best_swept)
+    alt = f"{name}: mIoU over the threshold, at most {best_swept}; chosen {threshold_text(score)}, {points(score.miou)}"
+    return {
+        "method": name,
+        "alt": alt,
+        "best": best_swept,
+        "miou": points(score.miou),
+        "svg": sweep_svg(score.sweep, score.threshold, f"{score.method}/{score.benchmark}"),
     }
 
 
@@ -193,82 +231,27 @@ def _classes(group: Sequence[Score]) -> dict[str, Any]:
 
 
 def curves(sources: Sequence[Curve], number: int) -> list[dict[str, Any]]:
-    """One block per training run, one small figure per term, the total first."""
+    """One block per training run: a small figure per loss term, the total first, and those of the optimiser apart."""
     blocks = []
     for curve in sources:
-        names = sorted(curve.terms, key=lambda name: (name != "total", name in ("lr", "grad_norm")))
-        figures = [
-            {
+        figures = {
+            name: {
                 "term": clean(name),
                 "alt": summary(curve.images, curve.terms[name], clean(name)),
                 "svg": curve_svg(curve, name, number),
             }
-            for name in names
-        ]
+            for name in sorted(curve.terms, key=lambda name: name != "total")
+        }
         images = curve.images[-1] if curve.images else 0.0
         blocks.append(
-            {"run": clean(curve.run), "images": count(images) if images == images else MISSING, "figures": figures}
+            {
+                "run": clean(curve.run),
+                "images": count(images) if images == images else MISSING,
+                "losses": [figure for name, figure in figures.items() if name not in OPTIMISER],
+                "optimiser": [figure for name, figure in figures.items() if name in OPTIMISER],
+            }
         )
     return blocks
-
-
-def data(source: Data) -> dict[str, Any]:
-    """Funnel bars against the widest row count, entity bars against the most frequent word."""
-    widest = max((step.rows_in for step in source.steps), default=0) or 1
-    most = max((number for _, number in source.entities), default=0) or 1
-    entities = [(word, count(number), round(100 * number / most, 2)) for word, number in source.entities]
-    return {
-        "listed": count(source.steps[0].rows_in) if source.steps else MISSING,
-        "steps": [_step(step, widest) for step in source.steps],
-        "entities": entities[:SHOWN_ENTITIES],
-        "rest": entities[SHOWN_ENTITIES:],
-    }
-
-
-def _step(step: Step, widest: int) -> dict[str, Any]:
-    share = 100 * step.rows / step.rows_in if step.rows_in else 0.0
-    return {
-        "stage": step.stage,
-        "title": step.title,
-        "rows": count(step.rows),
-        "rows_in": count(step.rows_in),
-        "lost": count(step.rows_in - step.rows) if step.rows_in > step.rows else "",
-        "share": f"{share:.1f} %",
-        "bar": round(100 * step.rows / widest, 2),
-        "bar_in": round(100 * step.rows_in / widest, 2),
-        "reasons": [(reason, count(number)) for reason, number in step.reasons.items()],
-    }
-
-
-def costs(source: Data) -> dict[str, Any]:
-    """Seconds and bytes by stage, seconds and speed by training; bars against the slowest."""
-    timed = {run.stage: run for run in source.runs}
-    sizes = {step.stage: step.size for step in source.steps} | {run.stage: run.size for run in source.runs}
-    slowest = max([run.seconds for run in source.runs] + [run.seconds for run in source.trainings], default=0) or 1
-    stages = [_cost(stage, total, timed.get(stage), slowest) for stage, total in sizes.items()]
-    trainings = [
-        {
-            "run": run.run,
-            "seconds": duration(run.seconds),
-            "bar": round(100 * run.seconds / slowest, 2),
-            "speed": f"{run.images_per_second:,.0f} images/s" if run.images_per_second else MISSING,
-            "waiting": f"{100 * run.waiting:.1f} %" if run.waiting is not None else MISSING,
-        }
-        for run in source.trainings
-    ]
-    return {"stages": stages, "trainings": trainings, "bytes": size(sum(sizes.values()))}
-
-
-def _cost(stage: str, total: int, run: Run | None, slowest: float) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "bytes": size(total),
-        "seconds": duration(run.seconds) if run else MISSING,
-        "bar": round(100 * run.seconds / slowest, 2) if run else 0,
-        "computed": count(run.computed) if run else MISSING,
-        "reused": count(run.reused) if run else MISSING,
-        "finished": run.finished if run else "",
-    }
 
 
 def seeds(source: dict[str, dict[str, list[float]]]) -> list[dict[str, str]]:
