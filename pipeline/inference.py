@@ -26,7 +26,7 @@ from pipeline.params import Range
 from pipeline.text.prompts import class_prompts
 
 PromptOrder = Literal["average_first", "normalise_first"]
-CLASS_CHUNK = 32  # channels held at image size at once: 1,000 classes need no more memory than 32
+SCORES_AT_ONCE = 2**24  # float32 scores held at image size (64 MiB): 1,000 classes need no more memory than 80
 TEXT_BATCH = 256  # prompts per call of the text tower
 
 
@@ -145,14 +145,14 @@ def resize_image(
         import cv2
 
         return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    pixels = torch.tensor(image).permute(2, 0, 1)[None].float()
     resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)[0]
     return resized.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
 
 def normalise(image: UInt8[np.ndarray, "height width 3"], device: str) -> Float[Tensor, "1 3 height width"]:
     """RGB bytes to ImageNet-normalised pixels."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float() / 255
+    pixels = torch.tensor(image).to(device).permute(2, 0, 1)[None].float() / 255
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / std
 
@@ -188,10 +188,11 @@ def best_channel(
         count[window.top : window.top + window.height, window.left : window.left + window.width] += 1
     best = torch.full(size, -torch.inf, device=device)
     winner = torch.zeros(size, dtype=torch.int64, device=device)
-    for start in range(0, windows[0].scores.shape[0], CLASS_CHUNK):
+    chunk = max(1, SCORES_AT_ONCE // max(canvas[0] * canvas[1], size[0] * size[1]))
+    for start in range(0, windows[0].scores.shape[0], chunk):
         total = torch.zeros(0, *canvas, device=device)
         for window in windows:
-            scores = _upsample(window.scores[start : start + CLASS_CHUNK].float(), window.padded)
+            scores = _upsample(window.scores[start : start + chunk].float(), window.padded)
             if not total.shape[0]:
                 total = torch.zeros(scores.shape[0], *canvas, device=device)
             rows = slice(window.top, window.top + window.height)
@@ -270,14 +271,17 @@ def threshold_labels(
 def square_regions(
     regions: Callable[[Tensor], Int64[Tensor, "grid_h grid_w"]],
     image: UInt8[np.ndarray, "height width 3"],
-    side: int,
+    side: int | None,
     device: str,
 ) -> Int64[Tensor, "height width"]:
     """A model's hard masks of the whole image, squashed to side x side, resized (nearest) to the image's size.
 
+    Without a side the model sees the stored size.
+
     One view per image: regions of sliding windows have no common identity to give an oracle label to.
     """
-    pixels = normalise(resize_image(image, (side, side), True), device)
+    size = image.shape[:2] if side is None else (side, side)
+    pixels = normalise(resize_image(image, size, True), device)
     return nearest(regions(pixels), image.shape[:2]).cpu()
 
 

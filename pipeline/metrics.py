@@ -7,6 +7,7 @@ Axes: truth and predicted (classes), height and width in pixels, regions. Labels
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
@@ -20,6 +21,8 @@ def as_labels(values: Any, name: str) -> Shaped[Tensor, "..."]:
     Raises:
         TypeError: the values are floats or booleans, which are no labels.
     """
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()  # torch warns about sharing memory that it must not write to
     labels = torch.as_tensor(values)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"{name}: expected integer labels, found {labels.dtype}")

@@ -6,20 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from voc_root import write_mask
 
 from pipeline.artifacts.files import BadInput
 from pipeline.datasets import benchmarks
 from pipeline.datasets.benchmarks import check_class_names, open_benchmark
-
-# Source: the VOC 2012 development kit (VOClabelcolormap), written out for the first classes.
-VOC_COLORS = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
-
-
-def write_mask(path: Path, label: np.ndarray) -> None:
-    image = Image.frombytes("P", (label.shape[1], label.shape[0]), label.astype(np.uint8).tobytes())
-    palette = [value for color in VOC_COLORS for value in color]
-    image.putpalette(palette + [0] * (768 - len(palette)))  # a short palette would be saved with fewer bits an index
-    image.save(path)
 
 
 def write_voc(root: Path, splits: dict[str, list[str]], size=(6, 8)) -> Path:

@@ -111,7 +111,7 @@ def test_classes_are_chunked_without_a_trace(monkeypatch):
     names = [f"{i} {color}" for i in range(5) for color in ("red", "green", "blue")]
     image = picture(9, 11)
     best, labels = segmenter(PixelModel(), names=names)(image)
-    monkeypatch.setattr(inference, "CLASS_CHUNK", 2)
+    monkeypatch.setattr(inference, "SCORES_AT_ONCE", 2 * 9 * 11)
     chunked_best, chunked_labels = segmenter(PixelModel(), names=names)(image)
     assert torch.equal(labels, chunked_labels) and torch.equal(best, chunked_best)
     assert labels.max() <= 3  # equal scores: the lowest class

@@ -1,0 +1,93 @@
+"""From a name to something to score: a trained model's folder, `untrained:<method>`, `baseline:<name>`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipeline import baselines, methods
+from pipeline.artifacts.files import BadInput, digest
+from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, model_digest
+from pipeline.evaluation.scoring import Candidate, Regions
+from pipeline.inference import Geometry, square_regions
+from pipeline.project import Project
+
+BASELINE, UNTRAINED = "baseline:", "untrained:"
+
+
+def folder_name(spec: str) -> str:
+    """The metrics folder of a candidate: `baseline-oracle`, `sseg-untrained`, `sseg`."""
+    if spec.startswith(BASELINE):
+        return f"baseline-{spec.removeprefix(BASELINE)}"
+    if spec.startswith(UNTRAINED):
+        return f"{Path(spec.removeprefix(UNTRAINED)).name}-untrained"
+    return Path(spec).name
+
+
+def digests(spec: str, project: Project) -> dict[str, str]:
+    """What the candidate's answers depend on beside code, without building it.
+
+    Raises:
+        BadInput: its weights are absent.
+        ParamsError: no such baseline.
+    """
+    if spec.startswith(BASELINE):
+        return baselines.get(spec.removeprefix(BASELINE)).digests(project)
+    if spec.startswith(UNTRAINED):
+        config = load_config(model_folder(spec.removeprefix(UNTRAINED), project))
+        return {"config": digest({key: value for key, value in config.items() if key != "digest"})}
+    return {"model": model_digest(model_folder(spec, project))}
+
+
+def load(spec: str, project: Project, geometry: Geometry) -> Candidate:
+    """Build the candidate on the machine's device.
+
+    Raises:
+        BadInput: its weights are absent or broken.
+        ParamsError: no such baseline.
+    """
+    known, device = digests(spec, project), project.machine.device
+    if spec.startswith(BASELINE):
+        model = baselines.get(spec.removeprefix(BASELINE)).build(project)
+    elif spec.startswith(UNTRAINED):
+        model = methods.untrained(model_folder(spec.removeprefix(UNTRAINED), project)).eval().to(device)
+    else:
+        model = methods.load(model_folder(spec, project)).eval().to(device)
+    return Candidate(name=folder_name(spec), model=model, digests=known, regions=_regions(model, geometry, device))
+
+
+def pseudo_mask_digests(project: Project) -> dict[str, str] | None:
+    """What the pseudo-masks of a benchmark's images depend on; None where there is no encoder to make them."""
+    try:
+        return digests(f"{BASELINE}oracle", project)
+    except BadInput:
+        return None
+
+
+def pseudo_masks(project: Project) -> Regions | None:
+    """The oracle's regions of an image, for the pictures; None where there is no encoder to make them."""
+    if pseudo_mask_digests(project) is None:
+        return None
+    return baselines.get("oracle").build(project).image_regions
+
+
+def model_folder(name: str, project: Project) -> Path:
+    """A model's folder: a path, a path below the checkout, or a name below models/.
+
+    Raises:
+        BadInput: none of them has a config.json.
+    """
+    tried = (Path(name), project.path(name), project.model(name))
+    for folder in tried:
+        if (folder / CONFIG).is_file():
+            return folder
+    raise BadInput(project.model(name) if "/" not in name else Path(name), f"no model folder (no {CONFIG})", REMEDY)
+
+
+def _regions(model: object, geometry: Geometry, device: str) -> Regions | None:
+    if isinstance(model, baselines.RegionModel):
+        return model.image_regions
+    masks: Callable[[torch.Tensor], torch.Tensor] | None = getattr(model, "regions", None)
+    if masks is None:
+        return None
+    return lambda image: square_regions(masks, image, geometry.window or geometry.short_side, device)

@@ -1,0 +1,67 @@
+"""`tessera evaluate`: one model or baseline on one benchmark, under the parameters that are there."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from pipeline.artifacts.files import atomic_json
+from pipeline.datasets.benchmarks import names
+from pipeline.evaluation import candidates
+from pipeline.evaluation.config import BenchmarkConfig, Config
+from pipeline.evaluation.pairs import SCENES, benchmark_root, evaluate, open_pair
+from pipeline.evaluation.stage import summary
+from pipeline.params import ParamsError
+from pipeline.project import Project
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder under models/, untrained:METHOD, or baseline:NAME"
+    )
+    parser.add_argument("--benchmark", required=True, choices=names())
+    parser.add_argument(
+        "--root",
+        dest="layout_root",  # `tessera --root` is the checkout
+        metavar="DIR",
+        help="folder that holds the official layout, such as VOCdevkit (default: the one in params.yaml)",
+    )
+    parser.add_argument("--protocol", choices=("native", "unified"), help="default: evaluate.protocol in params.yaml")
+    parser.add_argument("--limit", type=int, metavar="N", help="score the first N images only")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
+
+
+def run(arguments: argparse.Namespace, project: Project) -> int:
+    """Score, write the metrics file, print one line.
+
+    Raises:
+        BadInput: a file is absent or broken; ParamsError: an argument or parameter is wrong.
+    """
+    config = project.config("evaluate", Config)
+    torch.set_num_threads(project.machine.threads)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ParamsError(f"--limit: expected at least 1, found {arguments.limit}")
+    entry, root = _entry(arguments, config, project)
+    protocol = arguments.protocol or config.protocol
+    pair = open_pair(arguments.model, entry, root, protocol, config, project.machine.device)
+    scored = evaluate(pair, candidates.load(arguments.model, project, config.geometry))
+    atomic_json(arguments.out, scored.report)
+    print(f"{summary(scored.report, scored.rate)}. Written to {arguments.out}")
+    return 0
+
+
+def _entry(arguments: argparse.Namespace, config: Config, project: Project) -> tuple[BenchmarkConfig, Path]:
+    """The benchmark as the parameters describe it where they do, with the command line's root and limit."""
+    known = {entry.name: entry for entry in config.benchmarks}.get(arguments.benchmark)
+    if arguments.layout_root is None and known is None and arguments.benchmark != SCENES:
+        raise ParamsError(f"--root: params.yaml names no root for {arguments.benchmark}; give one")
+    entry = BenchmarkConfig(
+        name=arguments.benchmark,
+        root=arguments.layout_root or (known.root if known else SCENES),
+        limit=arguments.limit or (known.limit if known else None),
+        tune_limit=known.tune_limit if known else None,
+    )
+    # A root on the command line is a path as the shell sees it, even one called "scenes".
+    root = Path(arguments.layout_root) if arguments.layout_root else benchmark_root(project, entry.name, entry.root)
+    return entry, root

@@ -1,0 +1,107 @@
+"""A pair is a candidate and a benchmark: opened, resolved against the parameters, scored, drawn."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from pipeline.artifacts.files import BadInput, digest
+from pipeline.datasets.benchmarks import Benchmark, Protocol, open_benchmark
+from pipeline.evaluation import candidates, panels
+from pipeline.evaluation.config import BenchmarkConfig, Config, pick, thresholds
+from pipeline.evaluation.scoring import Candidate, Regions, Scored, Settings, passes, score
+from pipeline.project import Project
+from pipeline.text.prompts import templates
+
+SCENES = "scenes"  # the root that stands for the set which the scenes stage writes
+VALIDATION = "val"  # its shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A benchmark opened for one candidate: the images that count and how they are scored."""
+
+    spec: str
+    benchmark: Benchmark
+    ids: list[str]
+    settings: Settings
+
+
+def benchmark_root(project: Project, name: str, root: str) -> Path:
+    """The folder that holds a benchmark's layout.
+
+    Raises:
+        BadInput: the scenes stage has not written its set yet.
+    """
+    if root != SCENES:
+        return project.path(root)
+    for row, folder in project.inputs("scenes"):
+        if row.shard == VALIDATION:
+            return folder
+    remedy = "Run `dvc repro scenes`, or give another root"
+    raise BadInput(project.manifest_path("scenes"), f"has no shard {VALIDATION!r} for {name}", remedy)
+
+
+def open_pair(spec: str, entry: BenchmarkConfig, root: Path, protocol: Protocol, config: Config, device: str) -> Pair:
+    """Open the benchmark, list its images, and resolve the protocol's rules for this candidate."""
+    benchmark = open_benchmark(entry.name, root, protocol)
+    method, rules = candidates.folder_name(spec), config.rules(protocol)
+    tune_ids = benchmark.ids("tune", entry.tune_limit) if rules.tune else []
+    settings = Settings(
+        templates=templates(pick(rules.templates, method, entry.name)),
+        prompt_order=rules.prompt_order,
+        backgrounds=pick(rules.backgrounds, method, entry.name) if benchmark.has_background else ("none",),
+        threshold=pick(rules.thresholds, method, entry.name),
+        tune_ids=tuple(tune_ids),
+        grid=tuple(thresholds(config.sweep_step)),
+        geometry=config.geometry,
+        device=device,
+    )
+    return Pair(spec=spec, benchmark=benchmark, ids=benchmark.ids("test", entry.limit), settings=settings)
+
+
+def data_digest(pair: Pair) -> str:
+    """sha256 of every image and mask that decides the score."""
+    return pair.benchmark.digest([*pair.settings.tune_ids, *pair.ids])
+
+
+def evaluate(pair: Pair, candidate: Candidate) -> Scored:
+    """Score a candidate, with a progress bar; the report is what the metrics file holds."""
+    total, label = passes(candidate, len(pair.ids), pair.settings), f"{candidate.name} on {pair.benchmark.name}"
+    with tqdm(total=total, desc=label, unit="image", mininterval=1.0) as progress:
+        scored = score(candidate, pair.benchmark, pair.ids, pair.settings, progress.update)
+    known = candidate.digests
+    scored.report["benchmark_digest"] = data_digest(pair)
+    scored.report["digests"] = known
+    scored.report["model_digest"] = next(iter(known.values())) if len(known) == 1 else digest(known) if known else None
+    return scored
+
+
+def draw(
+    folder: Path, pair: Pair, candidate: Candidate, scored: Scored, config: Config, pseudo_masks: Regions | None
+) -> None:
+    """The pair's panels, with panels.json, into `folder`."""
+    benchmark = pair.benchmark
+    classes, ignore = benchmark.classes, benchmark.ignore_index
+
+    def pictures(image_id: str) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
+        sample = benchmark.sample(image_id)
+        columns = {"image": sample.image}
+        own, regions = candidate.regions, pseudo_masks or candidate.regions
+        if regions is not None:
+            columns["regions"] = panels.colored(regions(sample.image).numpy(), panels.REGIONS)
+        if own is not None and own is not regions:
+            columns["masks"] = panels.colored(own(sample.image).numpy(), panels.REGIONS)
+        columns["prediction"] = panels.colored_classes(scored.answer(sample).numpy(), len(classes), None)
+        columns["truth"] = panels.colored_classes(sample.label, len(classes), ignore)
+        return columns
+
+    def present(image_id: str) -> list[str]:
+        found = np.unique(benchmark.sample(image_id).label)
+        first = int(benchmark.has_background)
+        return [classes[index] for index in found if first <= index < len(classes)]
+
+    chosen = panels.choose(scored.per_image, config.panels, config.seed)
+    panels.draw(folder, chosen, scored.per_image, pictures, present, classes, config.panels.side)

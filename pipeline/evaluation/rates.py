@@ -1,0 +1,57 @@
+"""Counts as the figures of a report: fractions in [0, 1], rounded for storage, null where a rate is of nothing."""
+
+import math
+from typing import Any
+
+from pipeline.datasets.benchmarks import Benchmark
+from pipeline.metrics import ConfusionMatrix, ThresholdSweep
+
+DIGITS = 6  # of a stored fraction: below what one pixel of a small benchmark weighs
+CURVE_POINTS = 20  # intervals of the stored sweep; its maximum is exact
+
+
+def curve(sweep: ThresholdSweep) -> dict[str, Any]:
+    """The test split's own best threshold, never used for the score, and the curve around it."""
+    value, miou = sweep.best()
+    scores = sweep.miou().tolist()
+    shown = sorted({round(index * (len(scores) - 1) / CURVE_POINTS) for index in range(CURVE_POINTS + 1)})
+    return {
+        "best_miou": fraction(miou),
+        "best_threshold": value,
+        "chosen_on": "test split (not used for the score)",
+        "miou": [fraction(scores[index]) for index in shown],
+        "thresholds": [round(sweep.thresholds[index].item(), DIGITS) for index in shown],
+    }
+
+
+def figures(counts: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
+    """Every rate of a confusion matrix, and the best single label's mIoU beside them."""
+    label, constant = counts.constant()
+    return {
+        "aacc": fraction(counts.aacc()),
+        "constant_label": benchmark.classes[label],
+        "constant_miou": fraction(constant),
+        "fg_accuracy": fraction(counts.foreground_accuracy()) if benchmark.has_background else None,
+        "macc": fraction(counts.macc()),
+        "miou": fraction(counts.miou()),
+        "per_class": {
+            name: fraction(value) for name, value in zip(benchmark.classes, counts.iou().tolist(), strict=True)
+        },
+    }
+
+
+def brief(described: dict[str, Any], counts: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
+    """What stands in the report of a background rule that is not the first."""
+    rates = figures(counts, benchmark)
+    best = described["sweep"] and {key: described["sweep"][key] for key in ("best_miou", "best_threshold")}
+    return {
+        **{key: rates[key] for key in ("aacc", "fg_accuracy", "macc", "miou")},
+        "stuff_words": described["stuff_words"],
+        "sweep": best,
+        "threshold": described["threshold"],
+    }
+
+
+def fraction(value: float) -> float | None:
+    """Rounded for storage; nan, a rate of nothing, is null."""
+    return None if math.isnan(value) else round(value, DIGITS)

@@ -1,0 +1,253 @@
+"""One model on one benchmark: thresholds, the test split, oracle labels of the model's regions, and the report.
+
+Axes: height and width in pixels of the stored image. A report holds fractions in [0, 1], no time and no path, so the
+same model gives the same bytes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from pipeline.baselines import LabelModel
+from pipeline.datasets.benchmarks import Benchmark, Sample
+from pipeline.evaluation.rates import brief, curve, figures, fraction
+from pipeline.inference import (
+    BACKGROUNDS,
+    BackgroundName,
+    Geometry,
+    PromptOrder,
+    ScoreModel,
+    Segmenter,
+    class_embeddings,
+    threshold_labels,
+)
+from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_labels
+
+CONFUSION_CLASSES = 32  # a larger matrix is left out of the report
+Answer = Callable[[Sample], Int64[Tensor, "height width"]]
+Regions = Callable[[UInt8[np.ndarray, "height width 3"]], Int64[Tensor, "height width"]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """Something to score.
+
+    Attributes:
+        name: folder of its metrics: `sseg`, `sseg-untrained`, `baseline-oracle`.
+        model: gives class scores, or label maps.
+        digests: what its answers depend on beside code, by name.
+        regions: its hard masks of an image, at the image's size; None where it has none.
+    """
+
+    name: str
+    model: ScoreModel | LabelModel
+    digests: dict[str, str]
+    regions: Regions | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How to score: the rules of a protocol that hold for this candidate and benchmark.
+
+    Attributes:
+        tune_ids: images that choose the threshold; empty to take `threshold`.
+        grid: thresholds that are tried.
+    """
+
+    templates: tuple[str, ...]
+    prompt_order: PromptOrder
+    backgrounds: tuple[BackgroundName, ...]
+    threshold: float
+    tune_ids: tuple[str, ...]
+    grid: tuple[float, ...]
+    geometry: Geometry
+    device: str
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of a split, and each image's own mIoU; `seconds` is what it took."""
+
+    total: ConfusionMatrix
+    per_image: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """A finished score: the report, each test image's own mIoU, how to answer again, test images per second."""
+
+    report: dict[str, Any]
+    per_image: dict[str, float]
+    answer: Answer
+    rate: float
+
+
+def tally(benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[], object]) -> Tally:
+    """Confusion counts of `answer` over the images, in order."""
+    classes, ignore = len(benchmark.classes), benchmark.ignore_index
+    counts, started = Tally(ConfusionMatrix(classes, ignore)), time.perf_counter()
+    for image_id in ids:
+        sample = benchmark.sample(image_id)
+        single = ConfusionMatrix(classes, ignore)
+        single.update(answer(sample), sample.label)
+        counts.total.merge(single)
+        counts.per_image[image_id] = single.miou()
+        step()
+    counts.seconds = time.perf_counter() - started
+    return counts
+
+
+def score(
+    candidate: Candidate, benchmark: Benchmark, ids: list[str], settings: Settings, step: Callable[[], object]
+) -> Scored:
+    """Score a candidate on the test images; `step` is called once per image and pass (see `passes`)."""
+    if isinstance(candidate.model, ScoreModel):
+        runs = [_run_rule(candidate.model, benchmark, ids, rule, settings, step) for rule in settings.backgrounds]
+    else:
+        runs = [_run_labels(candidate.model, benchmark, ids, step)]
+    headline, counts, answer = runs[0]
+    report = {
+        "benchmark": benchmark.name,
+        "class_names": list(benchmark.classes),
+        "method": candidate.name,
+        "num_images": len(ids),
+        "num_test_images": benchmark.num_test_images,
+        "precision": "float32",
+        "protocol": benchmark.protocol,
+        **headline,
+        **figures(counts.total, benchmark),
+        **oracle(candidate, benchmark, ids, step),
+        "other_backgrounds": {rule["background"]: brief(rule, run.total, benchmark) for rule, run, _ in runs[1:]},
+    }
+    if len(benchmark.classes) <= CONFUSION_CLASSES:
+        report["confusion"] = counts.total.counts.tolist()
+    rate = len(ids) / max(counts.seconds, 1e-9)
+    return Scored(report=report, per_image=counts.per_image, answer=answer, rate=rate)
+
+
+def passes(candidate: Candidate, num_images: int, settings: Settings) -> int:
+    """How often `score` calls `step`."""
+    if not isinstance(candidate.model, ScoreModel):
+        return num_images * (1 + (candidate.regions is not None))
+    tuned = sum(BACKGROUNDS[rule].thresholded for rule in settings.backgrounds) * len(settings.tune_ids)
+    return num_images * (len(settings.backgrounds) + (candidate.regions is not None)) + tuned
+
+
+def _run_labels(
+    model: LabelModel, benchmark: Benchmark, ids: list[str], step: Callable[[], object]
+) -> tuple[dict[str, Any], Tally, Answer]:
+    def answer(sample: Sample) -> Int64[Tensor, "height width"]:
+        return model.label(sample, len(benchmark.classes), benchmark.ignore_index)
+
+    described = {
+        "background": "a class like others",
+        "prompt_order": None,
+        "resize": None,
+        "sweep": None,
+        "templates": [],
+        "threshold": {"value": None, "chosen_on": "no threshold"},
+        "window": None,
+    }
+    return described, tally(benchmark, ids, answer, step), answer
+
+
+def _run_rule(
+    model: ScoreModel,
+    benchmark: Benchmark,
+    ids: list[str],
+    rule: BackgroundName,
+    settings: Settings,
+    step: Callable[[], object],
+) -> tuple[dict[str, Any], Tally, Answer]:
+    """One background rule on the test split: what was done, the counts, and how to answer for one image."""
+    background = BACKGROUNDS[rule]
+    words = (*benchmark.foreground, *(benchmark.stuff if background.stuff_words else ()))
+    embeddings, order = class_embeddings(model, words, settings.templates, settings.prompt_order)
+    segmenter = Segmenter(
+        model,
+        embeddings.to(settings.device),
+        num_foreground=len(benchmark.foreground),
+        has_background=benchmark.has_background,
+        geometry=settings.geometry,
+        background=background,
+        device=settings.device,
+    )
+    threshold = {"value": None, "chosen_on": "no threshold"}
+    sweep = None
+    if background.thresholded:
+        threshold = choose_threshold(segmenter, benchmark, settings, step)
+        sweep = ThresholdSweep(settings.grid, len(benchmark.classes), benchmark.ignore_index)
+
+    def answer(sample: Sample) -> Int64[Tensor, "height width"]:
+        best, labels = segmenter(sample.image)
+        if sweep is not None:
+            sweep.update(best.cpu(), labels.cpu(), sample.label)
+        return threshold_labels(best, labels, threshold["value"]).cpu()
+
+    counts = tally(benchmark, ids, answer, step)
+    geometry = settings.geometry
+    described = {
+        "background": rule,
+        "prompt_order": order,
+        "resize": {
+            "antialias": geometry.antialias,
+            "long_side": geometry.long_side,
+            "short_side": geometry.short_side,
+        },
+        "stuff_words": list(benchmark.stuff if background.stuff_words else ()),
+        "sweep": None if sweep is None else curve(sweep),
+        "templates": list(settings.templates),
+        "threshold": threshold,
+        "window": {"multiple": geometry.multiple, "side": geometry.window, "stride": geometry.stride},
+    }
+    return described, counts, answer
+
+
+def choose_threshold(
+    segmenter: Segmenter, benchmark: Benchmark, settings: Settings, step: Callable[[], object]
+) -> dict[str, Any]:
+    """The threshold and where it comes from: best on the tune images, or the parameter where there are none."""
+    if not settings.tune_ids:
+        return {"value": settings.threshold, "chosen_on": "params.yaml"}
+    sweep = ThresholdSweep(settings.grid, len(benchmark.classes), benchmark.ignore_index)
+    for image_id in settings.tune_ids:
+        sample = benchmark.sample(image_id)
+        best, labels = segmenter(sample.image)
+        sweep.update(best.cpu(), labels.cpu(), sample.label)
+        step()
+    value, miou = sweep.best()
+    chosen_on = f"{benchmark.layout['tune']} split, {len(settings.tune_ids)} images"
+    return {"value": value, "chosen_on": chosen_on, "tune_miou": fraction(miou)}
+
+
+def oracle(
+    candidate: Candidate, benchmark: Benchmark, ids: list[str], step: Callable[[], object]
+) -> dict[str, float | None]:
+    """mIoU when the truth names each of the candidate's regions: by majority and by best IoU."""
+    regions_of = candidate.regions
+    if regions_of is None:
+        return {}
+    classes, ignore = len(benchmark.classes), benchmark.ignore_index
+    majority, best_iou = ConfusionMatrix(classes, ignore), ConfusionMatrix(classes, ignore)
+    num_regions = 0
+
+    def answer(sample: Sample) -> Int64[Tensor, "height width"]:
+        nonlocal num_regions
+        regions, truth = regions_of(sample.image), torch.tensor(sample.label)
+        num_regions += len(regions.unique())
+        best_iou.update(oracle_labels(regions, truth, classes, "best_iou", ignore), truth)
+        return oracle_labels(regions, truth, classes, "majority", ignore)
+
+    majority.merge(tally(benchmark, ids, answer, step).total)
+    return {
+        "num_regions": round(num_regions / max(len(ids), 1), 2),
+        "oracle_best_iou": fraction(best_iou.miou()),
+        "oracle_majority": fraction(majority.miou()),
+    }

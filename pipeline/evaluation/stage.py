@@ -1,0 +1,163 @@
+"""The evaluate stage: every candidate on every benchmark, in one process.
+
+A finished pair is kept under data/checkpoints/evaluate/<key>, where the key is made of all that decides it (weights,
+images, parameters, the package's code), and copied to reports/. So an interrupted run goes on with the pair it was in,
+and a pair whose inputs did not change is not scored again.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifacts.files import atomic_json, digest, fsync_tree, list_files
+from pipeline.evaluation import candidates
+from pipeline.evaluation.config import Config
+from pipeline.evaluation.pairs import Pair, benchmark_root, data_digest, draw, evaluate, open_pair
+from pipeline.evaluation.scoring import Regions
+from pipeline.params import plain
+from pipeline.project import Project
+
+RUN = "evaluate"
+METRICS = "metrics.json"
+FIGURES = "figures"
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def evaluate_all(project: Project) -> None:
+    """Score what the parameters name; metrics and figures end up below reports/.
+
+    Raises:
+        BadInput: a model, an encoder or a benchmark's file is absent or broken, before the first pair is scored.
+    """
+    config, started = project.config(RUN, Config), time.perf_counter()
+    torch.set_num_threads(project.machine.threads)
+    roots = [(entry, benchmark_root(project, entry.name, entry.root)) for entry in config.benchmarks]
+    pairs = [
+        open_pair(spec, entry, root, config.protocol, config, project.machine.device)
+        for entry, root in roots
+        for spec in config.models
+    ]
+    work = dict(zip(_keys(pairs, config, project), pairs, strict=True))
+    missing = {key: pair for key, pair in work.items() if not (_finished(project, key) / METRICS).is_file()}
+    pseudo_masks = candidates.pseudo_masks(project) if missing else None
+    for number, (key, pair) in enumerate(missing.items(), start=1):
+        print(f"evaluate: {number} of {len(missing)}, {_seconds(started)} so far", file=sys.stderr)
+        _compute(_finished(project, key), pair, config, project, pseudo_masks)
+    size = sum(_publish(_finished(project, key), pair, project) for key, pair in work.items())
+    _forget(_finished(project, ""), set(work))
+    totals = {"computed": len(missing), "reused": len(work) - len(missing), "bytes": size}
+    rows = sum(len(pair.ids) for pair in missing.values())
+    seconds = round(time.perf_counter() - started, 2)
+    _log(project, {"stage": RUN, "seconds": seconds, "rows": rows, **totals})
+
+
+def _finished(project: Project, key: str) -> Path:
+    return project.checkpoints(RUN, key)
+
+
+def _keys(pairs: list[Pair], config: Config, project: Project) -> list[str]:
+    """For each pair everything that decides its files, as one digest."""
+    shared = {
+        "code": code_digest(),
+        "torch": torch.__version__,
+        "sweep_step": config.sweep_step,
+        "panels": plain(config.panels),
+        "seed": config.seed,
+        "pseudo_masks": candidates.pseudo_mask_digests(project),
+    }
+    data: dict[tuple[str, ...], str] = {}
+    keys = []
+    for pair in pairs:
+        images = (pair.benchmark.name, *pair.settings.tune_ids, "", *pair.ids)
+        if images not in data:
+            data[images] = data_digest(pair)
+        fields = {
+            "spec": pair.spec,
+            "digests": candidates.digests(pair.spec, project),
+            "settings": {name: value for name, value in plain(pair.settings).items() if name != "device"},
+            "names": [*pair.benchmark.classes, "", *pair.benchmark.stuff],
+            "data": data[images],
+        }
+        keys.append(digest({**shared, **fields}))
+    return keys
+
+
+@cache
+def code_digest() -> str:
+    """sha256 of the package's source and data files."""
+    total = hashlib.sha256()
+    for name in list_files(PACKAGE):
+        if name.endswith((".py", ".json")):
+            total.update(name.encode() + b"\0" + (PACKAGE / name).read_bytes())
+    return total.hexdigest()
+
+
+def _compute(folder: Path, pair: Pair, config: Config, project: Project, pseudo_masks: Regions | None) -> None:
+    """Score and draw one pair into `folder`, which appears whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    candidate = candidates.load(pair.spec, project, config.geometry)
+    started = time.perf_counter()
+    scored = evaluate(pair, candidate)
+    draw(temporary / FIGURES, pair, candidate, scored, config, pseudo_masks)
+    atomic_json(temporary / METRICS, scored.report)
+    fsync_tree(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    print(summary(scored.report, scored.rate), file=sys.stderr)
+    line = {"pair": [candidate.name, pair.benchmark.name], "seconds": round(time.perf_counter() - started, 2)}
+    _log(project, {**line, "images": len(pair.ids), "images_per_second": round(scored.rate, 2)})
+
+
+def summary(report: dict[str, Any], rate: float) -> str:
+    """One line for people: percentages, and test images per second."""
+
+    def percent(key: str) -> str:
+        value = report.get(key)
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    oracle = f", oracle {percent('oracle_majority')}" if "oracle_majority" in report else ""
+    threshold = "" if report["threshold"]["value"] is None else f", threshold {report['threshold']['value']:g}"
+    return (
+        f"{report['method']} on {report['benchmark']}: mIoU {percent('miou')} (constant label "
+        f"{percent('constant_miou')}{oracle}{threshold}), {rate:.1f} images/s"
+    )
+
+
+def _publish(finished: Path, pair: Pair, project: Project) -> int:
+    """Copy a finished pair to reports/; returns its bytes."""
+    name, benchmark = candidates.folder_name(pair.spec), pair.benchmark.name
+    metrics = project.root / "reports" / "metrics" / name / f"{benchmark}.json"
+    figures = project.root / "reports" / FIGURES / name / benchmark
+    shutil.rmtree(figures, ignore_errors=True)
+    shutil.copytree(finished / FIGURES, figures)
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(finished / METRICS, metrics)
+    return sum((finished / file).stat().st_size for file in list_files(finished))
+
+
+def _forget(folder: Path, keys: set[str]) -> None:
+    """Drop finished pairs that the parameters no longer ask for."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name not in keys:
+            shutil.rmtree(entry)
+
+
+def _seconds(started: float) -> str:
+    return f"{time.perf_counter() - started:.0f} s"
+
+
+def _log(project: Project, line: dict[str, Any]) -> None:
+    """Append what is true of this run only."""
+    project.logs.mkdir(parents=True, exist_ok=True)
+    with (project.logs / f"{RUN}.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "finished": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n")

@@ -1,0 +1,298 @@
+"""One model on one benchmark and the stage around it, with a model that knows colours."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from voc_root import CLASSES, ColorModel, write_root
+
+from pipeline import methods, params
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.weights import save_model
+from pipeline.cli import main as tessera
+from pipeline.evaluation import Config, candidates, panels, stage
+from pipeline.evaluation.config import BenchmarkConfig, PanelConfig, pick, thresholds
+from pipeline.evaluation.pairs import evaluate, open_pair
+from pipeline.machine import Machine
+from pipeline.project import Project
+from pipeline.reporting.collect import read_panels, read_score
+
+RULES = {
+    "templates": {"default": "single"},
+    "prompt_order": "average_first",
+    "backgrounds": {"default": ["max_probability", "extra_vocabulary"]},
+    "thresholds": {"default": 0.5, "tiny/voc": 0.25, "voc": 0.25},
+    "tune": True,
+}
+BLOCK = {
+    "seed": 0,
+    "protocol": "native",
+    "models": ["tiny", "untrained:tiny", "baseline:constant"],
+    "benchmarks": [{"name": "scenes", "root": "sets", "limit": None, "tune_limit": None}],
+    "geometry": {
+        "short_side": 32,
+        "long_side": 2048,
+        "window": 32,
+        "stride": 16,
+        "multiple": 1,
+        "antialias": True,
+    },
+    "native": RULES,
+    "unified": {
+        **RULES,
+        "templates": {"default": "tcl"},
+        "backgrounds": {"default": ["max_probability"]},
+        "tune": False,
+    },
+    "sweep_step": 0.01,
+    "panels": {"seeded": 2, "best": 1, "worst": 1, "side": 40},
+}
+
+
+def block(**changes):
+    return {**copy.deepcopy(BLOCK), **changes}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A checkout with a tiny benchmark and a model folder; no encoder, so no pseudo-masks."""
+    write_root(tmp_path / "sets", {"train": 3, "val": 5})
+    save_model(tmp_path / "models" / "tiny", ColorModel().state_dict(), {"method": "tiny"})
+    monkeypatch.setattr(methods, "load", lambda folder: ColorModel(), raising=False)
+    monkeypatch.setattr(methods, "untrained", lambda folder: ColorModel(sharpness=0.0), raising=False)
+    machine = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
+    return Project(tmp_path, {"evaluate": block()}, machine)
+
+
+def config_of(project, **changes):
+    return params.build(Config, block(**changes), "evaluate")
+
+
+def report_of(project, spec="tiny", protocol="native", name="scenes", **changes):
+    config = config_of(project, **changes)
+    entry = BenchmarkConfig(name=name, root="sets", limit=None, tune_limit=None)
+    pair = open_pair(spec, entry, project.path("sets"), protocol, config, "cpu")
+    return evaluate(pair, candidates.load(spec, project, config.geometry)).report
+
+
+def test_a_model_that_knows_the_colours(project):
+    report = report_of(project)
+    assert report["miou"] > 0.95 and report["fg_accuracy"] > 0.95
+    assert report["oracle_majority"] > 0.95 and report["oracle_best_iou"] > 0.95 and 2 <= report["num_regions"] <= 4
+    assert report["other_backgrounds"]["extra_vocabulary"]["miou"] > 0.95
+    assert report["other_backgrounds"]["extra_vocabulary"]["stuff_words"] == ["grey"]
+    assert report["class_names"] == list(CLASSES) == list(report["per_class"])
+    assert np.sum(report["confusion"]) == 5 * 30 * 48  # the two border rows do not count
+    assert report["templates"] == ["a photo of a {}."] and report["num_images"] == 5
+    assert report["model_digest"] == report["digests"]["model"]
+    assert 0 < report["constant_miou"] < 0.5 and report["constant_label"] == "background"
+
+
+def test_the_threshold_comes_from_the_tune_split(project):
+    report = report_of(project)
+    assert report["threshold"]["chosen_on"] == "train split, 3 images"
+    assert 1 / 3 < report["threshold"]["value"] < 1
+    assert report["sweep"]["best_miou"] >= report["miou"]
+    assert report["sweep"]["thresholds"][0] == 0 and report["sweep"]["thresholds"][-1] == 1
+    assert report["other_backgrounds"]["extra_vocabulary"]["threshold"]["value"] is None
+
+
+def test_without_a_tune_split_the_parameter_holds_and_the_sweep_stands_apart(project):
+    (project.path("sets") / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").unlink()
+    report = report_of(project, native={**RULES, "thresholds": {"default": 1.0}})
+    assert report["threshold"] == {"value": 1.0, "chosen_on": "params.yaml"}
+    assert report["miou"] == pytest.approx(report["constant_miou"], abs=1e-6)  # everything is background
+    assert report["sweep"]["best_miou"] > 0.9 and "not used" in report["sweep"]["chosen_on"]
+
+
+def test_the_unified_protocol_fixes_names_templates_and_threshold(project):
+    report = report_of(project, protocol="unified", name="voc", spec="untrained:tiny")
+    assert report["protocol"] == "unified" and len(report["templates"]) == 9
+    assert "tvmonitor" in report["class_names"] and report["other_backgrounds"] == {}
+    assert report["threshold"] == {"value": 0.25, "chosen_on": "params.yaml"}
+    assert report["prompt_order"] == "normalise_first"  # the fake has unit vectors only
+
+
+def test_the_constant_baseline_is_the_constant_beside_every_score(project):
+    constant, trained = report_of(project, "baseline:constant"), report_of(project)
+    assert constant["miou"] == constant["constant_miou"] == trained["constant_miou"]
+    assert constant["per_class"]["red"] == 0 and constant["model_digest"] is None
+
+
+def test_reports_are_the_same_bytes_and_hold_no_path(project):
+    first, second = (json.dumps(report_of(project), sort_keys=True) for _ in range(2))
+    assert first == second and str(project.root) not in first
+
+
+def test_a_report_is_what_the_report_stage_reads(project):
+    stage.evaluate_all(project)
+    for path in sorted((project.root / "reports/metrics").glob("*/*.json")):
+        assert read_score(path.parent.name, path.stem, path.read_text(), path).miou >= 0
+    found = read_panels(project.root / "reports/figures/tiny/scenes")
+    assert found.classes == list(CLASSES) and found.colors["red"] == (128, 0, 0)
+    assert [panel["picked"] for panel in found.panels] == ["seed", "seed", "best", "worst"]
+    for panel in found.panels:
+        assert set(panel["present"]) <= set(CLASSES[1:]) and panel["present"]
+        for column in ("image", "regions", "prediction", "truth"):
+            assert (found.folder / panel[column]).is_file()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def log_lines(project):
+    return [json.loads(line) for line in (project.logs / "evaluate.jsonl").read_text().splitlines()]
+
+
+def test_an_interrupted_stage_goes_on_and_ends_with_the_same_bytes(project, monkeypatch, tmp_path_factory):
+    stage.evaluate_all(project)
+    whole = tree(project.root / "reports")
+    assert {name.split("/")[1] for name in whole} == {"tiny", "tiny-untrained", "baseline-constant"}
+    for folder in (project.root / "reports", project.root / "data"):
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+    calls, real = [], stage.evaluate
+
+    def killed(pair, candidate):
+        calls.append(candidate.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(pair, candidate)
+
+    monkeypatch.setattr(stage, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage.evaluate_all(project)
+    stage.evaluate_all(project)
+    assert calls == ["tiny", "tiny-untrained", "tiny-untrained", "baseline-constant"]
+    assert tree(project.root / "reports") == whole
+
+
+def test_a_second_run_scores_nothing_and_a_changed_input_only_what_depends_on_it(project):
+    stage.evaluate_all(project)
+    stage.evaluate_all(project)
+    assert log_lines(project)[-1]["computed"] == 0 and log_lines(project)[-1]["reused"] == 3
+    save_model(project.root / "models" / "tiny", ColorModel(3.0).state_dict(), {"method": "tiny"})
+    stage.evaluate_all(project)
+    assert log_lines(project)[-1]["computed"] == 1
+    mask = project.path("sets") / "VOCdevkit/VOC2012/SegmentationClass"
+    (mask / "val_000.png").write_bytes((mask / "val_001.png").read_bytes())
+    stage.evaluate_all(project)
+    assert log_lines(project)[-1]["computed"] == 3
+    assert len(list((project.root / "data/checkpoints/evaluate").iterdir())) == 3
+
+
+def test_what_is_missing_is_said_before_anything_is_scored(project):
+    (project.path("sets") / "VOCdevkit/VOC2012/JPEGImages/val_004.jpg").unlink()
+    with pytest.raises(BadInput, match="val_004.jpg"):
+        stage.evaluate_all(project)
+    write_root(project.path("sets"), {"train": 3, "val": 5})
+    (project.root / "models/tiny/config.json").unlink()
+    with pytest.raises(BadInput, match="models/tiny: no model folder"):
+        stage.evaluate_all(project)
+    assert not (project.root / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"native": {**RULES, "thresholds": {"voc": 0.5}}}, "thresholds.default: missing key"),
+        ({"native": {**RULES, "backgrounds": {"default": []}}}, "backgrounds.default: expected one or more"),
+        ({"native": {**RULES, "thresholds": {"default": 1.5}}}, "evaluate.native.thresholds.default: 1.5 is outside"),
+        ({"models": ["a", "a"]}, "evaluate.models: 'a' stands twice"),
+        ({"protocol": "mine"}, "evaluate.protocol: 'mine' is not one of"),
+        ({"extra": 1}, "evaluate.extra: unknown key"),
+    ],
+)
+def test_the_block_is_strict(changes, message):
+    with pytest.raises(params.ParamsError, match=message):
+        params.build(Config, block(**changes), "evaluate")
+
+
+def test_the_most_special_key_holds():
+    values = {"default": 1, "voc": 2, "sseg": 3, "sseg/voc": 4}
+    assert [pick(values, *key) for key in (("sseg", "voc"), ("sseg", "coco"), ("x", "voc"), ("x", "y"))] == [4, 3, 2, 1]
+
+
+def test_threshold_grid_has_both_ends():
+    assert thresholds(0.25) == [0, 0.25, 0.5, 0.75, 1]
+    assert len(thresholds(0.001)) == 1001
+
+
+def test_panels_are_drawn_alike_for_every_method():
+    config = PanelConfig(seeded=2, best=2, worst=2, side=64)
+    first = {f"i{k}": k / 10 for k in range(8)}
+    second = {name: 1 - value for name, value in first.items()}
+    seeded = [name for name, how in panels.choose(first, config, 3) if how == "seed"]
+    assert seeded == [name for name, how in panels.choose(second, config, 3) if how == "seed"]
+    rest = [name for name in sorted(first, key=first.get) if name not in seeded]
+    chosen = panels.choose(first, config, 3)
+    assert [name for name, how in chosen if how == "worst"] == rest[:2]
+    assert [name for name, how in chosen if how == "best"] == rest[:-3:-1]
+    few = panels.choose({"a": 0.5, "b": float("nan"), "c": 0.1}, PanelConfig(seeded=0, best=2, worst=2, side=64), 0)
+    assert few == [("a", "best"), ("c", "best")]
+
+
+def test_class_colours_are_vocs():
+    # Source: the VOC 2012 development kit's colour map, first entries and the last class.
+    expected = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 8: (64, 0, 0), 20: (0, 64, 128)}
+    assert {index: panels.class_color(index) for index in expected} == expected
+    assert len({panels.class_color(index) for index in range(256)}) == 256
+    label = np.array([[0, 1], [3, 255]])
+    assert panels.colored_classes(label, 4, 255)[1, 1].tolist() == list(panels.IGNORED)
+    assert panels.colored_classes(label, 4, 255)[0, 1].tolist() == [128, 0, 0]
+
+
+def write_params(project):
+    machine = "runner: inline\nworkers: 1\nthreads: 1\n"
+    (project.root / "machine.yaml").write_text(machine)
+    (project.root / "params.yaml").write_text(json.dumps(project.params))  # JSON is YAML
+
+
+def test_the_command_writes_a_metrics_file(project, capsys):
+    write_params(project)
+    out = project.root / "out" / "file.json"
+    root = str(project.path("sets"))
+    arguments = ["--root", str(project.root), "evaluate", "--model", str(project.root / "models/tiny")]
+    assert tessera([*arguments, "--benchmark", "scenes", "--root", root, "--limit", "2", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["num_images"] == 2 and report["method"] == "tiny" and report["protocol"] == "native"
+    assert "tiny on scenes: mIoU" in capsys.readouterr().out
+    # voc is no benchmark of the parameters, but its root stands on the command line
+    assert tessera([*arguments, "--benchmark", "voc", "--root", root, "--protocol", "unified", "--out", str(out)]) == 0
+    assert "tvmonitor" in json.loads(out.read_text())["class_names"]
+    base = ["--root", str(project.root), "evaluate", "--model", "baseline:constant", "--out", str(out)]
+    assert tessera([*base, "--benchmark", "scenes"]) == 0  # the parameters' root
+    assert json.loads(out.read_text())["model_digest"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "models/none", "--benchmark", "scenes"], "models/none: no model folder"),
+        (["--model", "baseline:nope", "--benchmark", "scenes"], "unknown baseline 'nope': choose from .*constant"),
+        (["--model", "tiny", "--benchmark", "voc"], "--root: params.yaml names no root for voc"),
+        (["--model", "tiny", "--benchmark", "voc", "--root", "/nowhere"], "Give the folder that holds VOCdevkit"),
+        (["--model", "tiny", "--benchmark", "scenes", "--limit", "0"], "--limit: expected at least 1"),
+    ],
+)
+def test_the_command_says_what_is_wrong(project, capsys, arguments, message):
+    write_params(project)
+    out = str(project.root / "out.json")
+    assert tessera(["--root", str(project.root), "evaluate", *arguments, "--out", out]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_model_on_real_photographs(project, real_data):
+    config = config_of(project)
+    entry = BenchmarkConfig(name="voc", root="", limit=4, tune_limit=None)
+    pair = open_pair("tiny", entry, real_data, "native", config, "cpu")
+    report = evaluate(pair, candidates.load("tiny", project, config.geometry)).report
+    assert report["num_images"] == 4 and report["num_test_images"] == 1449
+    assert report["threshold"] == {"value": 0.25, "chosen_on": "params.yaml"}
+    assert 0 <= report["miou"] <= 1 and torch.tensor(report["confusion"]).sum() > 0
+    assert len(report["other_backgrounds"]["extra_vocabulary"]["stuff_words"]) == 39

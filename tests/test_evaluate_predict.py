@@ -1,0 +1,108 @@
+"""`tessera predict`: overlay, raw label map, and what bad arguments say."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluate import block
+from voc_root import COLORS, ColorModel, write_root
+
+from pipeline import methods
+from pipeline.artifacts.weights import save_model
+from pipeline.cli import main as tessera
+from pipeline.evaluation.panels import class_color
+from pipeline.prediction import found, label_png, overlay
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with a model that knows colours, and a picture: red left, blue right, grey below."""
+    write_root(tmp_path / "sets", {"train": 2, "val": 2})
+    save_model(tmp_path / "models/tiny", ColorModel().state_dict(), {"method": "tiny"})
+    monkeypatch.setattr(methods, "load", lambda folder: ColorModel(), raising=False)
+    (tmp_path / "params.yaml").write_text(json.dumps({"evaluate": block()}))
+    pixels = np.empty((48, 64, 3), np.uint8)
+    pixels[:] = COLORS["background"]
+    pixels[:32, :32], pixels[:32, 32:] = COLORS["red"], COLORS["blue"]
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path
+
+
+def run(checkout, *arguments, labels="red,blue", out="over.png", image="photo.png"):
+    base = ["--root", str(checkout), "predict", "--model", "tiny", "--labels", labels]
+    return tessera([*base, "--out", str(checkout / out), *arguments, str(checkout / image)])
+
+
+def test_overlay_and_label_map(checkout, capsys):
+    assert run(checkout, "--background", "extra_vocabulary") == 0  # grey is a stuff word of the benchmark
+    with Image.open(checkout / "over_labels.png") as raw:
+        assert raw.mode == "P" and raw.size == (64, 48)
+        labels = np.array(raw)
+    assert (labels[4:28, 4:28] == 1).all() and (labels[4:28, 36:60] == 2).all() and (labels[36:44, 4:60] == 0).all()
+    page = np.array(Image.open(checkout / "over.png"))
+    assert page.shape[1] >= 64 and page.shape[0] > 48  # the legend stands below
+    # 0.4 of the photograph and 0.6 of the label's colour; background is the photograph itself
+    mixed = 0.4 * np.array(COLORS["red"]) + 0.6 * np.array(class_color(1))
+    np.testing.assert_allclose(page[16, 16], mixed, atol=2)
+    np.testing.assert_allclose(page[40, 30], COLORS["background"], atol=2)
+    text = capsys.readouterr().out
+    assert "red " in text and "blue " in text and "1 words" in text
+
+
+def test_thresholds_and_their_sources(checkout, capsys):
+    assert run(checkout, "--background", "max_probability", "--threshold", "1.0") == 0
+    assert (np.array(Image.open(checkout / "over_labels.png")) == 0).all()
+    assert "threshold 1 (--threshold)" in capsys.readouterr().out
+    assert run(checkout) == 0
+    assert "threshold 0.5 (params.yaml)" in capsys.readouterr().out
+    arguments = ["--root", str(checkout), "evaluate", "--model", "tiny", "--benchmark", "scenes"]
+    assert tessera([*arguments, "--out", str(checkout / "reports/metrics/tiny/scenes.json")]) == 0
+    assert run(checkout) == 0
+    assert "(scenes: train split, 2 images)" in capsys.readouterr().out
+
+
+def test_hundreds_of_labels_get_sixteen_bits(checkout):
+    many = [f"thing {index}" for index in range(299)]
+    assert run(checkout, "--background", "none", labels=",".join([*many, "red"])) == 0
+    labels = np.array(Image.open(checkout / "over_labels.png"))
+    assert labels.dtype == np.uint16 and (labels[4:28, 4:28] == 300).all()
+
+
+def test_label_map_with_255_labels_keeps_its_ids():
+    import io
+
+    labels = np.array([[0, 255], [7, 1]])
+    assert np.array_equal(np.array(Image.open(io.BytesIO(label_png(labels, 255)))), labels)
+
+
+def test_the_legend_lists_the_largest_first():
+    labels = np.array([[2, 2, 2, 0], [1, 2, 0, 0]])
+    assert found(labels, ("cat", "dog")) == [("dog", 0.5), ("background", 0.375), ("cat", 0.125)]
+    page = overlay(np.full((2, 4, 3), 200, np.uint8), labels, ("cat", "a long name " * 4))
+    assert page.width > 4  # the page grows with the names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": "red,,blue"}, "--labels: class 2 of 3 is empty"),
+        ({"labels": " "}, "--labels: class 1 of 1 is empty"),
+        ({"labels": "red,Red "}, "--labels: class 'Red' stands twice"),
+        ({"labels": "background,red"}, "leave it out"),
+        ({"out": "over.jpg"}, "--out: expected a name that ends in .png"),
+        ({"image": "none.jpg"}, "none.jpg: No such file.*Give the path of a photograph"),
+        ({"image": "params.yaml"}, "params.yaml: not a readable image"),
+    ],
+)
+def test_bad_arguments_are_named(checkout, capsys, changes, message):
+    assert run(checkout, **changes) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (checkout / "over_labels.png").exists()
+
+
+def test_a_baseline_that_reads_no_labels_is_refused(checkout, capsys):
+    arguments = ["--root", str(checkout), "predict", "--model", "baseline:constant", "--labels", "red"]
+    assert tessera([*arguments, "--out", str(checkout / "o.png"), str(checkout / "photo.png")]) == 1
+    assert "does not read labels" in capsys.readouterr().err
