@@ -269,12 +269,16 @@ def add_stage(root, stage, shards, details):
 
 def test_funnel_by_hand(tmp_path):
     add_stage(tmp_path, "download", [(10, 8), (10, 9)], [{"404": 1, "html": 1}, {"404": 1}])
-    add_stage(tmp_path, "filter", [(8, 4), (9, 5)], [{"no_entity": 4}, {"no_entity": 4}])
+    add_stage(
+        tmp_path, "filter", [(8, 4), (9, 5)], [{"reason: no_entity": 4, "tagger: lexicon": 8}, {"reason: no_entity": 4}]
+    )
     download, kept = gather(project(tmp_path)).steps
     assert (download.rows_in, download.rows, download.size, download.reasons) == (20, 17, 200, {"404": 2, "html": 1})
     assert (kept.rows_in, kept.rows, kept.reasons) == (17, 9, {"no_entity": 8})
+    assert kept.facts == ("tagger: lexicon",)
     text = results(collected(tmp_path), [download, kept])
     assert "| downloaded | 20 | 17 | 404 2; html 1 |" in text
+    assert "| kept by the filter (tagger: lexicon) | 17 | 9 | no\\_entity 8 |" in text
 
 
 def test_a_payload_that_is_gone_loses_its_reasons_only(tmp_path):

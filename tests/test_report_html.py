@@ -120,14 +120,14 @@ def page(root, *, base=None, data=None, context=CONTEXT, config=CONFIG):
 
 def step(**changes):
     values = {"stage": "download", "title": "downloaded", "rows_in": 20, "rows": 17, "shards": 2, "size": 2_000_000}
-    return Step(**(values | {"reasons": {"404": 3}} | changes))
+    return Step(**(values | {"reasons": {"404": 3}, "facts": ()} | changes))
 
 
 def test_the_page_is_whole_and_stands_alone(tmp_path):
     full(tmp_path)
     data = Data(
         steps=[step()],
-        entities=[(f"word{i}", 99 - i) for i in range(40)],
+        entities=[(f"word{i}", max(0, 40 - i)) for i in range(42)],
         runs=[Run(stage="download", seconds=75.0, computed=2, reused=0, rows=17, size=2_000_000, finished="")],
         trainings=[Training(run="sseg", seconds=240.0, images_per_second=251.2, waiting=0.013)],
         notes=["a note"],

@@ -24,6 +24,7 @@ CHAIN = {
 }
 
 
+FACTS = ("tagger: ",)  # detail that says how a stage worked, not what it lost
 ORDER = (
     "scenes",
     "download",
@@ -40,7 +41,7 @@ ORDER = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What one stage did to the rows; `reasons` counts its losses and notes, `size` is in bytes."""
+    """What one stage did to the rows; `reasons` counts its losses, `facts` say how it worked, `size` is in bytes."""
 
     stage: str
     title: str
@@ -49,6 +50,7 @@ class Step:
     shards: int
     size: int
     reasons: dict[str, int]
+    facts: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +109,8 @@ def _step(project: Project, stage: str, title: str) -> Step:
     for row in manifest.rows:
         description = project.store.describe(stage, row.key) or {}
         for reason, number in description.get("counts", {}).get("detail", {}).items():
-            reasons[clean(reason)] += int(number)
+            reasons[clean(reason).removeprefix("reason: ")] += int(number)
+    facts = sorted(reason for reason in reasons if reason.startswith(FACTS))
     ordered = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
     return Step(
         stage=stage,
@@ -116,7 +119,8 @@ def _step(project: Project, stage: str, title: str) -> Step:
         rows=totals["rows"],
         shards=totals["shards"],
         size=totals["bytes"],
-        reasons=ordered,
+        reasons={reason: number for reason, number in ordered.items() if reason not in facts},
+        facts=tuple(facts),
     )
 
 

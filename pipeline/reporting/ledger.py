@@ -12,12 +12,13 @@ def data(source: Data) -> dict[str, Any]:
     """Funnel bars against the widest row count, entity bars against the most frequent word."""
     widest = max((step.rows_in for step in source.steps), default=0) or 1
     most = max((number for _, number in source.entities), default=0) or 1
-    entities = [(word, count(number), round(100 * number / most, 2)) for word, number in source.entities]
+    entities = [(word, count(number), round(100 * number / most, 2)) for word, number in source.entities if number]
     return {
         "listed": count(source.steps[0].rows_in) if source.steps else MISSING,
         "steps": [_step(step, widest) for step in source.steps],
         "entities": entities[:SHOWN_ENTITIES],
         "rest": entities[SHOWN_ENTITIES:],
+        "never": len(source.entities) - len(entities),
     }
 
 
@@ -32,6 +33,7 @@ def _step(step: Step, widest: int) -> dict[str, Any]:
         "share": f"{share:.1f} %",
         "bar": round(100 * step.rows / widest, 2),
         "bar_in": round(100 * step.rows_in / widest, 2),
+        "facts": ", ".join(step.facts),
         "reasons": [(reason, count(number)) for reason, number in step.reasons.items()],
     }
 

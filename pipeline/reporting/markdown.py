@@ -173,16 +173,12 @@ def class_table(group: Sequence[Score]) -> str:
 
 def funnel_table(steps: Sequence[Step]) -> str:
     """Rows in and out of each stage, and why the rest was lost."""
-    rows = [
-        [
-            step.title,
-            count(step.rows_in),
-            count(step.rows),
-            "; ".join(f"{escape(k)} {count(v)}" for k, v in step.reasons.items()) or MISSING,
-        ]
-        for step in steps
-    ]
-    return table(["Stage", "Rows in", "Rows out", "Counted"], rows)
+    rows = []
+    for step in steps:
+        lost = "; ".join(f"{escape(reason)} {count(number)}" for reason, number in step.reasons.items())
+        title = step.title + (f" ({escape(', '.join(step.facts))})" if step.facts else "")
+        rows.append([title, count(step.rows_in), count(step.rows), lost or MISSING])
+    return table(["Pairs", "In", "Out", "Lost"], rows)
 
 
 def results(findings: Findings, steps: Sequence[Step]) -> str:
