@@ -11,7 +11,6 @@ import socket
 import ssl
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -23,11 +22,8 @@ FOLDER_SCHEME = "folder"
 _CHUNK = 1 << 16
 
 
-class Refused(urllib.error.URLError):
-    """A request that policy forbids; str() is the reason."""
-
-    def __str__(self) -> str:
-        return str(self.reason)
+class Refused(Exception):
+    """A request that policy forbids. No OSError: that is what urllib takes for a fault of the network."""
 
 
 def build_opener(
@@ -111,7 +107,7 @@ class _PublicHTTPS(urllib.request.HTTPSHandler):
 def _connect_public(address: tuple[str, int], timeout: Any, source_address: Any) -> socket.socket:
     """As socket.create_connection, but only to public addresses of the name: checked is what is connected to."""
     host, port = address
-    error: OSError = Refused(f"refused: {host} has no address")
+    error: Exception = Refused(f"refused: {host} has no address")
     for family, kind, protocol, _, place in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if not is_public(str(place[0])):
             error = Refused(f"refused: {host} is a private address")

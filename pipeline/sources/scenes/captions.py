@@ -5,17 +5,12 @@ a tail with an abstract noun. `named` is the chance that a visible object is men
 unrelated to the picture, and a share is one of a handful of sentences, so that exact duplicates occur.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.sources.scenes.classes import OBJECTS, Stuff
-
-if TYPE_CHECKING:
-    from pipeline.sources.scenes.drawing import Placed, SceneConfig
+from pipeline.sources.scenes.scene import Placed, SceneConfig
 
 _LEADS = ("", "", "", "a photo of ", "photo of ", "picture of ", "an illustration of ", "close up of ",
           "stock image : ", "a view of ", "we saw ", "here is ")  # fmt: skip

@@ -4,8 +4,6 @@ The objects' names are words of CC4M's entity set. Source: OVSegmentor, suppleme
 outline all tell the classes apart, so that a small model learns the names in minutes. RGB colours in [0, 255].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pipeline.sources.scenes import living, things

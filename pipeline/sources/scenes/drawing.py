@@ -5,55 +5,22 @@ label map whose samples disagree is BORDER, as VOC marks the rim of an object. N
 worker may draw any scene.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from pipeline.params import Range
 from pipeline.sources.scenes.captions import write_caption
-from pipeline.sources.scenes.classes import BACKGROUNDS, OBJECTS, Stuff
-from pipeline.sources.scenes.shapes import BODY
+from pipeline.sources.scenes.classes import BACKGROUNDS, OBJECTS, ObjectClass, Stuff
+from pipeline.sources.scenes.scene import BORDER, SPLITS, Placed, Scene, SceneConfig
+from pipeline.sources.scenes.shapes import BODY, Pose
 from pipeline.sources.scenes.textures import TILE, crop, grain, tile
 
-BORDER = 255
 SUPERSAMPLING = 2
-SPLITS = {"train": 0, "tune": 1, "val": 2}
 _SUBPIXEL_BITS = 4  # cv2 takes vertices as fixed-point numbers
 _RIM = 8  # role + _RIM is the dark outline of a part
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SceneConfig:
-    """What decides a scene's pixels and words. Shares are probabilities in [0, 1]."""
-
-    image_size: Annotated[int, Range(32, TILE)]
-    variant: Literal["easy", "hard"]
-    named: Annotated[float, Range(0, 1)]
-    unrelated: Annotated[float, Range(0, 1)]
-    duplicate: Annotated[float, Range(0, 1)]
-
-
-class Placed(NamedTuple):
-    """An object of a scene. `visible` is the share of its own pixels that nothing covers, in [0, 1]."""
-
-    name: str
-    colour: str
-    radius: float  # pixels
-    centre: tuple[float, float]  # x, y in pixels
-    visible: float
-
-
-class Scene(NamedTuple):
-    image: UInt8[np.ndarray, "size size 3"]
-    label: UInt8[np.ndarray, "size size"]
-    caption: str
-    objects: tuple[Placed, ...]
-    stuff: tuple[str, ...]
 
 
 class _Difficulty(NamedTuple):
@@ -190,7 +157,9 @@ def _draw(
     return int(mask.sum())
 
 
-def _posed(rng: np.random.Generator, pose, radius: float, centre: tuple[float, float], kind: _Difficulty):
+def _posed(
+    rng: np.random.Generator, pose: Pose, radius: float, centre: tuple[float, float], kind: _Difficulty
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (role, points, 2x2 matrix, offset): one scale, tilt, shear and flip for all parts, and a jitter each."""
     tilt = np.deg2rad(rng.uniform(-kind.tilt, kind.tilt))
     cosine, sine, shear = np.cos(tilt), np.sin(tilt), rng.uniform(-kind.shear, kind.shear)
@@ -203,7 +172,9 @@ def _posed(rng: np.random.Generator, pose, radius: float, centre: tuple[float, f
         yield role, points + moved, turn, np.array(centre, np.float32)
 
 
-def _paint(rng: np.random.Generator, roles: np.ndarray, item, kind: _Difficulty, toward: float) -> np.ndarray:
+def _paint(
+    rng: np.random.Generator, roles: np.ndarray, item: ObjectClass, kind: _Difficulty, toward: float
+) -> np.ndarray:
     """Colours per role, times the class's texture on its body, times a light that falls off across the object."""
     palette = np.zeros((2 * _RIM, 3), np.float32)
     base = np.array([item.body, item.accent, item.dark, item.light], np.uint8)

@@ -1,7 +1,5 @@
 """Poses of what is alive: dog, cat, bird, flower."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pipeline.sources.scenes.shapes import ACCENT, BODY, DARK, LIGHT, Pose, oval, poly, rect

@@ -4,7 +4,7 @@ A pose is a list of parts `(role, polygon)` drawn in order, in a unit box: [-1, 
 Roles index an object's colours: BODY and ACCENT are its two colours, DARK and LIGHT small details.
 """
 
-from __future__ import annotations
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ Part = tuple[int, np.ndarray]
 Pose = tuple[Part, ...]
 
 
-def poly(role: int, *points: tuple[float, float]) -> Part:
+def poly(role: int, *points: Sequence[float]) -> Part:
     return role, np.array(points, np.float32)
 
 

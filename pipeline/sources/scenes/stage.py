@@ -4,8 +4,6 @@ A train shard holds `images.tar` and `rows.parquet`: what the download stage's l
 it as a dead link, an HTML page or half a JPEG. A shard depends on its own row range and the pictures' parameters only.
 """
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,8 @@ from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
 from pipeline.params import Range, plain
 from pipeline.project import Project
-from pipeline.sources.scenes.drawing import SceneConfig, generate
+from pipeline.sources.scenes.drawing import generate
+from pipeline.sources.scenes.scene import SceneConfig
 from pipeline.sources.scenes.voc import check_voc, write_voc
 
 HOST = "scenes.localhost"

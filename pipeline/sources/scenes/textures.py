@@ -4,8 +4,6 @@ A tile is float32 [TILE, TILE] of factors around 1; multiplying a colour by it g
 and twice their side is stored, so that any crop up to TILE px is one slice.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import cv2

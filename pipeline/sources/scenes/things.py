@@ -1,7 +1,5 @@
 """Poses of what is made: car, bus, boat, house, ball, kite, cup, umbrella."""
 
-from __future__ import annotations
-
 from pipeline.sources.scenes.shapes import ACCENT, BODY, DARK, LIGHT, Pose, oval, poly, rect
 
 

@@ -3,8 +3,6 @@
 `train.txt` lists the tune split, on which thresholds are chosen, `val.txt` the val split, on which methods compare.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from PIL import Image
 
 from pipeline.artifacts.files import CorruptPayload, atomic_json, atomic_write
 from pipeline.sources.scenes.classes import CLASSES, STUFF
-from pipeline.sources.scenes.drawing import BORDER, Scene
+from pipeline.sources.scenes.scene import BORDER, Scene
 
 ROOT = Path("VOCdevkit/VOC2012")
 LISTS = {"tune": "train.txt", "val": "val.txt"}
