@@ -73,6 +73,10 @@ class ConfusionMatrix:
         pairs = truth * self.num_classes + predicted
         self.counts += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.counts)
 
+    def add_regions(self, counts: Int64[Tensor, "regions truth"], predicted: Int64[Tensor, " regions"]) -> None:
+        """Add one image in which all of region r's pixels, `counts[r]` by true class, are predicted as one class."""
+        self.counts.index_add_(1, predicted.cpu(), counts.T.cpu())
+
     def merge(self, other: "ConfusionMatrix") -> None:
         """Add another matrix's pixels. Raises ValueError when the class counts differ."""
         if other.num_classes != self.num_classes:
@@ -172,6 +176,42 @@ class ThresholdSweep:
         return round(self.thresholds[index].item(), 6), scores[index].item()
 
 
+def region_counts(
+    regions: Shaped[Tensor, "height width"],
+    label: Shaped[Tensor, "height width"],
+    num_classes: int,
+    ignore_index: int | None = 255,
+) -> Int64[Tensor, "regions classes"]:
+    """Valid pixels of each region by true class; region ids are row numbers, ids that do not occur are empty rows.
+
+    Raises ValueError on negative region ids or on label ids outside the classes.
+    """
+    region, truth = as_labels(regions, "regions").reshape(-1), as_labels(label, "label").reshape(-1)
+    num_regions = int(region.max()) + 1
+    if region.min() < 0:
+        raise ValueError(f"regions hold the id {int(region.min())}: expected 0 or more")
+    if ignore_index is not None:
+        valid = truth != ignore_index
+        region, truth = region[valid], truth[valid]
+    check_ids(truth, num_classes, "label")
+    counts = torch.bincount(region * num_classes + truth, minlength=num_regions * num_classes)
+    return counts.view(num_regions, num_classes)
+
+
+def oracle_classes(counts: Int64[Tensor, "regions classes"], rule: OracleRule) -> Int64[Tensor, " regions"]:
+    """The class that the truth gives each region of one image; background is a class like others.
+
+    "majority": the class of most valid pixels of the region. "best_iou": the class whose mask in this image has the
+    highest IoU with the region. Of equals the lowest class wins; a region without valid pixels becomes class 0.
+
+    Source: S-Seg card section 11 (majority), evaluation card section 7.4 (best IoU, as GroupViT C.3).
+    """
+    if rule == "majority":
+        return counts.argmax(1)
+    union = counts.sum(1, keepdim=True) + counts.sum(0, keepdim=True) - counts
+    return (counts.double() / union.clamp(min=1).double()).argmax(1)
+
+
 def oracle_labels(
     regions: Shaped[Tensor, "height width"],
     label: Shaped[Tensor, "height width"],
@@ -179,22 +219,6 @@ def oracle_labels(
     rule: OracleRule,
     ignore_index: int | None = 255,
 ) -> Int64[Tensor, "height width"]:
-    """The label map in which every region has the class that the truth gives it; background is a class like others.
-
-    "majority": the class of most valid pixels of the region. "best_iou": the class whose mask in this image has the
-    highest IoU with the region. Of equals the lowest class wins; a region without valid pixels becomes class 0.
-
-    Source: S-Seg card section 11 (majority), evaluation card section 7.4 (best IoU, as GroupViT C.3).
-    Raises ValueError on ids outside the classes.
-    """
-    _, region = as_labels(regions, "regions").unique(return_inverse=True)
-    truth = as_labels(label, "label")
-    valid = torch.ones_like(truth, dtype=torch.bool) if ignore_index is None else truth != ignore_index
-    check_ids(truth[valid], num_classes, "label")
-    num_regions = int(region.max()) + 1
-    pairs = region[valid] * num_classes + truth[valid]
-    counts = torch.bincount(pairs, minlength=num_regions * num_classes).view(num_regions, num_classes)
-    if rule == "majority":
-        return counts.argmax(1)[region]
-    union = counts.sum(1, keepdim=True) + counts.sum(0, keepdim=True) - counts
-    return (counts.double() / union.clamp(min=1).double()).argmax(1)[region]
+    """The label map in which every region has its oracle class."""
+    counts = region_counts(regions, label, num_classes, ignore_index)
+    return oracle_classes(counts, rule)[as_labels(regions, "regions")]

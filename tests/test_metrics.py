@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_labels
+from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_classes, oracle_labels, region_counts
 
 
 def slow_iou(predictions, labels, num_classes, ignore=255):
@@ -199,3 +199,18 @@ def test_oracle_without_valid_pixels_and_bad_input():
     assert oracle_labels(regions, ignored, 3, "best_iou").tolist() == [[0, 0], [0, 0]]
     with pytest.raises(ValueError, match="label holds ids"):
         oracle_labels(regions, torch.full((2, 2), 9), 3, "majority")
+    with pytest.raises(ValueError, match="regions hold the id -1"):
+        oracle_labels(regions - 1, regions, 3, "majority")
+
+
+@pytest.mark.parametrize("rule", ["majority", "best_iou"])
+def test_counting_regions_equals_counting_pixels(rule):
+    rng = np.random.default_rng(2)
+    label = torch.from_numpy(random_pair(rng, 4, (12, 10))[1])
+    regions = torch.from_numpy(rng.choice([0, 3, 7], (12, 10)))
+    pixels, fast = ConfusionMatrix(4), ConfusionMatrix(4)
+    pixels.update(oracle_labels(regions, label, 4, rule), label)
+    counts = region_counts(regions, label, 4)
+    assert counts.shape == (8, 4) and counts.sum() == (label != 255).sum()
+    fast.add_regions(counts, oracle_classes(counts, rule))
+    assert torch.equal(pixels.counts, fast.counts)

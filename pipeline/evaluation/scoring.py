@@ -27,7 +27,7 @@ from pipeline.inference import (
     class_embeddings,
     threshold_labels,
 )
-from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_labels
+from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_classes, region_counts
 
 CONFUSION_CLASSES = 32  # a larger matrix is left out of the report
 Answer = Callable[[Sample], Int64[Tensor, "height width"]]
@@ -231,21 +231,18 @@ def oracle(
     candidate: Candidate, benchmark: Benchmark, ids: list[str], step: Callable[[], object]
 ) -> dict[str, float | None]:
     """mIoU when the truth names each of the candidate's regions: by majority and by best IoU."""
-    regions_of = candidate.regions
-    if regions_of is None:
+    if candidate.regions is None:
         return {}
     classes, ignore = len(benchmark.classes), benchmark.ignore_index
     majority, best_iou = ConfusionMatrix(classes, ignore), ConfusionMatrix(classes, ignore)
     num_regions = 0
-
-    def answer(sample: Sample) -> Int64[Tensor, "height width"]:
-        nonlocal num_regions
-        regions, truth = regions_of(sample.image), torch.tensor(sample.label)
-        num_regions += len(regions.unique())
-        best_iou.update(oracle_labels(regions, truth, classes, "best_iou", ignore), truth)
-        return oracle_labels(regions, truth, classes, "majority", ignore)
-
-    majority.merge(tally(benchmark, ids, answer, step).total)
+    for image_id in ids:
+        sample = benchmark.sample(image_id)
+        counts = region_counts(candidate.regions(sample.image), torch.tensor(sample.label), classes, ignore)
+        majority.add_regions(counts, oracle_classes(counts, "majority"))
+        best_iou.add_regions(counts, oracle_classes(counts, "best_iou"))
+        num_regions += int((counts.sum(1) > 0).sum())
+        step()
     return {
         "num_regions": round(num_regions / max(len(ids), 1), 2),
         "oracle_best_iou": fraction(best_iou.miou()),
