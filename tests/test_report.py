@@ -105,12 +105,15 @@ def test_no_scores_is_a_sentence():
 def test_results_are_a_function_of_the_inputs(tmp_path):
     for method in ("sseg", "baseline-oracle"):
         write(tmp_path / "metrics" / method / "scenes.json", metrics())
-    write(tmp_path / "seeds.json", json.dumps({"sseg": {"scenes": {"miou": [0.3, 0.4, 0.5]}}}))
+    write(
+        tmp_path / "seeds.json",
+        json.dumps({"sseg": {"scenes": {"miou": [0.3, 0.4, 0.5], "oracle_majority": [0.6, 0.6, 0.6]}}}),
+    )
     texts = {results(collected(tmp_path), []) for _ in range(2)}
     assert len(texts) == 1
     text = texts.pop()
     assert "| kite | – | – |" in text and "prompts: a photo of a {}." in text
-    assert "| S-Seg | Generated scenes | 40.0 | 10.0 | 30.0, 40.0, 50.0 |" in text
+    assert "| S-Seg | Generated scenes | 40.0 | 10.0 | 30.0, 40.0, 50.0 | 60.0 ± 0.0 |" in text
 
 
 def test_the_protocol_in_words():
@@ -129,7 +132,7 @@ def test_the_protocol_in_words():
 
 
 def test_deviation_needs_two_seeds():
-    assert rows_of(seeds_table({"sseg": {"scenes": [31.0]}}))[2][2:] == ["31.0", "–", "31.0"]
+    assert rows_of(seeds_table({"sseg": {"scenes": {"miou": [31.0]}}}))[2][2:] == ["31.0", "–", "31.0", "–"]
 
 
 @pytest.mark.parametrize(

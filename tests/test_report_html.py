@@ -274,6 +274,17 @@ def test_a_models_own_masks_are_a_fifth_column(tmp_path):
     assert len(parsed.all("img")) == 13 and "Its own masks" in parsed.text and "Pseudo-masks" in parsed.text
 
 
+def test_a_method_without_regions_has_three_columns(tmp_path):
+    full(tmp_path)
+    path = tmp_path / "figures" / "sseg" / "scenes" / "panels.json"
+    values = json.loads(path.read_text())
+    for panel in values["panels"]:
+        del panel["regions"]
+    put(path, values)
+    parsed = Page(page(tmp_path))
+    assert len(parsed.all("img")) == 9 and "No picture" not in parsed.text
+
+
 def test_the_headline_is_honest(tmp_path):
     put(tmp_path / "metrics" / "sseg" / "scenes.json", metrics(0.12))
     put(tmp_path / "metrics" / "baseline-clip_patches" / "scenes.json", metrics(0.3))
@@ -282,6 +293,8 @@ def test_the_headline_is_honest(tmp_path):
     assert score is not None and score.method == "sseg"
     assert floor(score, findings.scores) == (8.0, "a constant label")
     assert "CLIP patches is ahead with 30.0" in headline(findings, Data())["sentence"]
+    constant = read_score("baseline-constant", "scenes", json.dumps(metrics(0.08)), "x")
+    assert floor(constant, findings.scores) is None
     put(tmp_path / "metrics" / "sseg-untrained" / "scenes.json", metrics(0.1))
     findings = collect(metrics=tmp_path / "metrics", seeds=tmp_path / "s", curves=tmp_path, figures=tmp_path)
     assert "1.2× its untrained self (10.0)" in headline(findings, Data())["sentence"]

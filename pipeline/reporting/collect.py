@@ -15,6 +15,7 @@ from pipeline.reporting.labels import KINDS, clean, kind
 
 REMEDY = "Delete it and run `dvc repro` to make it again"
 PERCENT = 100.0
+Seeds = dict[str, dict[str, dict[str, list[float]]]]  # by method, benchmark and metric: a value per seed, percent
 SETTINGS = (
     *("protocol", "templates", "prompt_order", "resize", "window", "background", "precision"),
     *("constant_label", "num_test_images", "model_digest"),
@@ -102,7 +103,7 @@ class Findings:
     """Everything under `reports/` that a page shows; `notes` say what could not be read and why."""
 
     scores: list[Score] = field(default_factory=list)
-    seeds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    seeds: Seeds = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
     panels: list[PanelSet] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -195,8 +196,8 @@ def read_scores(folder: Path) -> list[Score]:
     return sorted(scores, key=lambda score: (score.benchmark, score.rank))
 
 
-def read_seeds(path: Path) -> dict[str, dict[str, list[float]]]:
-    """mIoU in percent of each seed, by method and benchmark; empty where the file is absent.
+def read_seeds(path: Path) -> Seeds:
+    """Figures in percent of each seed, by method, benchmark and metric; empty where the file is absent.
 
     Raises:
         BadInput: the file is there and is not `{method: {benchmark: {"miou": [...]}}}`.
@@ -206,7 +207,10 @@ def read_seeds(path: Path) -> dict[str, dict[str, list[float]]]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {
-            method: {name: [_required(v) for v in entry["miou"]] for name, entry in sorted(benchmarks.items())}
+            method: {
+                name: {"miou": [], **{metric: [_required(v) for v in each] for metric, each in sorted(entry.items())}}
+                for name, entry in sorted(benchmarks.items())
+            }
             for method, benchmarks in sorted(values.items())
         }
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from pipeline.artifacts.files import BadInput, atomic_write
-from pipeline.reporting.collect import Findings, Score
+from pipeline.reporting.collect import Findings, Score, Seeds
 from pipeline.reporting.funnel import Step
 from pipeline.reporting.labels import (
     MISSING,
@@ -143,19 +143,20 @@ def results_table(scores: Sequence[Score]) -> str:
     return text
 
 
-def seeds_table(seeds: dict[str, dict[str, list[float]]]) -> str:
+def seeds_table(seeds: Seeds) -> str:
     """mIoU over seeds: mean, sample deviation and each seed, in percent."""
     rows = [
         [
             escape(method_title(method)),
             escape(benchmark_title(benchmark)),
-            *spread(values),
-            ", ".join(points(value) for value in values) or MISSING,
+            *spread(columns["miou"]),
+            ", ".join(points(value) for value in columns["miou"]) or MISSING,
+            " ± ".join(spread(columns["oracle_majority"])) if columns.get("oracle_majority") else MISSING,
         ]
         for method, benchmarks in seeds.items()
-        for benchmark, values in benchmarks.items()
+        for benchmark, columns in benchmarks.items()
     ]
-    return table(["Method", "Benchmark", "Mean", "Deviation", "Seeds"], rows)
+    return table(["Method", "Benchmark", "Mean mIoU", "Deviation", "Seeds", "Region oracle"], rows)
 
 
 def spread(values: Sequence[float]) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from pipeline.reporting.labels import MISSING, benchmark_title, clean, method_ti
 SMALL = 200  # pixels: up to here a picture is enlarged without smoothing, so that single pixels stay visible
 JPEG_QUALITY = 82
 COLUMNS = ("image", "regions", "masks", "prediction", "truth")
+OPTIONAL = ("regions", "masks")  # not every method has regions; one trained on pseudo-masks has masks of its own too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +131,7 @@ def _panel(source: PanelSet, panel: dict[str, Any], name: str, config: Config) -
         "truth": ("Truth", f"True masks of image {label}: {inside}"),
     }
     pictures = []
-    for column in (column for column in COLUMNS if own or column != "masks"):
+    for column in (column for column in COLUMNS if column in panel or column not in OPTIONAL):
         picture = embed(source.folder, panel.get(column), config.image_px, photograph=column == "image")
         title, alt = texts[column]
         pictures.append(

@@ -6,7 +6,7 @@ Escaping is the templates' business (autoescape is on); `labels.clean` has made 
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.reporting.collect import Curve, Findings, Rule, Score
+from pipeline.reporting.collect import Curve, Findings, Rule, Score, Seeds
 from pipeline.reporting.funnel import Data
 from pipeline.reporting.labels import (
     KINDS,
@@ -40,7 +40,9 @@ def leading(scores: Sequence[Score]) -> Score | None:
 
 def floor(score: Score, scores: Sequence[Score]) -> tuple[float, str] | None:
     """The higher of the constant label and the same model untrained, in percent, with its name."""
-    candidates = [(score.constant, "a constant label")] if score.constant is not None else []
+    candidates = []
+    if score.constant is not None and score.method != "baseline-constant":
+        candidates.append((score.constant, "a constant label"))
     for other in scores:
         if other.benchmark == score.benchmark and other.method == f"{score.method}-untrained":
             candidates.append((other.miou, "its untrained self"))
@@ -91,7 +93,7 @@ def _flow(findings: Findings, source: Data, score: Score) -> list[tuple[str, str
 
 
 def _seed_note(findings: Findings, score: Score) -> str:
-    values = findings.seeds.get(score.method, {}).get(score.benchmark, [])
+    values = findings.seeds.get(score.method, {}).get(score.benchmark, {}).get("miou", [])
     if len(values) < 2:
         return ""
     average, deviation = spread(values)
@@ -254,13 +256,23 @@ def curves(sources: Sequence[Curve], number: int) -> list[dict[str, Any]]:
     return blocks
 
 
-def seeds(source: dict[str, dict[str, list[float]]]) -> list[dict[str, str]]:
-    """A row per method and benchmark: mean, sample deviation, the values."""
+def seeds(source: Seeds) -> list[dict[str, str]]:
+    """A row per method and benchmark: mean and sample deviation, the mIoU of each seed."""
     rows = []
     for method, entries in source.items():
-        for benchmark, values in entries.items():
-            average, deviation = spread(values)
-            each = ", ".join(points(value) for value in values)
-            row = {"method": method_title(method), "benchmark": benchmark_title(benchmark), "mean": average}
-            rows.append(row | {"deviation": deviation, "values": each, "number": str(len(values))})
+        for benchmark, columns in entries.items():
+            average, deviation = spread(columns["miou"])
+            rows.append(
+                {
+                    "method": method_title(method),
+                    "benchmark": benchmark_title(benchmark),
+                    "mean": average,
+                    "deviation": deviation,
+                    "each": ", ".join(points(value) for value in columns["miou"]),
+                    "fg": " ± ".join(spread(columns["fg_accuracy"])) if columns.get("fg_accuracy") else MISSING,
+                    "oracle": " ± ".join(spread(columns["oracle_majority"]))
+                    if columns.get("oracle_majority")
+                    else MISSING,
+                }
+            )
     return rows
