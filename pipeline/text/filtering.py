@@ -1,19 +1,19 @@
 """The `filter` and `index` stages: what each caption says, which samples are kept and why, who names which entity.
 
-A payload of `filter` is one table, rows.parquet, with a row per downloaded sample in key order; rejected samples stay in
-it with their reason. Images are not touched. Duplicates are found within a shard: a shard's verdicts then depend on that
-shard alone, and adding shards recomputes none. The same sample in two shards is kept twice.
+A payload of `filter` is one table, rows.parquet, with a row per downloaded sample in key order; rejected samples stay
+in it with their reason. Images are not touched. Duplicates are found within a shard: a shard's verdicts then depend on
+that shard alone, and adding shards recomputes none. The same sample in two shards is kept twice.
 """
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import params
 from pipeline.artifacts.files import CorruptPayload, digest
@@ -29,6 +29,7 @@ from pipeline.text.index import EntityIndex, check_index, write_index
 
 __all__ = ["INDEX", "SCHEMA", "STAGE", "Config", "EntityIndex", "kept"]
 
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 KEPT, REJECTED = "kept", "rejected"
 # reason: "" for kept rows; entities: classes of the vocabulary; nouns: lower-case singulars.
 SCHEMA = pa.schema(
@@ -49,8 +50,8 @@ class Config:
 
     Attributes:
         vocabulary: "cc4m", or the path of a JSON file of its form.
-        mode: "exact": a word of the vocabulary letter by letter (CC4M's rule); "noun": tagged as a noun, in any case and
-            number.
+        mode: "exact": a word of the vocabulary letter by letter (CC4M's rule); "noun": tagged as a noun, in any case
+            and number.
         tagger: "nltk", "textblob", or "auto": nltk's where its data is on this machine, TextBlob's otherwise.
         min_words, max_words: bounds on the words of a caption; of several captions one within them is enough.
         require_entity: reject samples whose captions name no entity.
@@ -78,7 +79,11 @@ class _Args:
 def kept(folder: Path) -> pa.Table:
     """The kept rows of a `filter` payload, in key order: key, uid, nouns, entities."""
     table = read_table(folder / "rows.parquet", SCHEMA)
-    return table.filter(pc.equal(table["status"], KEPT)).drop_columns(["status", "reason"])
+    return _where(table, "status", KEPT).drop_columns(["status", "reason"])
+
+
+def _where(table: pa.Table, column: str, value: str) -> pa.Table:
+    return table.filter(pa.array([found == value for found in table[column].to_pylist()], pa.bool_()))
 
 
 def _vocabulary(project: Project, name: str) -> Vocabulary:
@@ -109,7 +114,7 @@ def _tasks(project: Project) -> list[Task]:
 def _compute(task: Task, out: Path, machine: Machine) -> Counts:
     args: _Args = task.args
     rows = read_rows(args.folder / f"{task.shard}.parquet")
-    rows = rows.filter(pc.equal(rows["status"], SUCCESS)).sort_by("key")
+    rows = _where(rows, "status", SUCCESS).sort_by("key")
     captions = _texts(rows["caption"])
     annotator = Annotator(args.vocabulary, args.config.mode, tagging.load(args.tagger, args.vocabulary.nouns))
     reasons: list[str] = []
@@ -142,8 +147,9 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
 
 
 def _texts(captions: pa.ChunkedArray) -> list[str]:
-    """Captions as text whatever the bytes: null is empty, what is not UTF-8 becomes U+FFFD."""
-    return [(data or b"").decode("utf-8", "replace") for data in captions.cast(pa.binary()).to_pylist()]
+    """Captions as text whatever the bytes: null is empty, what is not UTF-8 becomes U+FFFD, control codes blanks."""
+    texts = ((data or b"").decode("utf-8", "replace") for data in captions.cast(pa.binary()).to_pylist())
+    return [_CONTROL.sub(" ", text) for text in texts]
 
 
 def _judge(captions: Sequence[str], said: Annotation, config: Config) -> list[str]:
@@ -181,7 +187,7 @@ def _mark_duplicates(reasons: list[str], captions: Sequence[str], images: Sequen
             seen.add(mark)
 
 
-def _lists(parts: list[Ragged], values) -> pa.ListArray:
+def _lists(parts: list[Ragged], values: Callable[[np.ndarray], pa.Array]) -> pa.ListArray:
     """The batches' lists as one column."""
     lengths = np.concatenate([[0], *(np.diff(part.offsets) for part in parts)])
     flat = np.concatenate([np.zeros(0, dtype=np.int64), *(part.values for part in parts)])
@@ -196,7 +202,8 @@ def _check(folder: Path, counts: Counts) -> None:
         raise CorruptPayload(path, f"{table.num_rows} rows where {counts.rows_in} went in and {counts.rows} are kept")
     if keys != sorted(set(keys)):
         raise CorruptPayload(path, "keys are not in order, or repeat")
-    if pc.any(pc.xor(pc.equal(table["status"], REJECTED), pc.not_equal(table["reason"], ""))).as_py():
+    statuses, reasons = table["status"].to_pylist(), table["reason"].to_pylist()
+    if any((status == REJECTED) != bool(reason) for status, reason in zip(statuses, reasons, strict=True)):
         raise CorruptPayload(path, "a rejected row without a reason, or a kept one with")
 
 

@@ -115,7 +115,7 @@ class EntityIndex:
         Returns:
             Position in `shards` and row among the shard's kept rows.
         """
-        found = self.rows(int(entities[generator.integers(len(entities))]))
+        found = self.rows(entities[int(generator.integers(len(entities)))])
         shard, row = found[generator.integers(len(found))]
         return int(shard), int(row)
 

@@ -10,6 +10,7 @@ Source: nltk 3.10, nltk/tag/perceptron.py (averaged perceptron of M. Honnibal); 
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -149,7 +150,7 @@ class PerceptronTagger:
         return np.add.reduce([self._weights[row] for row in rows])
 
 
-def _read(path: Path) -> dict | list:
+def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

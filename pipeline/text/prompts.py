@@ -57,7 +57,7 @@ def noun_prompts(
     """
     count = min(num_prompts, len(nouns))
     drawn = generator.choice(len(nouns), size=count, replace=False) if count else ()
-    prompts = [fill(templates[generator.integers(len(templates))], nouns[index]) for index in drawn]
+    prompts = [fill(templates[int(generator.integers(len(templates)))], nouns[int(index)]) for index in drawn]
     return prompts + [caption] * (num_prompts - count)
 
 

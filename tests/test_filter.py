@@ -1,0 +1,287 @@
+"""The filter and index stages on small shards: verdicts, bad captions, keys, the index against a dict of lists."""
+
+import hashlib
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import nltk
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.artifacts.files import BadInput, CorruptPayload
+from pipeline.artifacts.shards import SCHEMA, make_uid, write_shard
+from pipeline.engine import Counts, ShardStage, Task, run
+from pipeline.machine import Machine
+from pipeline.project import MissingPayload, Project
+from pipeline.text import filtering, index
+from pipeline.text.entities import vocabulary
+from pipeline.text.filtering import INDEX, STAGE, EntityIndex, kept
+
+MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
+BLOCK = {
+    "vocabulary": "cc4m",
+    "mode": "noun",
+    "tagger": "textblob",
+    "min_words": 2,
+    "max_words": 50,
+    "require_entity": True,
+    "duplicates": "pair",
+}
+CAPTIONS = [
+    "a dog and two cats",
+    "",
+    "  \n ",
+    "12 !! 34",
+    "dogs",
+    "the beauty of nature",
+    "a dog and two cats",
+    "word " * 60 + "dog",
+    "🐕🐕 a happy dog 🎉",
+    "كلب صغير في الحديقة",
+    "a horse\nnothing to see\nA Boat on a lake",
+    "x" * 100_000,
+    "dog " * 25_000,
+    "two people\x00in a \x1b\x7fcar",
+]
+REASONS = ["", "empty", "empty", "not_text", "too_short", "no_entity", "duplicate", "too_long", "", "no_entity", ""]
+REASONS += ["too_short", "too_long", ""]
+
+
+def row(key: int, caption: str | None, image: str, status: str = "success") -> dict:
+    values = {"key": f"{key:09d}", "caption": caption, "status": status, "url": f"http://a.localhost/{key}.jpg"}
+    sizes = {"width": 8, "height": 8, "original_width": 8, "original_height": 8, "error_message": None}
+    uid = make_uid("test", values["url"], caption or "")
+    return {**values, **sizes, "sha256": hashlib.sha256(image.encode()).hexdigest(), "uid": uid}
+
+
+def jpeg(_: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def download(root: Path, shards: dict[str, list[dict]], **block) -> Project:
+    """A project whose download stage has run over these rows."""
+    project = Project(root, {"filter": {**BLOCK, **block}}, MACHINE)
+
+    def compute(task: Task, folder: Path, machine: Machine) -> Counts:
+        write_shard(folder, task.shard, task.args, jpeg)
+        good = sum(each["status"] == "success" for each in task.args)
+        return Counts(rows_in=len(task.args), rows=good, failed=len(task.args) - good)
+
+    tasks = [Task(shard=name, fields={"rows": rows}, args=rows, rows=len(rows)) for name, rows in shards.items()]
+    stage = ShardStage(
+        name="download", schema=1, code_tag=1, tasks=lambda _: tasks, compute=compute, check=lambda *_: None
+    )
+    run(stage, project)
+    return project
+
+
+def table(project: Project, at: int = 0) -> pa.Table:
+    return pq.read_table(project.inputs("filter")[at][1] / "rows.parquet")
+
+
+def shard_of(captions: list[str]) -> list[dict]:
+    """Rows with two images in turn: rows 0, 6 and 8 show the same one."""
+    return [row(at, caption, f"image {at % 2}") for at, caption in enumerate(captions)]
+
+
+def test_every_row_has_a_verdict_and_stays(tmp_path) -> None:
+    rows = [*shard_of(CAPTIONS), row(99, "a dog", "x", status="failed_to_download")]
+    project = download(tmp_path, {"00000": rows})
+    manifest = run(STAGE, project)
+    found = table(project)
+    assert found["reason"].to_pylist() == REASONS
+    assert found["status"].to_pylist() == ["rejected" if reason else "kept" for reason in REASONS]
+    assert found["key"].to_pylist() == [f"{at:09d}" for at in range(len(CAPTIONS))]
+    assert (manifest.rows[0].rows_in, manifest.rows[0].rows) == (len(CAPTIONS), REASONS.count(""))
+    classes = vocabulary("cc4m").classes
+    names = [[classes[number] for number in part] for part in found["entities"].to_pylist()]
+    assert names[0] == ["dog", "cat"]
+    assert names[10] == ["horse", "boat"]
+    assert names[13] == ["people", "car"]
+    assert found["nouns"].to_pylist()[0] == ["dog", "cat"]
+    assert kept(project.inputs("filter")[0][1])["key"].to_pylist() == [
+        key for key, reason in zip(found["key"].to_pylist(), REASONS, strict=True) if not reason
+    ]
+    assert kept(project.inputs("filter")[0][1]).column_names == ["key", "uid", "nouns", "entities"]
+
+
+def test_reasons_and_the_tagger_are_counted(tmp_path) -> None:
+    project = download(tmp_path, {"00000": shard_of(CAPTIONS)})
+    manifest = run(STAGE, project)
+    about = project.store.describe("filter", manifest.rows[0].key)
+    assert about is not None
+    detail = about["counts"]["detail"]
+    assert detail["reason: too_long"] == 2 and detail["reason: duplicate"] == 1
+    assert detail["tagger: textblob"] == len(CAPTIONS)
+    assert about["fields"]["params"]["tagger"] == "textblob"
+
+
+def test_null_and_invalid_captions(tmp_path) -> None:
+    rows = [row(at, "a dog", str(at)) for at in range(3)]
+    project = download(tmp_path, {"00000": rows})
+    path = project.inputs("download")[0][1] / "00000.parquet"
+    raw = pa.array([None, b"a \xff\xfe dog", b"\xc3\x28"], pa.binary())
+    torn = pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
+    whole = pq.read_table(path)
+    changed = whole.set_column(whole.schema.get_field_index("caption"), "caption", torn)
+    pq.write_table(changed.cast(SCHEMA), path)
+    out = tmp_path / "out"
+    out.mkdir()
+    config = project.config("filter", filtering.Config)
+    source = filtering.tagging.resolve("textblob")
+    args = filtering._Args(path.parent, config, vocabulary("cc4m"), source)
+    counts = STAGE.compute(Task(shard="00000", fields={}, args=args, rows=3), out, MACHINE)
+    assert pq.read_table(out / "rows.parquet")["reason"].to_pylist() == ["empty", "", "not_text"]
+    assert counts.failed == 2
+
+
+@pytest.mark.parametrize(("rule", "rejected"), [("keep", []), ("pair", [3]), ("image", [2, 3]), ("caption", [1, 3])])
+def test_duplicates(tmp_path, rule: str, rejected: list[int]) -> None:
+    rows = [row(0, "a dog", "i"), row(1, "a dog", "j"), row(2, "the dog", "i"), row(3, "a dog", "i")]
+    project = download(tmp_path, {"00000": rows, "00001": rows}, duplicates=rule)
+    run(STAGE, project)
+    for at in (0, 1):  # each shard on its own
+        reasons = table(project, at)["reason"].to_pylist()
+        assert [number for number, reason in enumerate(reasons) if reason] == rejected
+
+
+def test_a_rejected_row_is_no_original(tmp_path) -> None:
+    rows = [row(0, "dog", "i"), row(1, "a dog", "i"), row(2, "a dog", "i")]
+    project = download(tmp_path, {"00000": rows}, duplicates="image")
+    run(STAGE, project)
+    assert table(project)["reason"].to_pylist() == ["too_short", "", "duplicate"]
+
+
+def test_an_empty_shard(tmp_path) -> None:
+    project = download(tmp_path, {"00000": [row(0, "a dog", "i", status="failed_to_download")]})
+    assert run(STAGE, project).totals["rows"] == 0
+    assert run(INDEX, project).totals["rows"] == 0
+    assert EntityIndex.open(project.inputs("index")[0][1]).rows("dog").shape == (0, 2)
+
+
+def test_keys_follow_inputs_params_and_the_tagger(tmp_path, real_data, monkeypatch) -> None:
+    project = download(tmp_path, {"00000": shard_of(CAPTIONS)})
+    first = run(STAGE, project)
+    assert run(STAGE, project).rows == first.rows
+    for change in ({"min_words": 1}, {"mode": "exact"}, {"require_entity": False}):
+        other = Project(tmp_path, {"filter": {**BLOCK, **change}}, MACHINE)
+        assert STAGE.key(STAGE.tasks(other)[0]) != first.rows[0].key
+    auto = Project(tmp_path, {"filter": {**BLOCK, "tagger": "auto"}}, MACHINE)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    assert STAGE.key(STAGE.tasks(auto)[0]) == first.rows[0].key
+    monkeypatch.setattr(nltk.data, "path", [str(real_data / "nltk_data")])
+    assert STAGE.key(STAGE.tasks(auto)[0]) != first.rows[0].key
+    again = run(STAGE, auto)
+    about = project.store.describe("filter", again.rows[0].key)
+    assert about is not None and about["counts"]["detail"]["tagger: nltk"] == len(CAPTIONS)
+
+
+def test_a_lost_download_stops_it(tmp_path) -> None:
+    project = download(tmp_path, {"00000": shard_of(CAPTIONS)})
+    (project.inputs("download")[0][1] / "00000.parquet").unlink()
+    with pytest.raises(MissingPayload, match="tessera verify --repair download"):
+        run(STAGE, project)
+
+
+def random_shards(shards: int, rows: int) -> dict[str, list[dict]]:
+    draw = np.random.default_rng(0)
+    words = ["dog", "cat", "car", "man", "woman", "bus", "sky", "TV", "hotel"]
+    made = {}
+    for shard in range(shards):
+        captions = [" and ".join(draw.choice(words, int(draw.integers(1, 5)))) + " today" for _ in range(rows)]
+        made[f"{shard:05d}"] = [row(at, text, f"{shard} {at}") for at, text in enumerate(captions)]
+    return made
+
+
+def test_index_equals_a_dict_of_lists(tmp_path) -> None:
+    project = download(tmp_path, random_shards(3, 200))
+    run(STAGE, project)
+    manifest = run(INDEX, project)
+    expected, rows = defaultdict(list), 0
+    classes = vocabulary("cc4m").classes
+    for position, (_, folder) in enumerate(project.inputs("filter")):
+        lists = kept(folder)["entities"].to_pylist()
+        rows += len(lists)
+        for at, entities in enumerate(lists):
+            for number in entities:
+                expected[classes[number]].append([position, at])
+    opened = EntityIndex.open(project.inputs("index")[0][1])
+    assert manifest.totals["rows"] == rows
+    assert opened.shards == ("00000", "00001", "00002")
+    for name, count in zip(opened.classes, opened.counts, strict=True):
+        assert opened.rows(name).tolist() == expected[name]
+        assert count == len(expected[name])
+    assert opened.rows("house").dtype == np.int32 and len(opened.rows("house")) > 20
+    assert isinstance(opened.rows("dog").base, np.memmap)
+    with pytest.raises(KeyError, match="unicorn"):
+        opened.rows("unicorn")
+
+
+def test_partners_share_an_entity_and_every_one_is_drawn(tmp_path) -> None:
+    project = download(tmp_path, random_shards(2, 60))
+    run(STAGE, project)
+    run(INDEX, project)
+    opened = EntityIndex.open(project.inputs("index")[0][1])
+    wanted = [opened.classes.index("dog"), opened.classes.index("bus")]
+    allowed = {tuple(each) for number in wanted for each in opened.rows(number).tolist()}
+    generator = np.random.default_rng(1)
+    drawn = {opened.partner(wanted, generator) for _ in range(3000)}
+    assert drawn == allowed
+
+
+def test_index_is_the_same_bytes_again(tmp_path) -> None:
+    shards = random_shards(2, 50)
+    outs = []
+    for name in ("one", "two"):
+        project = download(tmp_path / name, shards)
+        outs.append([stage.rows[0].out for stage in (run(STAGE, project), run(INDEX, project))])
+    assert outs[0] == outs[1]
+
+
+def test_torn_index_is_named(tmp_path) -> None:
+    project = download(tmp_path, random_shards(1, 50))
+    run(STAGE, project)
+    rows = run(INDEX, project).totals["rows"]
+    folder = project.inputs("index")[0][1]
+    path = folder / "rows.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match="rows.npy: truncated"):
+        EntityIndex.open(folder)
+    path.write_bytes(whole)
+    index.check_index(folder, rows)
+    with pytest.raises(CorruptPayload, match=f"{rows} rows where {rows - 1}"):
+        index.check_index(folder, rows - 1)
+    about = json.loads((folder / "vocabulary.json").read_text())
+    about["counts"][about["classes"].index("dog")] += 1
+    (folder / "vocabulary.json").write_text(json.dumps(about))
+    with pytest.raises(CorruptPayload, match="'dog' is not whole"):
+        index.check_index(folder, rows)
+
+
+def test_check_reads_the_table_back(tmp_path) -> None:
+    project = download(tmp_path, {"00000": shard_of(CAPTIONS)})
+    run(STAGE, project)
+    found = table(project)
+    good = Counts(rows_in=len(CAPTIONS), rows=REASONS.count(""), failed=len(CAPTIONS) - REASONS.count(""))
+    for name, change in {
+        "good": found,
+        "short": found.slice(1),
+        "unordered": pa.concat_tables([found.slice(1), found.slice(0, 1)]),
+        "silent": found.set_column(3, "reason", pa.array([""] * found.num_rows)),
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        filtering.write_table(folder / "rows.parquet", change)
+        if name == "good":
+            STAGE.check(folder, good)
+        else:
+            with pytest.raises(CorruptPayload):
+                STAGE.check(folder, good)
