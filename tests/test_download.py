@@ -69,8 +69,8 @@ SCENES_BLOCK = {
 }
 
 
-def project(root: Path, runner: str = "inline", stored: dict | None = None, **changes) -> Project:
-    machine = Machine(runner=runner, workers=2, device="cpu", threads=1, retries=0)  # type: ignore[arg-type]
+def project(root: Path, stored: dict | None = None, **changes) -> Project:
+    machine = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
     block = DOWNLOAD | {"stored": STORED | (stored or {})} | changes
     return Project(root, {"scenes": SCENES_BLOCK, "download": block}, machine)
 
@@ -141,8 +141,8 @@ def test_a_payload_is_three_files_in_img2datasets_layout(downloaded: Project) ->
     assert record["key"] == key and record["status"] == "success" and record["url"].startswith("http://scenes.local")
 
 
-def test_workers_and_threads_do_not_change_the_bytes(downloaded: Project, tmp_path: Path) -> None:
-    other = project(tmp_path, "process", fetch=FETCH | {"threads": 1, "timeout": 9.0})
+def test_order_of_arrival_does_not_change_the_bytes(downloaded: Project, tmp_path: Path) -> None:
+    other = project(tmp_path, fetch=FETCH | {"threads": 1, "timeout": 9.0})
     run(SCENES, other)
     assert run(STAGE, other) == downloaded.manifest("download")
 
