@@ -234,7 +234,11 @@ def _index_compute(task: Task, out: Path, machine: Machine) -> Counts:
     args: _IndexArgs = task.args
 
     def named(position: int) -> Ragged:
-        column = kept(args.folders[position])["entities"].combine_chunks()
+        path, wanted = (
+            args.folders[position] / "rows.parquet",
+            pa.schema([SCHEMA.field("status"), SCHEMA.field("entities")]),
+        )
+        column = _where(read_table(path, wanted), "status", KEPT)["entities"].combine_chunks()
         offsets = column.offsets.to_numpy()
         return Ragged(column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])
 
