@@ -232,7 +232,7 @@ def _restart(
     distance = (values - own).square().sum(2)
     distance[distance <= ON_CENTROID * values.square().sum(2)] = 0
     count = min(means.shape[1], values.shape[1])
-    far, token = distance.sort(1, descending=True, stable=True)
+    far, token = distance.sort(dim=1, descending=True, stable=True)
     turn = (empty.cumsum(1) - 1).clamp(0, count - 1)
     restart = empty & (far.gather(1, turn) > 0)
     target = values.gather(1, token.gather(1, turn)[:, :, None].expand(-1, -1, values.shape[2]))

@@ -1,0 +1,204 @@
+"""Images of a shard through a frozen encoder into one array: what the features and teacher stages share.
+
+Only kept rows are read. Images are decoded and resized in threads while the encoder works on the batch before. An image
+that cannot be decoded becomes a row of `failures.parquet`, and the array's rows are those of `rows.parquet`: row i of
+both is the same sample.
+
+The payload's key holds the list of kept rows and the tar's digest, not the filter's settings: other settings that keep
+the same rows recompute nothing.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from pipeline.artifacts.arrays import ArrayWriter
+from pipeline.artifacts.files import BadInput, CorruptPayload, digest
+from pipeline.artifacts.shards import Shard, decode_rgb
+from pipeline.artifacts.tables import FAILURES_SCHEMA, ROWS_SCHEMA, read_table, write_table
+from pipeline.artifacts.weights import model_digest
+from pipeline.engine import Counts, Task
+from pipeline.interfaces import Triple
+from pipeline.machine import Machine
+from pipeline.project import Project
+from pipeline.text.filtering import kept
+
+Settings = TypeVar("Settings")
+Precision = Literal["float32", "bfloat16"]
+
+UNDECODABLE = "undecodable"
+BATCHES_AHEAD = 2  # decoded batches that wait for the encoder; bounds memory
+
+
+@dataclass(frozen=True, slots=True)
+class Args(Generic[Settings]):
+    """What `compute` needs and the key does not: payload folders, the encoder's folder, the stage's Config."""
+
+    images: Path
+    filtered: Path
+    encoder: Path
+    encoder_digest: str
+    config: Settings
+
+
+def image_tasks(project: Project, encoder: str, config: Any, settings: dict[str, Any]) -> list[Task]:
+    """A task per shard: its kept rows through the frozen encoder of that name. `settings` go into the key.
+
+    Raises:
+        BadInput: a payload or the encoder is missing, or the filter has not seen a shard.
+    """
+    folder = project.encoder(encoder)
+    weights = model_digest(folder)
+    filtered = {row.shard: path for row, path in project.inputs("filter")}
+    tasks = []
+    for row, images in project.inputs("download"):
+        if row.shard not in filtered:
+            path = project.manifest_path("filter")
+            raise BadInput(path, f"has no shard {row.shard}", "Run `dvc repro filter`")
+        rows = kept(filtered[row.shard]).select(ROWS_SCHEMA.names)
+        payload = project.store.describe("download", row.key) or {}
+        fields = {
+            "images": payload["files"][f"{row.shard}.tar"]["sha256"],
+            "rows": digest([rows["key"].to_pylist(), rows["uid"].to_pylist()]),
+            "encoder": weights,
+            "params": settings,
+            "numerics": f"{torch.device(project.machine.device).type}-{settings['precision']}",
+        }
+        args = Args(images, filtered[row.shard], folder, weights, config)
+        tasks.append(Task(shard=row.shard, fields=fields, args=args, rows=rows.num_rows))
+    return tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The array to write: file name, shape of a row, rows of a zarr chunk, images of a batch."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    chunk_rows: int
+    batch_size: int
+
+
+def encode_shard(
+    task: Task,
+    out: Path,
+    machine: Machine,
+    layout: Layout,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    encode: Callable[[Tensor], Tensor],
+) -> Counts:
+    """Write the array, `rows.parquet` and `failures.parquet`.
+
+    `prepare` turns a decoded image (uint8 [height, width, 3]) into what is stacked, in a thread; `encode` turns a stack
+    of `layout.batch_size` of them into as many rows. The last stack is filled up with copies, so that all have one
+    shape: no row's bits depend on how many images came before it.
+    """
+    args: Args = task.args
+    failures: list[dict[str, str]] = []
+    done: list[tuple[str, str]] = []
+    rows = _joined(args, task.shard)
+    shard = Shard.open(args.images, task.shard)
+    writer = ArrayWriter(
+        out / layout.name, (None, *layout.row_shape), "float16", chunk_rows=layout.chunk_rows, compress=False
+    )
+    with writer, ThreadPoolExecutor(machine.threads) as pool:
+        images = _decoded(shard, rows, prepare, pool, BATCHES_AHEAD * layout.batch_size, failures)
+        while batch := list(islice(images, layout.batch_size)):
+            stack = np.stack([image for _, image in batch] + [batch[-1][1]] * (layout.batch_size - len(batch)))
+            writer.append(encode(torch.from_numpy(stack))[: len(batch)].half().cpu().numpy())
+            done += [row for row, _ in batch]
+    shard.close()
+    write_table(out / "rows.parquet", _table(done))
+    write_table(out / "failures.parquet", pa.Table.from_pylist(failures, FAILURES_SCHEMA))
+    detail = {f"reason: {UNDECODABLE}": len(failures)} if failures else {}
+    return Counts(rows_in=len(rows), rows=len(done), failed=len(failures), detail=detail)
+
+
+def _joined(args: Args, shard: str) -> list[tuple[str, str]]:
+    """(key, uid) of the kept rows, held against the shard's own."""
+    table = kept(args.filtered)
+    rows = list(zip(table["key"].to_pylist(), table["uid"].to_pylist(), strict=True))
+    downloaded = read_table(args.images / f"{shard}.parquet", ROWS_SCHEMA)
+    known = dict(zip(downloaded["key"].to_pylist(), downloaded["uid"].to_pylist(), strict=True))
+    wrong = [key for key, uid in rows if known.get(key) != uid]
+    if wrong:
+        raise BadInput(args.filtered, f"row {wrong[0]} is not that of shard {shard}", "Run `dvc repro filter`")
+    return rows
+
+
+def _decoded(
+    shard: Shard,
+    rows: list[tuple[str, str]],
+    prepare: Callable[[np.ndarray], np.ndarray],
+    pool: ThreadPoolExecutor,
+    ahead: int,
+    failures: list[dict[str, str]],
+) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    """Rows with their prepared images, in order, at most `ahead` of them waiting; failures go to the list."""
+
+    def work(key: str) -> np.ndarray | str:
+        data = shard.image_bytes(key)  # a torn tar ends the stage: it is no row's fault
+        try:
+            image = decode_rgb(data)
+        except BadInput as error:
+            return error.problem
+        return prepare(image)
+
+    left = iter(rows)
+    waiting: deque[tuple[tuple[str, str], Future]] = deque()
+    try:
+        while True:
+            for row in islice(left, ahead - len(waiting)):
+                waiting.append((row, pool.submit(work, row[0])))
+            if not waiting:
+                return
+            row, future = waiting.popleft()
+            result = future.result()
+            if isinstance(result, str):
+                failures.append({"key": row[0], "uid": row[1], "status": UNDECODABLE, "reason": result})
+            else:
+                yield row, result
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def _table(rows: list[tuple[str, str]]) -> pa.Table:
+    keys, uids = [key for key, _ in rows], [uid for _, uid in rows]
+    return pa.table({"key": keys, "uid": uids}, schema=ROWS_SCHEMA)
+
+
+def check_rows(folder: Path, counts: Counts, array_rows: int) -> None:
+    """Hold the tables against the counts and the array.
+
+    Raises:
+        CorruptPayload: rows are missing, repeated, out of order, or both done and failed.
+    """
+    done = read_table(folder / "rows.parquet", ROWS_SCHEMA)["key"].to_pylist()
+    failed: list[str] = []
+    if (folder / "failures.parquet").exists() or counts.failed:
+        failed = read_table(folder / "failures.parquet", FAILURES_SCHEMA)["key"].to_pylist()
+    if (len(done), len(failed)) != (counts.rows, counts.failed) or array_rows != counts.rows:
+        found = f"{len(done)} rows and {len(failed)} failures, {array_rows} rows of the array"
+        raise CorruptPayload(folder, f"{found}, where {counts.rows} and {counts.failed} were counted")
+    if done != sorted(set(done)) or set(done) & set(failed):
+        raise CorruptPayload(folder / "rows.parquet", "keys are not in order, or repeat")
+
+
+def normalised(
+    images: UInt8[Tensor, "batch height width 3"], mean: Triple, std: Triple, device: str
+) -> Float[Tensor, "batch 3 height width"]:
+    """RGB bytes as an encoder takes them: in [0, 1], less `mean`, over `std`."""
+    pixels = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    shift, scale = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (mean, std))
+    return ((pixels - shift) / scale).contiguous()
