@@ -1,6 +1,6 @@
 """From stored pairs to training batches: `PairTransform` in the loader's threads, `PairCollate` over its results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -10,10 +10,12 @@ from jaxtyping import Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from pipeline.datasets.pairs import Sample
+from pipeline.datasets.pairs import PairShard, Sample, captions
 from pipeline.datasets.transforms import move_labels, normalise, random_view, render
 from pipeline.interfaces import TrainBatch
+from pipeline.nn.text import Vocabulary
 from pipeline.params import Range
+from pipeline.text.tokenizers import BytePairTokenizer
 
 CaptionForm = Literal["caption", "nouns"]
 
@@ -89,3 +91,9 @@ class PairCollate:
             regions=torch.from_numpy(np.stack(regions)) if regions else None,
             uids=uids,
         )
+
+
+def seen_tokens(shards: Sequence[PairShard], tokenizer: BytePairTokenizer) -> Vocabulary:
+    """The vocabulary of the training captions, read a shard at a time."""
+    ids = torch.cat([torch.unique(tokenizer(captions(shard))) for shard in shards])
+    return Vocabulary.of(ids, vocab_size=tokenizer.vocab_size)

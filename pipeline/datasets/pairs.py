@@ -6,60 +6,28 @@ few shards' tables, however many shards there are. The order, the caption drawn 
 (seed, epoch, row) only: not on threads, and a run may start at any sample.
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from jaxtyping import UInt8
 from numpy import ndarray
 
-from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import Shard, decode_rgb
-from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
-from pipeline.text.filtering import kept
+from pipeline.datasets.joined import PairShard, Rows, Sample, Tables, captions, count_rows
+from pipeline.params import Range
 from pipeline.training import Loaded
 
+__all__ = ["PairLoader", "PairShard", "Sample", "Shuffle", "captions"]
+
+# Shards whose tables and tar index stay in memory.
+OPEN_SHARDS = 8
+# Batches ready for the training step beside those that the threads work on.
+SPARE_BATCHES = 2
 # Salts of the random streams that one seed feeds.
 _BLOCKS, _ROWS, _SAMPLE = 0, 1, 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairShard:
-    """Payload folders of one shard.
-
-    Attributes:
-        name: five digits.
-        download: holds `<name>.tar` and `<name>.parquet`.
-        filtered: the filter's payload; its kept rows are used.
-        masks: the pseudo-masks' payload, or None; then only rows with a mask are used.
-    """
-
-    name: str
-    download: Path
-    filtered: Path
-    masks: Path | None
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One pair as stored. `captions`: the lines of the row's caption. `regions`: labels over the whole image."""
-
-    uid: str
-    captions: list[str]
-    nouns: list[str]
-    image: UInt8[ndarray, "height width 3"]
-    regions: UInt8[ndarray, "grid_h grid_w"] | None
-
-    def caption(self, rng: np.random.Generator) -> str:
-        """One of the captions."""
-        return self.captions[int(rng.integers(len(self.captions)))]
 
 
 # A sample and its own generator to what `Collate` takes; runs in threads.
@@ -69,22 +37,16 @@ Collate = Callable[[list[Any], list[str]], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """How pairs are read.
+class Shuffle:
+    """The order of an epoch; a block of params.yaml.
 
     Attributes:
-        block_rows: neighbouring rows that stay together when blocks are shuffled. Part of the order.
-        window_blocks: blocks whose rows are shuffled among one another. Part of the order.
-        open_shards: shards whose tables and tar index are kept in memory.
-        threads: decoding threads.
-        prefetch: batches ready or under way ahead of the training step; 0 decodes in the caller's thread.
+        block_rows: neighbouring rows of a shard that stay together when blocks are shuffled.
+        window_blocks: blocks whose rows are shuffled among one another; two windows are in memory.
     """
 
-    block_rows: int
-    window_blocks: int
-    open_shards: int
-    threads: int
-    prefetch: int
+    block_rows: Annotated[int, Range(1)]
+    window_blocks: Annotated[int, Range(1)]
 
 
 class PairLoader:
@@ -100,20 +62,21 @@ class PairLoader:
         *,
         batch_size: int,
         seed: int,
-        reading: Reading,
+        shuffle: Shuffle,
+        threads: int,
         prepare: Prepare,
         collate: Collate,
     ) -> None:
-        """Counts the rows of every shard (row counts only are read).
+        """Counts the rows of every shard. `threads` decode ahead of the training step; with 0 nothing is read ahead.
 
         Raises:
             BadInput: no usable row, or a payload that does not fit the others.
         """
         self._shards = list(shards)
-        self._batch_size, self._seed, self._reading = batch_size, seed, reading
+        self._batch_size, self._seed, self._shuffle, self._threads = batch_size, seed, shuffle, threads
         self._prepare, self._collate = prepare, collate
-        self._blocks = _cut(self._shards, reading.block_rows)
-        self._tables = _Tables(reading.open_shards)
+        self._blocks = _cut(self._shards, shuffle.block_rows)
+        self._tables = Tables(OPEN_SHARDS)
         if not self._blocks:
             raise BadInput(shards[0].filtered if shards else "shards", "no kept row to train on", "Check the filter")
 
@@ -124,13 +87,13 @@ class PairLoader:
 
     def batches(self, position: int) -> Iterator[Loaded]:
         """Batches of `batch_size` samples from the `position`-th drawn sample on."""
-        reading = self._reading
-        with ThreadPoolExecutor(1, "blocks") as reader, ThreadPoolExecutor(max(reading.threads, 1), "pairs") as pool:
+        ahead = self._threads and self._threads + SPARE_BATCHES
+        with ThreadPoolExecutor(1, "blocks") as reader, ThreadPoolExecutor(max(self._threads, 1), "pairs") as pool:
             plan = self._plan(reader, position)
             pending: deque[Future[Loaded]] = deque()
             try:
                 while True:
-                    while len(pending) < reading.prefetch:
+                    while len(pending) < ahead:
                         pending.append(pool.submit(self._load, *next(plan)))
                     yield pending.popleft().result() if pending else self._load(*next(plan))
             finally:
@@ -158,7 +121,7 @@ class PairLoader:
     def _windows(self, position: int) -> Iterator[tuple[int, list["_Block"], ndarray, int]]:
         """(epoch, blocks, order of their rows, rows to skip) without end, from the window that holds `position`."""
         epoch, skip = divmod(position, self.num_samples)
-        size = self._reading.window_blocks
+        size = self._shuffle.window_blocks
         while True:
             order = np.random.default_rng([self._seed, epoch, _BLOCKS]).permutation(len(self._blocks))
             for number, start in enumerate(range(0, len(order), size)):
@@ -178,7 +141,7 @@ class PairLoader:
         chosen = [places[i] for i in order[skip:]]
         return [_Draw(epoch, blocks[i].first + row, read[i], row) for i, row in chosen]
 
-    def _read_block(self, block: "_Block") -> "_Rows":
+    def _read_block(self, block: "_Block") -> "Rows":
         table = self._tables.get(self._shards[block.shard])
         return table.slice(block.start, block.rows)
 
@@ -216,7 +179,7 @@ class _Draw:
 
     epoch: int
     index: int
-    rows: Future["_Rows"]
+    rows: Future["Rows"]
     row: int
 
 
@@ -224,82 +187,8 @@ def _cut(shards: Sequence[PairShard], block_rows: int) -> list[_Block]:
     blocks: list[_Block] = []
     first = 0
     for number, shard in enumerate(shards):
-        rows = kept(shard.filtered).num_rows if shard.masks is None else _mask_rows(shard.masks).num_rows
+        rows = count_rows(shard)
         for start in range(0, rows, block_rows):
             blocks.append(_Block(number, start, min(block_rows, rows - start), first + start))
         first += rows
     return blocks
-
-
-def _mask_rows(folder: Path) -> pa.Table:
-    return read_table(folder / "rows.parquet", ROWS_SCHEMA)
-
-
-class _Tables:
-    """The joined tables of the shards used last."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._open: OrderedDict[str, _Table] = OrderedDict()
-
-    def get(self, shard: PairShard) -> "_Table":
-        if shard.name not in self._open:
-            self._open[shard.name] = _Table(shard)
-        self._open.move_to_end(shard.name)
-        while len(self._open) > self._limit:
-            self._open.popitem(last=False)
-        return self._open[shard.name]
-
-
-class _Table:
-    """One shard's rows: kept by the filter, downloaded, and masked where masks are asked for; joined by key.
-
-    Raises:
-        BadInput: a key is absent from one of the payloads, or their uids differ.
-    """
-
-    def __init__(self, shard: PairShard) -> None:
-        self._shard = Shard.open(shard.download, shard.name)
-        rows = kept(shard.filtered)
-        self._masks = None if shard.masks is None else open_array(shard.masks / "masks.zarr")
-        if shard.masks is not None:
-            rows = _aligned(_mask_rows(shard.masks), rows, shard.masks)
-        self._rows = _aligned(rows, self._shard.table, shard.download)
-
-    def slice(self, start: int, rows: int) -> "_Rows":
-        """Neighbouring rows, with their masks in memory."""
-        part = self._rows.slice(start, rows)
-        regions = None if self._masks is None else np.asarray(self._masks[start : start + rows])
-        return _Rows(self._shard, *(part[name].to_pylist() for name in ("key", "uid", "caption", "nouns")), regions)
-
-
-def _aligned(rows: pa.Table, other: pa.Table, folder: Path) -> pa.Table:
-    """`rows` with the further columns of `other`, joined by key in the order of `rows`."""
-    places = pc.index_in(rows["key"], value_set=other["key"].combine_chunks())
-    if places.null_count:
-        raise BadInput(folder, f"{places.null_count} rows of the stage after it are missing", "Run `dvc repro`")
-    matched = other.take(places)
-    if not rows["uid"].equals(matched["uid"]):
-        raise BadInput(folder, "its uids are not those of the stage after it", "Run `dvc repro`")
-    for name in matched.column_names:
-        if name not in rows.column_names:
-            rows = rows.append_column(name, matched[name])
-    return rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A block in memory, all but the pixels."""
-
-    shard: Shard
-    keys: list[str]
-    uids: list[str]
-    captions: list[str]
-    nouns: list[list[str]]
-    regions: ndarray | None
-
-    def sample(self, row: int) -> Sample:
-        """The row with its image decoded. Raises BadInput when that fails."""
-        image = decode_rgb(self.shard.image_bytes(self.keys[row]))
-        regions = None if self.regions is None else self.regions[row]
-        return Sample(self.uids[row], self.captions[row].splitlines() or [""], self.nouns[row], image, regions)

@@ -1,0 +1,140 @@
+"""One shard of image-caption pairs, joined over the payloads of the stages: download, filter, pseudo-masks.
+
+Tables are joined by key, and the uids on both sides are compared: row i of a mask array belongs to row i here.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from pipeline.artifacts.arrays import open_array
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.shards import Shard, decode_rgb, read_rows
+from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
+from pipeline.text.filtering import kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairShard:
+    """Payload folders of one shard.
+
+    Attributes:
+        name: five digits.
+        download: holds `<name>.tar` and `<name>.parquet`.
+        filtered: the filter's payload; its kept rows are used.
+        masks: the pseudo-masks' payload, or None; then only rows with a mask are used.
+    """
+
+    name: str
+    download: Path
+    filtered: Path
+    masks: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One pair as stored. `captions`: the lines of the row's caption. `regions`: labels over the whole image."""
+
+    uid: str
+    captions: list[str]
+    nouns: list[str]
+    image: UInt8[ndarray, "height width 3"]
+    regions: UInt8[ndarray, "grid_h grid_w"] | None
+
+    def caption(self, rng: np.random.Generator) -> str:
+        """One of the captions."""
+        return self.captions[int(rng.integers(len(self.captions)))]
+
+
+def count_rows(shard: PairShard) -> int:
+    """Rows that can be trained on."""
+    return kept(shard.filtered).num_rows if shard.masks is None else _mask_rows(shard.masks).num_rows
+
+
+def captions(shard: PairShard) -> list[str]:
+    """Every line of the captions of the shard's kept rows; the tar is not read."""
+    rows = read_rows(shard.download / f"{shard.name}.parquet")
+    wanted = rows.filter(pc.is_in(rows["uid"], value_set=kept(shard.filtered)["uid"].combine_chunks()))
+    return [line for caption in wanted["caption"].to_pylist() for line in caption.splitlines()]
+
+
+def _mask_rows(folder: Path) -> pa.Table:
+    return read_table(folder / "rows.parquet", ROWS_SCHEMA)
+
+
+class Tables:
+    """The joined tables of the shards used last."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: OrderedDict[str, Table] = OrderedDict()
+
+    def get(self, shard: PairShard) -> "Table":
+        """The shard's table, read when it is not there."""
+        if shard.name not in self._open:
+            self._open[shard.name] = Table(shard)
+        self._open.move_to_end(shard.name)
+        while len(self._open) > self._limit:
+            self._open.popitem(last=False)
+        return self._open[shard.name]
+
+
+class Table:
+    """One shard's rows: kept by the filter, downloaded, and masked where masks are asked for; joined by key.
+
+    Raises:
+        BadInput: a key is absent from one of the payloads, or their uids differ.
+    """
+
+    def __init__(self, shard: PairShard) -> None:
+        self._shard = Shard.open(shard.download, shard.name)
+        rows = kept(shard.filtered)
+        self._masks = None if shard.masks is None else open_array(shard.masks / "masks.zarr")
+        if shard.masks is not None:
+            rows = _aligned(_mask_rows(shard.masks), rows, shard.masks)
+        self._rows = _aligned(rows, self._shard.table, shard.download)
+
+    def slice(self, start: int, rows: int) -> "Rows":
+        """Neighbouring rows, with their masks in memory."""
+        part = self._rows.slice(start, rows)
+        regions = None if self._masks is None else np.asarray(self._masks[start : start + rows])
+        return Rows(self._shard, *(part[name].to_pylist() for name in ("key", "uid", "caption", "nouns")), regions)
+
+
+def _aligned(rows: pa.Table, other: pa.Table, folder: Path) -> pa.Table:
+    """`rows` with the further columns of `other`, joined by key in the order of `rows`."""
+    places = pc.index_in(rows["key"], value_set=other["key"].combine_chunks())
+    if places.null_count:
+        raise BadInput(folder, f"{places.null_count} rows of the stage after it are missing", "Run `dvc repro`")
+    matched = other.take(places)
+    if not rows["uid"].equals(matched["uid"]):
+        raise BadInput(folder, "its uids are not those of the stage after it", "Run `dvc repro`")
+    for name in matched.column_names:
+        if name not in rows.column_names:
+            rows = rows.append_column(name, matched[name])
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A block in memory, all but the pixels."""
+
+    shard: Shard
+    keys: list[str]
+    uids: list[str]
+    captions: list[str]
+    nouns: list[list[str]]
+    regions: ndarray | None
+
+    def sample(self, row: int) -> Sample:
+        """The row with its image decoded. Raises BadInput when that fails."""
+        key = self.keys[row]
+        image = decode_rgb(self.shard.image_bytes(key), f"{self.shard.path}:{key}.jpg")
+        regions = None if self.regions is None else self.regions[row]
+        return Sample(self.uids[row], self.captions[row].splitlines() or [""], self.nouns[row], image, regions)

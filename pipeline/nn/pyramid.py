@@ -1,0 +1,92 @@
+"""Backbones that return a pyramid of feature maps, finest first.
+
+Axes: batch, height/width (pixels), dim; the maps have their own channels and sizes. A backbone has `channels` and
+`strides` (pixels of a cell), one per map, and takes images whose sides are multiples of its last stride.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pipeline.nn.vit import ResidualConv
+
+Map = Float[Tensor, "batch _ _ _"]
+
+
+class ConvPyramid(nn.Module):
+    """A small residual network: each stage strides by two (the first by `first_stride`) and keeps its map.
+
+    For 64-pixel pictures, where a Swin's strides of 4 to 32 would leave four cells to the decoder. With one block a
+    stage it is the stem of `pipeline.nn.vit`, whose trained weights `load_stem` takes.
+    """
+
+    def __init__(self, *, first_stride: int, widths: Sequence[int], blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = tuple(widths)
+        self.strides = tuple(first_stride * 2**stage for stage in range(len(widths)))
+        # A kernel of 2 would see no neighbour; 3 with padding keeps the map at height / stride.
+        kernel, padding = (3, 1) if first_stride == 2 else (first_stride, 0)
+        steps: list[nn.Module] = [nn.Conv2d(3, widths[0], kernel, stride=first_stride, padding=padding)]
+        steps += [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)]
+        self.steps = nn.ModuleList(steps)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ResidualConv(width) for _ in range(count)))
+            for width, count in zip(widths, blocks, strict=True)
+        )
+
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> list[Map]:
+        """One map per stage."""
+        # NCHW in memory: on a CPU the backward pass of GroupNorm is ten times slower with the channels last.
+        x, maps = pixels.contiguous(), []
+        for step, stage in zip(self.steps, self.stages, strict=True):
+            x = stage(step(x))
+            maps.append(x)
+        return maps
+
+    def load_stem(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a trained `ConvStem` (names as in its `layers`); its last 1x1 convolution is left out.
+
+        Raises:
+            ValueError: the stem has other strides, widths or depth.
+        """
+        ours = {}
+        for stage in range(len(self.channels)):
+            for number, module in ((2 * stage, self.steps[stage]), (2 * stage + 1, self.stages[stage])):
+                inner = "0." if number % 2 else ""
+                ours |= {f"{number}.{name.removeprefix(inner)}": value for name, value in module.state_dict().items()}
+        last = f"{2 * len(self.steps)}."
+        theirs = {name: value.shape for name, value in state.items() if not name.startswith(last)}
+        wanted = {name: value.shape for name, value in ours.items()}
+        if theirs != wanted:
+            raise ValueError(
+                f"the DINO tower's stem has {_shapes(theirs)}, this backbone {_shapes(wanted)}; "
+                "use its first_stride and widths, and one block a stage"
+            )
+        for name, value in ours.items():
+            value.copy_(state[name])
+
+
+def _shapes(shapes: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items() if name.endswith("weight"))
+
+
+class TimmPyramid(nn.Module):
+    """A timm backbone's `features_only` maps, such as `swin_small_patch4_window7_224` (strides 4 to 32)."""
+
+    def __init__(self, name: str, *, image_size: int, pretrained: bool) -> None:
+        """Raises RuntimeError from timm when `name` is unknown or its weights cannot be fetched."""
+        super().__init__()
+        import timm
+
+        sized = {"img_size": image_size, "strict_img_size": False} if name.startswith("swin") else {}
+        self.body = timm.create_model(name, features_only=True, pretrained=pretrained, **sized)
+        info = self.body.feature_info
+        self.channels, self.strides = tuple(info.channels()), tuple(info.reduction())
+        self._channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC" or "swin" in name
+
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> list[Map]:
+        """One map per stage."""
+        maps = self.body(pixels)
+        return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
