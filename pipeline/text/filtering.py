@@ -26,22 +26,11 @@ from pipeline.project import Project
 from pipeline.text import entities, tagging
 from pipeline.text.entities import Annotation, Annotator, Mode, Ragged, Vocabulary
 from pipeline.text.index import EntityIndex, check_index, write_index
+from pipeline.text.verdicts import KEPT, NAME, REJECTED, SCHEMA, kept, where
 
 __all__ = ["INDEX", "SCHEMA", "STAGE", "Config", "EntityIndex", "kept"]
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-KEPT, REJECTED = "kept", "rejected"
-# reason: "" for kept rows; entities: classes of the vocabulary; nouns: lower-case singulars.
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("uid", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("nouns", pa.list_(pa.string())),
-        ("entities", pa.list_(pa.int16())),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,16 +65,6 @@ class _Args:
     tagger: tagging.Source
 
 
-def kept(folder: Path) -> pa.Table:
-    """The kept rows of a `filter` payload, in key order: key, uid, nouns, entities."""
-    table = read_table(folder / "rows.parquet", SCHEMA)
-    return _where(table, "status", KEPT).drop_columns(["status", "reason"])
-
-
-def _where(table: pa.Table, column: str, value: str) -> pa.Table:
-    return table.filter(pa.array([found == value for found in table[column].to_pylist()], pa.bool_()))
-
-
 def _vocabulary(project: Project, name: str) -> Vocabulary:
     return Vocabulary.read(project.path(name)) if name.endswith(".json") else entities.vocabulary(name)
 
@@ -114,7 +93,7 @@ def _tasks(project: Project) -> list[Task]:
 def _compute(task: Task, out: Path, machine: Machine) -> Counts:
     args: _Args = task.args
     rows = read_rows(args.folder / f"{task.shard}.parquet")
-    rows = _where(rows, "status", SUCCESS).sort_by("key")
+    rows = where(rows, "status", SUCCESS).sort_by("key")
     captions = _texts(rows["caption"])
     annotator = Annotator(args.vocabulary, args.config.mode, tagging.load(args.tagger, args.vocabulary.nouns))
     reasons: list[str] = []
@@ -138,7 +117,7 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
         },
         schema=SCHEMA,
     )
-    write_table(out / "rows.parquet", table)
+    write_table(out / NAME, table)
     why = Counter(reason for reason in reasons if reason)
     detail = {f"reason: {reason}": count for reason, count in sorted(why.items())}
     detail[f"tagger: {args.tagger.name}"] = len(reasons)
@@ -195,7 +174,7 @@ def _lists(parts: list[Ragged], values: Callable[[np.ndarray], pa.Array]) -> pa.
 
 
 def _check(folder: Path, counts: Counts) -> None:
-    path = folder / "rows.parquet"
+    path = folder / NAME
     table = read_table(path, SCHEMA)
     keys = table["key"].to_pylist()
     if table.num_rows != counts.rows_in or kept(folder).num_rows != counts.rows:
@@ -234,11 +213,7 @@ def _index_compute(task: Task, out: Path, machine: Machine) -> Counts:
     args: _IndexArgs = task.args
 
     def named(position: int) -> Ragged:
-        path, wanted = (
-            args.folders[position] / "rows.parquet",
-            pa.schema([SCHEMA.field("status"), SCHEMA.field("entities")]),
-        )
-        column = _where(read_table(path, wanted), "status", KEPT)["entities"].combine_chunks()
+        column = kept(args.folders[position], "entities")["entities"].combine_chunks()
         offsets = column.offsets.to_numpy()
         return Ragged(column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])
 

@@ -1,0 +1,36 @@
+"""The table that `filter` writes: rows.parquet, a row per downloaded sample in key order.
+
+Apart from the code that fills it, so that a stage which only asks which rows are kept does not depend on the taggers.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.artifacts.tables import read_table
+
+NAME = "rows.parquet"
+KEPT, REJECTED = "kept", "rejected"
+# reason: "" for kept rows; entities: classes of the vocabulary; nouns: lower-case singulars.
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("uid", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("nouns", pa.list_(pa.string())),
+        ("entities", pa.list_(pa.int16())),
+    ]
+)
+
+
+def kept(folder: Path, *columns: str) -> pa.Table:
+    """The kept rows of a `filter` payload, in key order: key, uid, nouns, entities, or those of `columns`."""
+    wanted = columns or ("key", "uid", "nouns", "entities")
+    table = read_table(folder / NAME, pa.schema([SCHEMA.field(name) for name in ("status", *wanted)]))
+    return where(table, "status", KEPT).select(list(wanted))
+
+
+def where(table: pa.Table, column: str, value: str) -> pa.Table:
+    """The rows with that value."""
+    return table.filter(pa.array([found == value for found in table[column].to_pylist()], pa.bool_()))
