@@ -12,11 +12,12 @@ from voc_root import CLASSES, ColorModel, write_root
 
 from pipeline import methods, params
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.manifest import Row
 from pipeline.artifacts.weights import save_model
 from pipeline.cli import main as tessera
 from pipeline.evaluation import Config, candidates, panels, stage
 from pipeline.evaluation.config import BenchmarkConfig, PanelConfig, pick, thresholds
-from pipeline.evaluation.pairs import evaluate, open_pair
+from pipeline.evaluation.pairs import benchmark_root, evaluate, open_pair
 from pipeline.machine import Machine
 from pipeline.project import Project
 from pipeline.reporting.collect import read_panels, read_score
@@ -62,8 +63,8 @@ def project(tmp_path, monkeypatch):
     """A checkout with a tiny benchmark and a model folder; no encoder, so no pseudo-masks."""
     write_root(tmp_path / "sets", {"train": 3, "val": 5})
     save_model(tmp_path / "models" / "tiny", ColorModel().state_dict(), {"method": "tiny"})
-    monkeypatch.setattr(methods, "load", lambda folder: ColorModel(), raising=False)
-    monkeypatch.setattr(methods, "untrained", lambda folder: ColorModel(sharpness=0.0), raising=False)
+    monkeypatch.setattr(methods, "load", lambda folder: ColorModel())
+    monkeypatch.setattr(candidates, "untrained", lambda folder, encoders: ColorModel(sharpness=0.0))
     machine = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
     return Project(tmp_path, {"evaluate": block()}, machine)
 
@@ -245,6 +246,20 @@ def test_class_colours_are_vocs():
     label = np.array([[0, 1], [3, 255]])
     assert panels.colored_classes(label, 4, 255)[1, 1].tolist() == list(panels.IGNORED)
     assert panels.colored_classes(label, 4, 255)[0, 1].tolist() == [128, 0, 0]
+
+
+def test_the_root_scenes_is_the_val_shard_of_the_scenes_stage(project, monkeypatch):
+    shards = [("00000", "images"), ("val", "sets")]
+    rows = [
+        (Row(shard=shard, key="k", rows_in=1, rows=1, bytes=1, out="o"), project.path(folder))
+        for shard, folder in shards
+    ]
+    monkeypatch.setattr(Project, "inputs", lambda self, stage: rows)
+    assert benchmark_root(project, "scenes", "scenes") == project.path("sets")
+    assert benchmark_root(project, "voc", "../data") == project.root / "../data"
+    monkeypatch.setattr(Project, "inputs", lambda self, stage: rows[:1])
+    with pytest.raises(BadInput, match="has no shard 'val' for scenes. Run `dvc repro scenes`"):
+        benchmark_root(project, "scenes", "scenes")
 
 
 def write_params(project):

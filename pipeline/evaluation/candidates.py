@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipeline import baselines, methods
+from pipeline import baselines, methods, params
 from pipeline.artifacts.files import BadInput, digest
-from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, model_digest
+from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, load_model, model_digest
 from pipeline.evaluation.scoring import Candidate, Regions
 from pipeline.inference import Geometry, square_regions
+from pipeline.nn.text import Vocabulary
 from pipeline.project import Project
 
 BASELINE, UNTRAINED = "baseline:", "untrained:"
@@ -35,7 +37,7 @@ def digests(spec: str, project: Project) -> dict[str, str]:
         return baselines.get(spec.removeprefix(BASELINE)).digests(project)
     if spec.startswith(UNTRAINED):
         config = load_config(model_folder(spec.removeprefix(UNTRAINED), project))
-        return {"config": digest({key: value for key, value in config.items() if key != "digest"})}
+        return {"start": digest({key: value for key, value in config.items() if key not in ("digest", "trained")})}
     return {"model": model_digest(model_folder(spec, project))}
 
 
@@ -50,10 +52,29 @@ def load(spec: str, project: Project, geometry: Geometry) -> Candidate:
     if spec.startswith(BASELINE):
         model = baselines.get(spec.removeprefix(BASELINE)).build(project)
     elif spec.startswith(UNTRAINED):
-        model = methods.untrained(model_folder(spec.removeprefix(UNTRAINED), project)).eval().to(device)
+        folder = model_folder(spec.removeprefix(UNTRAINED), project)
+        model = untrained(folder, project.encoder("dino").parent).to(device)
     else:
-        model = methods.load(model_folder(spec, project)).eval().to(device)
+        model = methods.load(model_folder(spec, project)).to(device)
     return Candidate(name=folder_name(spec), model=model, digests=known, regions=_regions(model, geometry, device))
+
+
+def untrained(folder: Path, encoders: Path) -> Any:
+    """The folder's method with its config, vocabulary and seed, as its training started; in eval mode.
+
+    Raises:
+        BadInput: not a method's folder.
+    """
+    state, saved = load_model(folder)
+    if saved.get("method") not in methods.names():
+        raise BadInput(folder / CONFIG, "does not name a method", REMEDY)
+    method, rows = methods.get(saved["method"]), state.get("text.vocabulary.rows")
+    config = params.build(method.Config, saved["config"], f"{folder.name}/{CONFIG}")
+    with torch.random.fork_rng():
+        torch.manual_seed(config.optimisation.seed)
+        model = method.build(config, None if rows is None else Vocabulary(rows))
+        method.start(model, config, encoders)
+    return model.eval().requires_grad_(False)
 
 
 def pseudo_mask_digests(project: Project) -> dict[str, str] | None:
