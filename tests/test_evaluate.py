@@ -1,6 +1,7 @@
 """One model on one benchmark and the stage around it, with a model that knows colours."""
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from voc_root import CLASSES, ColorModel, write_root
 
 from pipeline import methods, params
@@ -17,7 +19,7 @@ from pipeline.artifacts.weights import save_model
 from pipeline.cli import main as tessera
 from pipeline.evaluation import Config, candidates, panels, stage
 from pipeline.evaluation.config import BenchmarkConfig, PanelConfig, pick, thresholds
-from pipeline.evaluation.pairs import benchmark_root, evaluate, open_pair
+from pipeline.evaluation.pairs import benchmark_root, draw, evaluate, open_pair
 from pipeline.machine import Machine
 from pipeline.project import Project
 from pipeline.reporting.collect import read_panels, read_score
@@ -140,6 +142,25 @@ def test_a_report_is_what_the_report_stage_reads(project):
         assert set(panel["present"]) <= set(CLASSES[1:]) and panel["present"]
         for column in ("image", "regions", "prediction", "truth"):
             assert (found.folder / panel[column]).is_file()
+
+
+def test_panels_show_pseudo_masks_and_the_models_own_where_they_differ(project, monkeypatch):
+    def halves(image):
+        return (torch.arange(image.shape[1]) < 20).long().expand(image.shape[0], -1)
+
+    monkeypatch.setattr(candidates, "pseudo_masks", lambda project: halves)
+    stage.evaluate_all(project)
+    folder = project.root / "reports/figures/tiny/scenes"
+    panel = json.loads((folder / "panels.json").read_text())["panels"][0]
+    pseudo, own = (np.array(Image.open(folder / panel[column])) for column in ("regions", "masks"))
+    assert len(np.unique(pseudo.reshape(-1, 3), axis=0)) == 2 and len(np.unique(own.reshape(-1, 3), axis=0)) > 2
+    pair = open_pair(
+        "tiny", config_of(project).benchmarks[0], project.path("sets"), "native", config_of(project), "cpu"
+    )
+    candidate = dataclasses.replace(candidates.load("tiny", project, pair.settings.geometry), regions=halves)
+    scored = evaluate(pair, candidate)
+    draw(project.root / "same", pair, candidate, scored, config_of(project), halves)
+    assert "masks" not in json.loads((project.root / "same/panels.json").read_text())["panels"][0]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -89,11 +89,11 @@ def draw(
     def pictures(image_id: str) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
         sample = benchmark.sample(image_id)
         columns = {"image": sample.image}
-        own, regions = candidate.regions, pseudo_masks or candidate.regions
-        if regions is not None:
-            columns["regions"] = panels.colored(regions(sample.image).numpy(), panels.REGIONS)
-        if own is not None and own is not regions:
-            columns["masks"] = panels.colored(own(sample.image).numpy(), panels.REGIONS)
+        maps = [regions(sample.image).numpy() for regions in (pseudo_masks, candidate.regions) if regions is not None]
+        if len(maps) == 2 and np.array_equal(*maps):  # the oracle's own masks are the pseudo-masks
+            maps.pop()
+        for column, regions in zip(("regions", "masks"), maps, strict=False):
+            columns[column] = panels.colored(regions, panels.REGIONS)
         columns["prediction"] = panels.colored_classes(scored.answer(sample).numpy(), len(classes), None)
         columns["truth"] = panels.colored_classes(sample.label, len(classes), ignore)
         return columns
