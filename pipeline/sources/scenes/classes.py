@@ -14,15 +14,14 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectClass:
-    """Colours are RGB in [0, 255]; `habitat` names the stuff the object is usually seen on, or in."""
+    """Colours are RGB in [0, 255]; What `flies` is drawn high where there is sky."""
 
     name: str
-    plural: str
     colour: str
     body: RGB
     accent: RGB
     texture: str
-    habitat: tuple[str, ...]
+    flies: bool
     verbs: tuple[str, ...]
     poses: tuple[Pose, ...]
     dark: RGB = (40, 36, 44)
@@ -32,134 +31,122 @@ class ObjectClass:
 OBJECTS = (
     ObjectClass(
         name="dog",
-        plural="dogs",
         colour="brown",
         body=(150, 92, 40),
         accent=(240, 220, 184),
         texture="spots",
-        habitat=("grass", "sand", "snow"),
+        flies=False,
         verbs=("running", "playing", "waiting"),
         poses=living.dog(),
     ),
     ObjectClass(
         name="cat",
-        plural="cats",
         colour="black",
         body=(58, 52, 62),
         accent=(244, 240, 240),
         texture="stripes",
-        habitat=("grass", "road", "sand"),
+        flies=False,
         verbs=("sitting", "sleeping", "looking around"),
         poses=living.cat(),
     ),
     ObjectClass(
         name="bird",
-        plural="birds",
         colour="blue",
         body=(40, 78, 214),
         accent=(255, 196, 44),
         texture="scales",
-        habitat=("sky", "snow", "grass"),
+        flies=True,
         verbs=("singing", "flying", "resting"),
         poses=living.bird(),
     ),
     ObjectClass(
         name="car",
-        plural="cars",
         colour="red",
         body=(216, 30, 40),
         accent=(176, 222, 240),
         texture="gloss",
-        habitat=("road", "sand", "snow"),
+        flies=False,
         verbs=("driving", "parked", "speeding"),
         poses=things.car(),
     ),
     ObjectClass(
         name="bus",
-        plural="buses",
         colour="yellow",
         body=(250, 206, 20),
         accent=(64, 70, 92),
         texture="bands",
-        habitat=("road", "snow", "grass"),
+        flies=False,
         verbs=("stopping", "parked", "waiting"),
         poses=things.bus(),
     ),
     ObjectClass(
         name="boat",
-        plural="boats",
         colour="white",
         body=(28, 42, 104),
         accent=(250, 250, 246),
         texture="planks",
-        habitat=("water",),
+        flies=False,
         verbs=("sailing", "floating", "drifting"),
         poses=things.boat(),
     ),
     ObjectClass(
         name="house",
-        plural="houses",
-        colour="old",
-        body=(248, 208, 172),
-        accent=(160, 62, 44),
+        colour="brick",
+        body=(208, 112, 88),  # far from sand, which is what pale walls were taken for
+        accent=(62, 76, 98),
         texture="bricks",
-        habitat=("grass", "snow", "sand"),
+        flies=False,
         verbs=("standing", "waiting for new owners"),
         poses=things.house(),
     ),
     ObjectClass(
         name="ball",
-        plural="balls",
         colour="orange",
         body=(250, 122, 22),
         accent=(255, 244, 226),
         texture="plain",
-        habitat=("sand", "grass", "water"),
+        flies=False,
         verbs=("bouncing", "rolling"),
         poses=things.ball(),
     ),
     ObjectClass(
         name="kite",
-        plural="kites",
         colour="green",
         body=(150, 226, 30),
         accent=(222, 30, 170),
         texture="checks",
-        habitat=("sky",),
+        flies=True,
         verbs=("flying", "soaring"),
         poses=things.kite(),
     ),
     ObjectClass(
         name="flower",
-        plural="flowers",
         colour="pink",
         body=(255, 116, 178),
         accent=(255, 222, 60),
         texture="petals",
-        habitat=("grass", "sand", "snow"),
+        flies=False,
         verbs=("blooming", "growing"),
         poses=living.flower(),
         dark=(38, 122, 52),
     ),
     ObjectClass(
         name="cup",
-        plural="cups",
         colour="turquoise",
         body=(22, 186, 168),
         accent=(246, 250, 250),
         texture="dots",
-        habitat=("sand", "road", "grass"),
+        flies=False,
         verbs=("standing", "steaming"),
         poses=things.cup(),
     ),
     ObjectClass(
         name="umbrella",
-        plural="umbrellas",
         colour="purple",
         body=(122, 40, 186),
         accent=(206, 160, 240),
         texture="gloss",
-        habitat=("sand", "road", "water"),
+        flies=False,
         verbs=("opening", "lying"),
         poses=things.umbrella(),
     ),

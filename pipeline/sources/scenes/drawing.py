@@ -48,7 +48,7 @@ def generate(seed: int, index: int, config: SceneConfig, split: str = "train") -
     rng = np.random.Generator(np.random.PCG64([seed, SPLITS[split], index]))
     kind = _DIFFICULTY[config.variant]
     side = config.image_size * SUPERSAMPLING
-    canvas, horizon, stuff = _backdrop(rng, side)
+    canvas, stuff = _backdrop(rng, side)
     label = np.zeros((side, side), np.uint8)
     chosen = rng.choice(len(OBJECTS), 1 + int(rng.choice(len(kind.counts), p=kind.counts)), replace=False)
     areas, draughts = [], _arrange(rng, chosen, kind, side, stuff)
@@ -71,14 +71,14 @@ def generate(seed: int, index: int, config: SceneConfig, split: str = "train") -
     return Scene(image, _reduce_label(label), caption, objects, tuple(s.name for s in stuff))
 
 
-def _backdrop(rng: np.random.Generator, side: int) -> tuple[np.ndarray, float, tuple[Stuff, ...]]:
+def _backdrop(rng: np.random.Generator, side: int) -> tuple[np.ndarray, tuple[Stuff, ...]]:
     """Ground, or ground under sky or snow with a wavy horizon; the canvas is uint8 [side, side, 3]."""
     grounds = [kind for kind in BACKGROUNDS if not kind.above]
     two = rng.random() < 0.55
     ground = grounds[rng.integers(len(grounds))] if two else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     canvas = _surface(rng, ground, side, side)
     if not two:
-        return canvas, 0.0, (ground,)
+        return canvas, (ground,)
     uppers = [kind for kind in BACKGROUNDS if kind.above]
     upper = uppers[0] if rng.random() < 0.8 else uppers[1]
     horizon = rng.uniform(0.3, 0.62) * side
@@ -87,7 +87,7 @@ def _backdrop(rng: np.random.Generator, side: int) -> tuple[np.ndarray, float, t
     edge = horizon + wave + rng.uniform(-0.12, 0.12) * side * (columns - 0.5)
     above = np.arange(side, dtype=np.float32)[:, None] < edge[None]
     np.copyto(canvas, _surface(rng, upper, side, side), where=above[:, :, None])
-    return canvas, float(horizon), (ground, upper)
+    return canvas, (ground, upper)
 
 
 def _surface(rng: np.random.Generator, kind: Stuff, height: int, width: int) -> np.ndarray:
@@ -113,7 +113,7 @@ def _arrange(
     for which in chosen:
         radius = rng.uniform(*kind.radius) * side
         low, high = 0.75 * radius, side - 0.75 * radius
-        flies = "sky" in OBJECTS[which].habitat and "sky" in {s.name for s in stuff}
+        flies = OBJECTS[which].flies and any(kind.above for kind in stuff)
         best, best_room = (side / 2, side / 2), -np.inf
         for _ in range(4):
             x, y = rng.uniform(low, high), rng.uniform(low, high)
