@@ -18,7 +18,7 @@ SHARD_STAGES = {
 }
 
 BLOCKS = {
-    "scenes": "pipeline.sources.scenes:Config",
+    "scenes": "pipeline.sources.scenes.stage:Config",
     "download": "pipeline.sources.download:Config",
     "filter": "pipeline.text.filtering:Config",
     "encoders": "pipeline.encoders:Config",

@@ -1,7 +1,6 @@
 """Embeddings of every kept image's views, at several scales, from the frozen CLIP."""
 
 from pipeline.caching.teacher import STAGE
-
 from stages import run_shards
 
 if __name__ == "__main__":

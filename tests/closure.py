@@ -14,7 +14,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 RECORD = REPO / "tests" / "code_tags.json"
 # What runs shards and reads settings decides no bytes.
-MACHINERY = {REPO / "stages/__init__.py"} | {
+MACHINERY = {REPO / "stages/__init__.py", REPO / "pipeline/__init__.py"} | {
     REPO / f"pipeline/{name}.py" for name in ("engine", "runners", "store", "project", "machine", "params", "chain")
 }
 
