@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import Shard, decode_rgb, read_rows
+from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, index_tar, read_rows
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
 from pipeline.text.filtering import kept
 
@@ -93,18 +93,27 @@ class Table:
     """
 
     def __init__(self, shard: PairShard) -> None:
-        self._shard = Shard.open(shard.download, shard.name)
+        self._path = shard.download / f"{shard.name}.tar"
+        self._index = index_tar(self._path)
         rows = kept(shard.filtered)
         self._masks = None if shard.masks is None else open_array(shard.masks / "masks.zarr")
         if shard.masks is not None:
             rows = _aligned(_mask_rows(shard.masks), rows, shard.masks)
-        self._rows = _aligned(rows, self._shard.table, shard.download)
+        self._rows = _aligned(rows, _successes(shard), shard.download)
 
     def slice(self, start: int, rows: int) -> "Rows":
         """Neighbouring rows, with their masks in memory."""
         part = self._rows.slice(start, rows)
         regions = None if self._masks is None else np.asarray(self._masks[start : start + rows])
-        return Rows(self._shard, *(part[name].to_pylist() for name in ("key", "uid", "caption", "nouns")), regions)
+        # A shard of these rows only: blocks outlive the table, and an index has three entries for every row of it.
+        index = {f"{key}.jpg": self._index[f"{key}.jpg"] for key in part["key"].to_pylist()}
+        shard = Shard(self._path, part, index)
+        return Rows(shard, *(part[name].to_pylist() for name in ("key", "uid", "caption", "nouns")), regions)
+
+
+def _successes(shard: PairShard) -> pa.Table:
+    rows = read_rows(shard.download / f"{shard.name}.parquet")
+    return rows.filter(pc.equal(rows["status"], SUCCESS)).select(["key", "uid", "caption"])
 
 
 def _aligned(rows: pa.Table, other: pa.Table, folder: Path) -> pa.Table:

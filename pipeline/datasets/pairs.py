@@ -159,7 +159,8 @@ class PairLoader:
             prepared.append(self._prepare(sample, rng))
             uids.append(uid)
         if not prepared:
-            raise BadInput(draws[0].rows.result().shard.folder, f"none of {len(draws)} images decodes", "Verify it")
+            shard = draws[0].rows.result().shard
+            raise BadInput(shard.path, f"none of the {len(draws)} images of a batch decodes", "Verify the download")
         return Loaded(self._collate(prepared, uids), after, failures)
 
 

@@ -67,13 +67,13 @@ def _largest_centred(height: int, width: int, ratio: tuple[float, float], flip: 
 
 
 def render(image: UInt8[ndarray, "height width 3"], view: View, side: int) -> UInt8[ndarray, "side side 3"]:
-    """The view's pixels, resized to a square of `side` pixels (bilinear, antialiased, aspect squashed)."""
+    """The view's pixels (whole pixels), resized to a square of `side` (bilinear, antialiased, aspect squashed)."""
     from PIL import Image
 
     height, width = image.shape[:2]
-    left, top = view.left * width, view.top * height
-    box = (left, top, min(left + view.width * width, width), min(top + view.height * height, height))
-    shown = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box=box))
+    left, top = round(view.left * width), round(view.top * height)
+    crop = image[top : top + round(view.height * height), left : left + round(view.width * width)]
+    shown = np.asarray(Image.fromarray(crop).resize((side, side), Image.Resampling.BILINEAR))
     return shown[:, ::-1] if view.flip else shown
 
 

@@ -1,0 +1,115 @@
+"""Joint transforms against torchvision, and pixels and masks that stay together."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as vision
+
+from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform
+from pipeline.datasets.pairs import Sample
+from pipeline.datasets.transforms import WHOLE, View, move_labels, normalise, random_view, render
+from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE
+from pipeline.text.tokenizers import tokenizer
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+
+
+def test_render_is_torchvisions_resized_crop(image):
+    view = View(left=6 / 40, top=3 / 30, width=20 / 40, height=24 / 30, flip=False)
+    expected = vision.resized_crop(Image.fromarray(image), 3, 6, 24, 20, [16, 16])
+    np.testing.assert_array_equal(render(image, view, 16), np.asarray(expected))
+    flipped = View(view.left, view.top, view.width, view.height, flip=True)
+    np.testing.assert_array_equal(render(image, flipped, 16), np.asarray(vision.hflip(expected)))
+
+
+def test_normalise_is_torchvisions(image):
+    expected = vision.normalize(vision.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD).permute(1, 2, 0)
+    np.testing.assert_allclose(normalise(image[None, :30, :30])[0], expected.numpy()[:30, :30], atol=2e-6)
+
+
+def test_whole_view_at_its_own_resolution_is_the_label_map():
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    np.testing.assert_array_equal(move_labels(labels, WHOLE, (3, 4)), labels)
+    np.testing.assert_array_equal(move_labels(labels, WHOLE, (6, 8)), labels.repeat(2, 0).repeat(2, 1))
+
+
+def test_labels_by_hand():
+    labels = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    right_half = View(left=0.5, top=0.0, width=0.5, height=1.0, flip=False)
+    np.testing.assert_array_equal(move_labels(labels, right_half, (2, 2)), [[6, 7], [14, 15]])
+    np.testing.assert_array_equal(move_labels(labels, View(0.5, 0.0, 0.5, 1.0, flip=True), (4, 2)), labels[:, [3, 2]])
+    past = View(left=0.75, top=-0.25, width=0.5, height=0.5, flip=False)
+    np.testing.assert_array_equal(move_labels(labels, past, (2, 2)), [[OUTSIDE, OUTSIDE], [3, OUTSIDE]])
+
+
+def test_masks_move_with_the_pixels():
+    """A picture painted with its own label map: wherever the view looks, the colour under a label is that label's."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 6, (4, 4)).astype(np.uint8)
+    painted = np.kron(labels, np.ones((32, 32), np.uint8))[..., None].repeat(3, 2) * 40
+    for _ in range(50):
+        view = random_view(rng, height=128, width=128, scale=(0.2, 1.0), ratio=(0.75, 1.33), flip_chance=0.5)
+        seen, moved = render(painted, view, 64), move_labels(labels, view, (16, 16))
+        centres = seen.reshape(16, 4, 16, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3, 4)) / 40
+        assert (np.abs(centres - moved) < 0.5).mean() > 0.85, "most cells lie inside one label"
+        flat = np.abs(centres - centres.round()) < 0.02
+        assert (centres.round()[flat] == moved[flat]).mean() > 0.95
+
+
+def test_random_view_bounds():
+    rng = np.random.default_rng(2)
+    settings = {"height": 60, "width": 90, "scale": (0.2, 0.5), "ratio": (0.8, 1.25), "flip_chance": 0.3}
+    views = [random_view(rng, **settings) for _ in range(400)]
+    areas = np.array([v.width * v.height for v in views])
+    aspects = np.array([v.width * 90 / (v.height * 60) for v in views])
+    assert areas.min() > 0.19 and areas.max() < 0.52 and abs(areas.mean() - 0.35) < 0.02
+    assert aspects.min() > 0.76 and aspects.max() < 1.3
+    assert all(
+        0 <= v.left <= v.left + v.width <= 1 + 1e-9 and 0 <= v.top <= v.top + v.height <= 1 + 1e-9 for v in views
+    )
+    assert 0.2 < np.mean([v.flip for v in views]) < 0.4
+
+
+def test_images_too_narrow_for_the_ratio_are_cropped_at_the_centre():
+    view = random_view(
+        np.random.default_rng(0), height=100, width=5, scale=(0.9, 1.0), ratio=(0.8, 1.25), flip_chance=0.0
+    )
+    assert (view.width, view.height) == (1.0, 0.06) and view.top == pytest.approx(0.47)
+
+
+def sample(captions, nouns=("dog",)):
+    return Sample("u", captions, list(nouns), np.zeros((20, 20, 3), np.uint8), np.zeros((4, 4), np.uint8))
+
+
+def augmentation(**changes):
+    settings = {"image_size": 16, "crop_scale": (0.5, 1.0), "crop_ratio": (0.8, 1.25), "flip_chance": 0.5}
+    return Augmentation(**(settings | {"caption_form": "caption"} | changes))
+
+
+def test_transform_is_a_function_of_its_generator():
+    transform = PairTransform(augmentation(), 4)
+    one, two = (transform(sample(["a", "b", "c"]), np.random.default_rng(5)) for _ in range(2))
+    assert one.caption == two.caption and (one.pixels == two.pixels).all() and (one.regions == two.regions).all()
+    captions = {transform(sample(["a", "b", "c"]), np.random.default_rng(i)).caption for i in range(30)}
+    assert captions == {"a", "b", "c"}
+
+
+def test_caption_form():
+    transform = PairTransform(augmentation(caption_form="nouns"), 4)
+    assert transform(sample(["a dog on a mat"], ("dog", "mat")), np.random.default_rng(0)).caption == "dog mat"
+    assert transform(sample(["so it goes"], ()), np.random.default_rng(0)).caption == "so it goes"
+
+
+def test_collate():
+    transform, collate = PairTransform(augmentation(), 4), PairCollate(tokenizer("bpe", 8))
+    prepared = [transform(sample(["a dog"]), np.random.default_rng(i)) for i in range(3)]
+    batch = collate(prepared, ["x", "y", "z"])
+    assert batch.pixels.shape == (3, 3, 16, 16) and batch.pixels.dtype == torch.float32
+    assert batch.token_ids.shape == (3, 8) and batch.uids == ["x", "y", "z"] and batch.captions == ["a dog"] * 3
+    assert batch.regions is not None and batch.regions.shape == (3, 4, 4) and batch.regions.dtype == torch.uint8
+    black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
+    torch.testing.assert_close(batch.pixels[0, :, 3, 5], black)
