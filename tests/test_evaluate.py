@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,42 @@ def test_the_root_scenes_is_the_val_shard_of_the_scenes_stage(project, monkeypat
     monkeypatch.setattr(Project, "inputs", lambda self, stage: rows[:1])
     with pytest.raises(BadInput, match="has no shard 'val' for scenes. Run `dvc repro scenes`"):
         benchmark_root(project, "scenes", "scenes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SeedConfig:
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TinyConfig:
+    optimisation: SeedConfig
+    width: int
+
+
+def test_an_untrained_model_is_what_its_training_started_from(tmp_path, monkeypatch):
+    started = []
+
+    def build(config, vocabulary):
+        return torch.nn.Linear(3, config.width)
+
+    tiny = types.SimpleNamespace(Config=TinyConfig, build=build, start=lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(methods, "names", lambda: ["tiny"])
+    monkeypatch.setattr(methods, "get", {"tiny": tiny}.__getitem__)
+    torch.manual_seed(7)
+    first = build(TinyConfig(optimisation=SeedConfig(seed=7), width=4), None).state_dict()
+    trained = {name: value + 1 for name, value in first.items()}
+    save_model(tmp_path / "m", trained, {"method": "tiny", "config": {"optimisation": {"seed": 7}, "width": 4}})
+    state = torch.random.get_rng_state()
+    model = candidates.untrained(tmp_path / "m", tmp_path / "encoders")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+    assert not model.training and started == [
+        (model, TinyConfig(optimisation=SeedConfig(seed=7), width=4), tmp_path / "encoders")
+    ]
+    save_model(tmp_path / "m", trained, {"method": "other", "config": {}})
+    with pytest.raises(BadInput, match="does not name a method"):
+        candidates.untrained(tmp_path / "m", tmp_path)
 
 
 def write_params(project):
