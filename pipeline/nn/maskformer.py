@@ -131,6 +131,8 @@ class TransformerDecoder(nn.Module):
     """Learned queries that attend to the coarsest map: zeros at the start, the learned vectors as their positions.
 
     No encoder layers; one LayerNorm shared by every layer's output. Source: MaskFormer release.
+    Deviates: DETR starts attention biases at zero, and the first LayerNorm then sees an all-zero vector, where its
+    gradient is 300 times too large for a clipped norm; ours keep nn.Linear's random start.
     """
 
     def __init__(
@@ -143,11 +145,9 @@ class TransformerDecoder(nn.Module):
             DecoderLayer(dim=dim, heads=heads, hidden=hidden, dropout=dropout) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim)
-        for name, parameter in self.layers.named_parameters():
+        for parameter in self.layers.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
-            elif "norm" not in name:
-                nn.init.zeros_(parameter)
 
     def forward(
         self, coarse: Float[Tensor, "batch channels height width"]

@@ -1,0 +1,349 @@
+"""S-Seg: which parts each loss teaches, inference rules, the trained folder, and a golden curve."""
+
+import csv
+import json
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from pipeline import methods, params
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.weights import save_model
+from pipeline.interfaces import OUTSIDE, TrainBatch
+from pipeline.losses.masks import dice_loss, focal_loss, matching_cost, split_regions
+from pipeline.methods import sseg
+from pipeline.nn.matching import assign
+from pipeline.nn.text import Vocabulary
+from pipeline.nn.vit import VisionTransformer
+from pipeline.training import Loaded, Run, fit
+
+GOLDEN = Path(__file__).parent / "golden" / "sseg.csv"
+
+CONFIG = yaml.safe_load("""
+backbone: {kind: conv, name: "", first_stride: 4, widths: [8, 16], blocks: [1, 1], init: random}
+decoder: {pixel_dim: 16, mask_dim: 8, dim: 16, queries: 6, layers: 2, heads: 2, hidden: 32, dropout: 0.0}
+text: {context_length: 12, width: 16, layers: 1, heads: 2, pooling: eos, vocabulary: full}
+loss: {mask: 1.0, contrastive: 1.0, focal: 20.0, dice: 1.0, deep_supervision: true, pooling: pool_then_project,
+       temperature: 0.07, max_scale: 100.0}
+embed_dim: 12
+combine: normalised
+augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, caption_form: caption}
+shuffle: {block_rows: 4, window_blocks: 2}
+optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {text: 2.0}, final_lr_fraction: 0.1,
+               warmup_images: 16, weight_decay: 0.05, betas: [0.9, 0.98], clip_norm: 1.0, precision: fp32,
+               checkpoint_images: 1000, log_images: 8, seed: 0}
+""")
+WORDS = ("red", "green", "blue", "grey", "white", "black", "pink", "brown")
+
+
+def config(**changes) -> sseg.Config:
+    """The tests' config; `loss={...}` and the like replace keys of a block."""
+    values = {
+        name: {**block, **changes.get(name, {})} if isinstance(block, dict) else changes.get(name, block)
+        for name, block in CONFIG.items()
+    }
+    return params.build(sseg.Config, values, "train.sseg")
+
+
+def model(**changes) -> sseg.SSeg:
+    torch.manual_seed(0)
+    return sseg.build(config(**changes), None)
+
+
+def batch(tower: sseg.SSeg, size: int = 8) -> TrainBatch:
+    """Pictures of one coloured rectangle each on a dull ground, its region as label 1, its colour in the caption."""
+    generator = torch.Generator().manual_seed(1)
+    colours = torch.randn(len(WORDS), 3, generator=generator)
+    pixels = torch.randn(size, 3, 32, 32, generator=generator) * 0.1
+    regions = torch.zeros(size, 8, 8, dtype=torch.uint8)
+    for i in range(size):
+        top, left = torch.randint(0, 4, (2,), generator=generator).tolist()
+        regions[i, top : top + 4, left : left + 3] = 1
+        pixels[i, :, 4 * top : 4 * top + 16, 4 * left : 4 * left + 12] += colours[i % len(WORDS), :, None, None]
+    captions = [f"a {WORDS[i % len(WORDS)]} box" for i in range(size)]
+    return TrainBatch(pixels, captions, tower.tokenizer(captions), regions, [f"uid{i}" for i in range(size)])
+
+
+def gradients(tower, value):
+    tower.zero_grad()
+    value.backward()
+    return {name for name, p in tower.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+def idle(name: str) -> bool:
+    """Parameters that mathematics leaves without a gradient.
+
+    A key's bias moves all scores of a softmax alike; and the first self-attention mixes vectors that are all zero.
+    """
+    first = "decoder.layers.0.self_attention."
+    zeros = (first + "query", first + "key", first + "value.weight")
+    return name.endswith("key.bias") or any(part in name for part in zeros)
+
+
+def test_every_parameter_gets_a_gradient():
+    tower = model()
+    reached = gradients(tower, tower.loss(batch(tower))["total"])
+    assert {name for name, _ in tower.named_parameters() if not idle(name)} <= reached
+
+
+def test_the_two_signals_are_decoupled():
+    tower = model()
+    data = batch(tower)
+    terms = tower.loss(data)
+    masks = gradients(tower, 20 * terms["focal"] + terms["dice"])
+    assert not any(name.startswith(("text", "image_projection", "contrast")) for name in masks)
+    assert "maskformer.mask_embedding.0.weight" in masks and "maskformer.backbone.steps.0.weight" in masks
+    terms = tower.loss(data)
+    words = gradients(tower, terms["image_to_text"] + terms["text_to_image"])
+    assert not any("mask_embedding" in name or "pixel_decoder" in name for name in words)
+    assert {"text.embedding.weight", "contrast.log_scale", "maskformer.decoder.query_position"} <= words
+
+
+def test_unmatched_queries_learn_from_the_caption_only(monkeypatch):
+    """Gradient at the decoder's output: zero for unmatched queries from the mask loss, not from the contrast."""
+    tower = model()
+    kept = {}
+    forward = tower.maskformer.forward
+
+    def spy(pixels, *, all_layers):
+        masks = forward(pixels, all_layers=all_layers)
+        masks.logits.retain_grad()
+        masks.features.retain_grad()
+        kept["masks"] = masks
+        return masks
+
+    monkeypatch.setattr(tower.maskformer, "forward", spy)
+    data = batch(tower, size=2)
+    terms = tower.loss(data)
+    (20 * terms["focal"] + terms["dice"]).backward(retain_graph=True)
+    logits = kept["masks"].logits
+    touched = logits.grad.abs().flatten(3).sum(-1) > 0
+    assert touched.sum(-1).tolist() == [[2, 2], [2, 2]], "two regions, two queries, in each layer and image"
+    targets = split_regions(data.regions.flatten(1), OUTSIDE)
+    for layer in range(2):
+        cost = matching_cost(
+            logits[layer].detach().flatten(2), targets.masks, targets.valid, focal_weight=20.0, dice_weight=1.0
+        )
+        for image, queries in enumerate(assign(cost, targets.present).tolist()):
+            assert touched[layer, image].nonzero()[:, 0].tolist() == sorted(queries)
+    kept["masks"].features.grad = None
+    (terms["image_to_text"] + terms["text_to_image"]).backward()
+    assert (kept["masks"].features.grad[-1].abs().sum(-1) > 0).all(), "every query's feature is in the mean"
+    assert kept["masks"].features.grad[0].abs().sum() == 0, "only the last layer's"
+
+
+def test_total_is_equation_4():
+    tower = model(loss={"mask": 0.5, "contrastive": 2.0, "focal": 3.0, "dice": 4.0})
+    terms = tower.loss(batch(tower))
+    expected = 0.5 * (3 * terms["focal"] + 4 * terms["dice"]) + 2 * (terms["image_to_text"] + terms["text_to_image"])
+    torch.testing.assert_close(terms["total"], expected)
+
+
+def test_mask_terms_against_a_slow_version():
+    """Per layer and image: costs by loops, every assignment tried, summed over pairs, divided by their number."""
+    tower = model().eval()
+    data = batch(tower, size=3)
+    data.regions[1, :2] = 2
+    data.regions[2, 5:] = OUTSIDE
+    terms = tower.loss(data)
+    logits = tower.maskformer(data.pixels, all_layers=True).logits.flatten(3)
+    focal = dice = 0.0
+    for layer in logits:
+        pairs, layer_focal, layer_dice = 0, 0.0, 0.0
+        for predicted, regions in zip(layer, data.regions.flatten(1), strict=True):
+            valid = (regions != OUTSIDE).float()[None]
+            wanted = [(regions == label).float()[None] for label in regions.unique() if label != OUTSIDE]
+            losses = {
+                (q, k): (
+                    focal_loss(predicted[q][None], t, valid).item(),
+                    dice_loss(predicted[q][None], t, valid).item(),
+                )
+                for q in range(6)
+                for k, t in enumerate(wanted)
+            }
+            best = min(
+                permutations(range(6), len(wanted)),
+                key=lambda queries, costs=losses: sum(
+                    20 * costs[q, k][0] + costs[q, k][1] for k, q in enumerate(queries)
+                ),
+            )
+            layer_focal += sum(losses[q, k][0] for k, q in enumerate(best))
+            layer_dice += sum(losses[q, k][1] for k, q in enumerate(best))
+            pairs += len(wanted)
+        focal, dice = focal + layer_focal / pairs, dice + layer_dice / pairs
+    assert terms["focal"].item() == pytest.approx(focal, rel=1e-4)
+    assert terms["dice"].item() == pytest.approx(dice, rel=1e-4)
+
+
+def test_deep_supervision_off_is_the_last_layer_only():
+    tower = model(loss={"deep_supervision": False}).eval()
+    data = batch(tower, size=3)
+    alone = tower.loss(data)
+    both = model().eval()
+    both.load_state_dict(tower.state_dict())
+    assert alone["dice"] < both.loss(data)["dice"]
+
+
+def test_permuting_pairs_or_region_labels_changes_no_loss():
+    tower = model().eval()
+    data = batch(tower)
+    before = tower.loss(data)
+    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    moved = TrainBatch(
+        data.pixels[order], [data.captions[i] for i in order], data.token_ids[order], data.regions[order], data.uids
+    )
+    renamed = replace(data, regions=(data.regions == 0).byte() * 5)
+    for other in (moved, renamed):
+        after = tower.loss(other)
+        for name in ("total", "focal", "dice", "image_to_text", "text_to_image"):
+            torch.testing.assert_close(after[name], before[name], atol=1e-4, rtol=1e-4)
+
+
+def test_pooling_orders_differ():
+    one = model()
+    two = model(loss={"pooling": "project_then_pool"})
+    two.load_state_dict(one.state_dict())
+    features = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    project = one.image_projection
+    torch.testing.assert_close(one._pool(features), F.normalize(project(features.mean(1)), dim=-1))
+    torch.testing.assert_close(two._pool(features), F.normalize(project(features).mean(1), dim=-1))
+    assert not torch.allclose(one._pool(features), two._pool(features), atol=1e-3)
+
+
+def test_combination_by_hand():
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    masks = torch.tensor([[[0.6, 0.5]], [[0.2, 1.0]]])
+    torch.testing.assert_close(
+        sseg.combine_normalised(probabilities, masks),
+        torch.tensor([[[0.58 / 0.8, 0.65 / 1.5]], [[0.22 / 0.8, 0.85 / 1.5]]]),
+    )
+    torch.testing.assert_close(sseg.combine_argmax(probabilities, masks), torch.tensor([[[0.9, 0.2]], [[0.1, 0.8]]]))
+
+
+@pytest.mark.parametrize("combine", ["normalised", "argmax"])
+def test_segment(combine):
+    tower = model(combine=combine).eval()
+    pixels = torch.randn(1, 3, 32, 64, generator=torch.Generator().manual_seed(2))
+    classes = tower.encode_text([f"a {word} box" for word in WORDS])
+    scores = tower.segment(pixels, classes)
+    assert scores.shape == (8, 8, 16) and scores.min() >= 0 and scores.max() <= 1
+    torch.testing.assert_close(scores.sum(0), torch.ones(8, 16), atol=1e-5, rtol=1e-5)
+    order = torch.tensor([5, 2, 0, 7, 1, 3, 4, 6])
+    torch.testing.assert_close(tower.segment(pixels, classes[order]), scores[order])
+    regions = tower.regions(pixels)
+    assert regions.shape == (8, 16) and regions.min() >= 0 and regions.max() < 6
+
+
+def test_embeddings_are_unit_vectors():
+    tower = model().eval()
+    pixels = torch.randn(3, 3, 32, 32)
+    for vectors in (tower.encode_image(pixels), tower.encode_text(["a red box", "nothing"])):
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(len(vectors)))
+    torch.testing.assert_close(F.normalize(tower.project_text(["a red box"]), dim=-1), tower.encode_text(["a red box"]))
+
+
+def test_matched_queries_are_counted():
+    tower = model()
+    terms = tower.loss(batch(tower))
+    assert tower.matches.sum() == 16, "two regions in each of eight images"
+    assert 1 <= terms["winners"].item() <= 6
+
+
+def test_a_batch_without_pseudo_masks_is_refused():
+    tower = model()
+    with pytest.raises(ValueError, match="pseudo-masks"):
+        tower.loss(replace(batch(tower), regions=None))
+
+
+def test_selfsup_takes_the_dino_stem(tmp_path):
+    torch.manual_seed(3)
+    dino = VisionTransformer(first_stride=4, widths=(8, 16), dim=24, layers=1, heads=2, image_size=32)
+    save_model(tmp_path / "dino", {f"tower.{name}": value for name, value in dino.state_dict().items()}, {})
+    chosen = config(backbone={"init": "selfsup"})
+    tower = model(backbone={"init": "selfsup"})
+    sseg.start(tower, chosen, tmp_path)
+    torch.testing.assert_close(tower.maskformer.backbone.steps[1].weight, dino.stem.layers[2].weight)
+    with pytest.raises(params.ParamsError, match="widths"):
+        other = config(backbone={"init": "selfsup", "widths": [8, 24]})
+        sseg.start(model(backbone={"widths": [8, 24]}), other, tmp_path)
+
+
+def test_trained_folder_round_trip(tmp_path):
+    chosen = config(text={"vocabulary": "seen"})
+    torch.manual_seed(0)
+    tower = sseg.build(chosen, Vocabulary.of(torch.tensor([5, 9, 9, 320]), vocab_size=49408)).eval()
+    save_model(tmp_path / "sseg", tower.state_dict(), {"method": "sseg", "config": params.plain(chosen)})
+    loaded = methods.load(tmp_path / "sseg")
+    pixels = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(loaded.encode_image(pixels), tower.encode_image(pixels))
+    torch.testing.assert_close(loaded.encode_text(["a red box"]), tower.encode_text(["a red box"]))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_folders_that_are_no_method(tmp_path):
+    save_model(tmp_path / "x", {"a": torch.zeros(1)}, {"method": "nothing"})
+    with pytest.raises(BadInput, match="does not name a method"):
+        methods.load(tmp_path / "x")
+    save_model(tmp_path / "y", {"a": torch.zeros(1)}, {"method": "sseg", "config": CONFIG})
+    with pytest.raises(BadInput, match="do not fit"):
+        methods.load(tmp_path / "y")
+
+
+def test_registry():
+    assert "sseg" in methods.names() and methods.get("sseg") is sseg
+    with pytest.raises(KeyError, match="no method 'ssegg'"):
+        methods.get("ssegg")
+
+
+class Eight:
+    """The same eight pairs at every step."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def batches(self, position):
+        while True:
+            position += 8
+            yield Loaded(self.data, position, [])
+
+
+def golden_curve(folder: Path) -> list[dict[str, str]]:
+    """Twenty steps on eight pairs, float32, one thread."""
+    torch.set_num_threads(1)
+    tower = model()
+    run = Run(name="sseg", key="golden", checkpoints=folder / "c", curve=folder / "c.csv", log=folder / "l", live=None)
+    fit(tower, lambda data, _: tower.loss(data), Eight(batch(tower)), config().optimisation, run=run)
+    return list(csv.DictReader((folder / "c.csv").read_text().splitlines()))
+
+
+def test_golden_curve(tmp_path):
+    """`python -m tests.test_sseg` writes the stored curve anew."""
+    found = golden_curve(tmp_path)
+    stored = list(csv.DictReader(GOLDEN.read_text().splitlines()))
+    assert len(found) == len(stored) == 20
+    for ours, golden in zip(found, stored, strict=True):
+        numbers = {name: float(value) for name, value in golden.items()}
+        assert {name: float(value) for name, value in ours.items()} == pytest.approx(numbers, rel=2e-3)
+    assert float(found[-1]["total"]) < 0.75 * float(found[0]["total"])
+
+
+def test_config_errors_name_the_key():
+    broken = json.loads(json.dumps(CONFIG))
+    broken["loss"]["pooling"] = "mean"
+    with pytest.raises(params.ParamsError, match=r"train\.sseg\.loss\.pooling"):
+        params.build(sseg.Config, broken, "train.sseg")
+
+
+if __name__ == "__main__":
+    # The one command that writes the golden curve: python -m tests.test_sseg
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        golden_curve(Path(scratch))
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())
