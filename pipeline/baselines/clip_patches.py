@@ -4,6 +4,8 @@ Every patch is classified on its own: softmax over classes of the scaled cosine.
 the same idea "CLIP" (13.5 / 8.1 / 5.9 with background there). Scores are probabilities over the words asked for.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,5 +46,5 @@ def digests(project: Project) -> dict[str, str]:
 
 def build(project: Project) -> ClipPatches:
     """The baseline around the project's CLIP encoder, on its device."""
-    clip = encoders.load_clip(project.encoder("clip")).to(project.machine.device)
-    return ClipPatches(clip, project.machine.device)
+    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
+    return ClipPatches(clip.to(project.machine.device), project.machine.device)

@@ -7,6 +7,7 @@ Source: S-Seg card section 11 (Table 1).
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,4 +60,5 @@ def build(project: Project) -> PseudoMaskOracle:
     device = project.machine.device
     token_config = project.config("features", features.Config)
     mask_config = project.config("pseudo_masks", pseudo_masks.Config)
-    return PseudoMaskOracle(encoders.load_dino(project.encoder("dino")).to(device), token_config, mask_config, device)
+    dino: Any = encoders.load_dino(project.encoder("dino"))  # a PatchEncoder that is a Module too
+    return PseudoMaskOracle(dino.to(device), token_config, mask_config, device)

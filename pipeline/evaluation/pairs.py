@@ -90,7 +90,7 @@ def draw(
         sample = benchmark.sample(image_id)
         columns = {"image": sample.image}
         maps = [regions(sample.image).numpy() for regions in (pseudo_masks, candidate.regions) if regions is not None]
-        if len(maps) == 2 and np.array_equal(*maps):  # the oracle's own masks are the pseudo-masks
+        if len(maps) == 2 and np.array_equal(maps[0], maps[1]):  # the oracle's own masks are the pseudo-masks
             maps.pop()
         for column, regions in zip(("regions", "masks"), maps, strict=False):
             columns[column] = panels.colored(regions, panels.REGIONS)
