@@ -22,6 +22,8 @@ class Vocabulary(nn.Module):
     than a small model's whole forward.
     """
 
+    rows: Tensor
+
     def __init__(self, rows: Int64[Tensor, " ids"]) -> None:
         super().__init__()
         self.register_buffer("rows", rows)
@@ -54,6 +56,8 @@ class TextTransformer(nn.Module):
     `vocabulary` shrinks the table; None gives every id its own row.
     Source: GroupViT and S-Seg 3.5 (12 layers, width 256, heads of 64, [EOS]); initialisation as CLIP's text tower.
     """
+
+    mask: Tensor
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ Axes: batch, height/width (pixels), grid_h/grid_w (patches), tokens = grid_h * g
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,5 +126,5 @@ class VisionTransformer(nn.Module):
         x = self._embed(pixels)
         for block in self.blocks[:-1]:
             x = block(x)
-        last = self.blocks[-1]
+        last: Any = self.blocks[-1]
         return last.attn.keys(last.norm1(x))

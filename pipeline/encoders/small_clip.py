@@ -1,0 +1,165 @@
+"""A small CLIP whose patches live in the space of its texts: a convolutional ViT (or a frozen one) and a bag of words.
+
+An image's vector is the smooth maximum of its projected patches, channel by channel, so a patch that shows a thing
+writes its channels into the whole: with a mean, patches learn names several times slower (measured; reports/log.md).
+Deviates: CLIP pools by CLS or attention and has a transformer for text.
+
+Axes: batch, height/width (pixels), tokens (patches, row-major), grid_h/grid_w, length (text tokens), dim, texts.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from pipeline import params
+from pipeline.encoders.files import fit_weights
+from pipeline.encoders.small_vit import Count, TowerConfig
+from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
+from pipeline.params import Range
+from pipeline.text.tokenizers import tokenizer
+
+FAMILY = "trained_clip"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """The text tower.
+
+    Attributes:
+        context_length: longest text, tokens; longer ones are cut.
+        width: of the embeddings.
+        layers: transformer layers; 0 is a bag of words.
+        heads: of their attention.
+        pooling: "mean" of the tokens or the "eos" token.
+    """
+
+    context_length: Count
+    width: Count
+    layers: Annotated[int, Range(0)]
+    heads: Count
+    pooling: Pooling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipArchitecture:
+    """What decides the shape and the function of a small CLIP.
+
+    Attributes:
+        tower: "scratch" has an image tower of its own, `image`; "lit" projects the patch tokens of a frozen DINO.
+        image: the tower of "scratch"; its `image_size` is the CLIP's in both cases.
+        text: the text tower.
+        embed_dim: width of the space that both share.
+        sharpness: of the smooth maximum over patches: near 0 it is the mean, when large the maximum.
+    """
+
+    tower: Literal["scratch", "lit"]
+    image: TowerConfig
+    text: TextConfig
+    embed_dim: Count
+    sharpness: Annotated[float, Range(0, low_open=True)]
+
+
+def smooth_maximum(x: Float[Tensor, "batch tokens dim"], sharpness: float) -> Float[Tensor, "batch dim"]:
+    """log(mean(exp(sharpness * x))) / sharpness over the tokens: between their mean and their maximum."""
+    return (torch.logsumexp(sharpness * x.float(), dim=1) - math.log(x.shape[1])) / sharpness
+
+
+class FrozenTower(nn.Module):
+    """The frozen DINO's patch tokens; never in training mode, never with gradients."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        if (encoder.mean, encoder.std) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise ValueError(f"LiT needs a tower with ImageNet's mean and std, not {encoder.mean} and {encoder.std}")
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.patch_size, self.embed_dim = encoder.patch_size, encoder.embed_dim
+
+    def train(self, mode: bool = True) -> "FrozenTower":
+        """Stays in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+        """Tokens after the final norm."""
+        return self.encoder.patch_tokens(pixels, "tokens")
+
+
+class SmallClip(nn.Module):
+    """Both towers; a ClipEncoder. `scale` is what cosines were multiplied with at the end of training."""
+
+    scale: Tensor
+
+    def __init__(self, config: ClipArchitecture, vocabulary: Vocabulary, frozen: nn.Module | None) -> None:
+        """`frozen`: the DINO of "lit", None for "scratch"."""
+        super().__init__()
+        if (frozen is None) != (config.tower == "scratch"):
+            raise ValueError(f"tower {config.tower!r} {'needs a' if frozen is None else 'takes no'} frozen encoder")
+        self.image_size, self.embed_dim = config.image.image_size, config.embed_dim
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        self.sharpness = config.sharpness
+        self.tokenizer = tokenizer("bpe", config.text.context_length)
+        self.tower = config.image.build() if frozen is None else FrozenTower(frozen)
+        self.patch_size: int = self.tower.patch_size
+        self.image_head = _head(self.tower.embed_dim, config.embed_dim, layers=1 if frozen is None else 2)
+        self.text = TextTransformer(
+            vocab_size=self.tokenizer.vocab_size,
+            context_length=config.text.context_length,
+            width=config.text.width,
+            layers=config.text.layers,
+            heads=config.text.heads,
+            out_dim=config.embed_dim,
+            pooling=config.text.pooling,
+            end_token=self.tokenizer.eot,
+            vocabulary=vocabulary,
+        )
+        self.text_head = _head(config.embed_dim, config.embed_dim, layers=2)
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    @property
+    def logit_scale(self) -> float:
+        """The scale as a number."""
+        return float(self.scale)
+
+    def patches(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+        """Projected patches, not normalised."""
+        return self.image_head(self.tower(pixels))
+
+    def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit vector of the smooth maximum over the patches."""
+        return F.normalize(smooth_maximum(self.patches(pixels), self.sharpness), dim=-1)
+
+    def encode_patches(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch grid_h grid_w dim"]:
+        """Unit vector of every patch, in the space of the texts."""
+        height, width = (side // self.patch_size for side in pixels.shape[-2:])
+        return F.normalize(self.patches(pixels).float(), dim=-1).unflatten(1, (height, width))
+
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
+        """Unit vector of every text."""
+        return self.embed_ids(self.tokenizer(texts).to(self.scale.device))
+
+    def embed_ids(self, token_ids: Int64[Tensor, "texts length"]) -> Float[Tensor, "texts dim"]:
+        """Unit vector of every tokenised text."""
+        return F.normalize(self.text_head(self.text(token_ids)).float(), dim=-1)
+
+
+def _head(inputs: int, outputs: int, *, layers: int) -> nn.Sequential:
+    """Linear, or Linear-GELU-Linear."""
+    if layers == 1:
+        return nn.Sequential(nn.Linear(inputs, outputs, bias=False))
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))
+
+
+def load(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, frozen: nn.Module | None) -> SmallClip:
+    """The encoder of a model folder; `frozen` has the architecture of its LiT tower (any weights)."""
+    settings = params.build(ClipArchitecture, config["architecture"], f"{folder}: architecture")
+    model = SmallClip(settings, Vocabulary(state["text.vocabulary.rows"]), frozen)
+    fit_weights(model, state, folder)
+    return model

@@ -1,0 +1,90 @@
+"""The frozen towers: released weights resolved, or small ones trained: `python -m stages.encoders [dino|clip]`."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from pipeline import encoders, params
+from pipeline.artifacts.files import digest
+from pipeline.artifacts.weights import model_digest, save_model
+from pipeline.datasets.pairs import PairShard
+from pipeline.encoders import released, runs
+from pipeline.encoders.config import Config
+from pipeline.project import Project
+from pipeline.training import Run, source_digest
+from stages import open_project, report_errors
+
+NAMES = get_args(released.Kind)
+
+
+def key_of(project: Project, name: released.Kind, config: Any) -> str:
+    """Digest of what decides the weights."""
+    if config.source != released.TRAIN:
+        return released.fingerprint(config.source, project.root)
+    decided = {stage: project.manifest(stage).digest for stage in ("download", "filter")}
+    decided |= {"config": params.plain(config.train), "code": source_digest(Path(encoders.__file__))}
+    if name == "clip" and config.train.architecture.tower == "lit":
+        decided["dino"] = model_digest(project.encoder("dino"))
+    return digest(decided)
+
+
+def obtain(project: Project, name: released.Kind, config: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and config, read, downloaded or trained."""
+    if config.source != released.TRAIN:
+        return released.resolve(name, config.source, project.root)
+    filtered = dict((row.shard, folder) for row, folder in project.inputs("filter"))
+    pairs = [
+        PairShard(name=row.shard, download=folder, filtered=filtered[row.shard], masks=None)
+        for row, folder in project.inputs("download")
+    ]
+    label = f"encoders-{name}"
+    run = Run(
+        name=label,
+        key=key,
+        checkpoints=project.checkpoints(label, key),
+        curve=project.root / "reports" / "curves" / f"{label}.csv",
+        log=project.logs / f"{label}.jsonl",
+        live=project.logs / "dvclive" / label,
+    )
+    torch.set_num_threads(project.machine.threads)
+    if name == "dino":
+        found = runs.train_dino(config.train, pairs, run, project.machine)
+    else:
+        found = runs.train_clip(config.train, pairs, project.encoder("dino"), run, project.machine)
+    for other in run.checkpoints.parent.iterdir():
+        if other.name != key:
+            shutil.rmtree(other)
+    return found
+
+
+def provide(project: Project, name: released.Kind) -> None:
+    """Make models/encoders/NAME what the parameters say."""
+    config = getattr(project.config("encoders", Config), name)
+    folder, key = project.encoder(name), key_of(project, name, config)
+    if encoders.has_key(folder, key):
+        print(f"{name}: there already ({config.source})", file=sys.stderr)
+        return
+    state, described = obtain(project, name, config, key)
+    found = save_model(folder, state, {**described, "source": config.source, "key": key})
+    print(f"{name}: {config.source}, weights {found[:12]}", file=sys.stderr)
+
+
+def main() -> None:
+    """Provide the towers named on the command line, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; default: all")
+    chosen = parser.parse_args().names or NAMES
+    if unknown := sorted(set(chosen) - set(NAMES)):
+        parser.error(f"no encoder is called {unknown[0]!r}")
+    project = open_project()
+    for name in chosen:
+        provide(project, name)
+
+
+if __name__ == "__main__":
+    report_errors(main)
