@@ -7,7 +7,8 @@ Unusual choices, each for a measured reason (benchmarks/bench_kmeans.py):
 - Scores are relative to the mean centroid, which changes no comparison and makes them small where tokens share a
   large common part, as a ViT's do: bfloat16 then rounds differences, not the common part.
 - Nearest centroids come from two vectorised maxima over [clusters, tokens]; torch's argmax runs at one value a cycle.
-- Sums are scattered in float32 on the CPU, and one-hot products on a GPU, where scattering is not deterministic.
+- Sums are kept from one iteration to the next and corrected for the tokens that changed clusters, in float32. On a
+  GPU, where scattering is not deterministic, they are one-hot products.
 - An image whose labels no longer change is finished; finished images leave the block once half of it is.
 
 Same image, same result: every draw is a hash of (the image's seed, the draw's number), every sum runs over one
@@ -18,7 +19,6 @@ place in it. This holds on one kind of machine; another CPU or a GPU rounds prod
 Axes: batch (images), tokens, dim, clusters, picks (tokens among which first centroids are drawn).
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,12 +29,14 @@ from torch.nn import functional
 Metric = Literal["cosine", "euclidean"]
 Init = Literal["k-means++", "random"]
 
-# Tokens of a block in float32, by device type: a CPU's last-level cache; on a GPU enough images to fill it.
-BLOCK_BYTES = {"cpu": 10 << 20, "cuda": 1 << 30}
-# First centroids are drawn among this many tokens per cluster, at most MOST_PICKS (whose products are quadratic).
-PICKS_PER_CLUSTER, MOST_PICKS = 8, 1024
+# Tokens of a block in float32, by device type: a CPU's share of its cache; on a GPU enough images to fill it.
+BLOCK_BYTES = {"cpu": 5 << 20, "cuda": 1 << 30}
+# k-means++ draws first centroids among this many tokens per cluster, within bounds (their products are quadratic).
+# Measured: 2, 4, 8 per cluster and all tokens end within 0.5 % of each other's objective, in no order.
+PICKS_PER_CLUSTER, LEAST_PICKS, MOST_PICKS = 4, 64, 1024
 # A token this close to its centroid (squared distance, as a share of its squared length) lies on it: rounding.
 ON_CENTROID = 1e-9
+SEEDED_TOGETHER = 64  # images whose first centroids are drawn in one go: many small steps
 UNIT_TOLERANCE = 1e-5  # lengths this close to 1 are left alone, so that unit tokens keep their bits
 HUGE = 3e38  # below float32's largest value
 
@@ -66,9 +68,9 @@ def kmeans(
     `generator`. `products`: the type of the assignment's products; everything else is float32.
 
     Source: Lloyd 1982; k-means++, Arthur and Vassilvitskii 2007; restarts as faiss and scikit-learn do.
-    Deviates: "k-means++" draws among 8k tokens spread evenly over the image, not among all: one small product matrix
-    per image in place of k - 1 passes over the tokens. S-Seg card section 2 has plain means on unit tokens ("L2, then
-    Euclidean"); that is unit tokens with metric "euclidean".
+    Deviates: "k-means++" draws among 4k tokens (64 at least) spread evenly over the image, not among all: one small
+    product matrix per image in place of k - 1 passes over the tokens. S-Seg card section 2 reads "L2, then Euclidean",
+    means of unit tokens that are not scaled back: that is unit tokens with metric "euclidean".
 
     Raises:
         ValueError: k or iters below 1, no tokens, neither seeds nor generator, or tokens that are not finite.
@@ -82,142 +84,183 @@ def kmeans(
         seeds = torch.randint(2**62, (batch,), generator=generator, device=generator.device).to(x.device)
     labels = torch.empty(batch, tokens, dtype=torch.int64, device=x.device)
     centroids = torch.empty(batch, k, dim, device=x.device)
-    size = max(1, BLOCK_BYTES[x.device.type] // (tokens * dim * 4))
+    size = min(batch, max(1, BLOCK_BYTES[x.device.type] // (tokens * dim * 4)))
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, batch, size):
+        for start in range(0, batch, SEEDED_TOGETHER):
+            group = slice(start, start + SEEDED_TOGETHER)
+            centroids[group] = _first_centroids(x[group], k, seeds[group], init, metric)
+        lloyd = _Lloyd((size, tokens, dim), k, metric, products, x.device)
+        for start in range(0, batch, max(1, size)):
             block = slice(start, start + size)
-            values = _prepare(x[block], metric, start)
-            first = _first_centroids(values, k, seeds[block], init, metric)
-            labels[block], centroids[block] = _lloyd(values, first, iters, metric, products)
+            values = lloyd.prepare(x[block], start)
+            labels[block], centroids[block] = lloyd.run(values, centroids[block], iters)
     return labels, centroids
 
 
-def _prepare(x: Float[Tensor, "batch tokens dim"], metric: Metric, start: int) -> Float[Tensor, "batch tokens dim"]:
-    """Float32 tokens, of unit length where the metric asks for it; refuses what is not finite."""
-    values = x.float().contiguous()
-    finite = torch.isfinite(values.sum((1, 2)))  # isfinite of every value takes fifty times as long
-    if not finite.all():
-        raise ValueError(
-            f"tokens of image {start + int(finite.logical_not().nonzero()[0])} of the batch are not finite"
-        )
-    if metric == "cosine":
-        length = torch.linalg.vector_norm(values, dim=2, keepdim=True)
-        if ((length - 1).abs() > UNIT_TOLERANCE).any():
-            # Dividing by exactly 1 changes no bit, so the other images of the block do not matter.
-            values = values / torch.where((length - 1).abs() > UNIT_TOLERANCE, length, 1).clamp_min(1e-30)
-    return values
+def _lengths(values: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens 1"]:
+    """What to divide tokens by to make them of unit length: exactly 1 for those that are, so that they keep their
+    bits whatever stands beside them; and for zeros a number that leaves them zero."""
+    length = torch.linalg.vector_norm(values, dim=2, keepdim=True)
+    return torch.where((length - 1).abs() > UNIT_TOLERANCE, length, 1).clamp_min_(1e-30)
 
 
 def _first_centroids(
-    values: Float[Tensor, "batch tokens dim"], k: int, seeds: Int64[Tensor, " batch"], init: Init, metric: Metric
+    x: Float[Tensor, "batch tokens dim"], k: int, seeds: Int64[Tensor, " batch"], init: Init, metric: Metric
 ) -> Float[Tensor, "batch clusters dim"]:
     """k tokens of every image: spread evenly ("random"), or far from each other ("k-means++")."""
-    batch, tokens, _ = values.shape
-    count = k if init == "random" else min(tokens, max(k, min(PICKS_PER_CLUSTER * k, MOST_PICKS)))
-    rows = torch.arange(batch, device=values.device)[:, None]
+    batch, tokens, dim = x.shape
+    wanted = max(k, LEAST_PICKS, min(PICKS_PER_CLUSTER * k, MOST_PICKS))
+    count = k if init == "random" else min(tokens, wanted)
+    rows = torch.arange(batch, device=x.device)
     # One token from each of `count` equal stretches of the image: random, distinct where there are enough tokens.
-    stretch = torch.arange(count, device=values.device) + _uniform(seeds, 0, count)
-    picks = values[rows, (stretch * (tokens / count)).long().clamp_max(tokens - 1)]
+    stretch = torch.arange(count, device=x.device) + _uniform(seeds, 0, count)
+    place = (stretch * (tokens / count)).long().clamp_max(tokens - 1) + tokens * rows[:, None]
+    flat = x.reshape(-1, dim)
+    picks = flat.index_select(0, place.flatten()).view(batch, count, dim).float()
+    if metric == "cosine":
+        picks /= _lengths(picks)
     if init == "random":
         return picks
-    centred = picks - picks.mean(1, keepdim=True)
-    product = torch.bmm(centred, centred.transpose(1, 2))
+    picks -= picks.mean(1, keepdim=True)
+    product = torch.bmm(picks, picks.transpose(1, 2))
     square = product.diagonal(dim1=1, dim2=2)
     distance = (square[:, :, None] + square[:, None] - 2 * product).clamp_min_(0)
     draws = _uniform(seeds, count, k)
-    chosen = torch.empty(batch, k, dtype=torch.int64, device=values.device)
+    chosen = torch.empty(batch, k, dtype=torch.int64, device=x.device)
     closest = torch.ones_like(square)  # the first centroid is any of the picks
     for j in range(k):
         total = closest.cumsum(1)
         # Where all weights are zero (fewer distinct tokens than k) this is the last pick, once more.
         chosen[:, j] = (total <= draws[:, j : j + 1] * total[:, -1:]).sum(1).clamp_max_(count - 1)
-        to_chosen = distance[rows[:, 0], chosen[:, j]]
+        to_chosen = distance[rows, chosen[:, j]]
         closest = to_chosen if j == 0 else torch.minimum(closest, to_chosen)
-    return picks[rows, chosen]
+    first = flat.index_select(0, place.gather(1, chosen).flatten()).view(batch, k, dim).float()
+    return first / _lengths(first) if metric == "cosine" else first
 
 
-@dataclass(slots=True)
-class _Block:
-    """Images that are still moving; `rows` are their places in the block that was handed in."""
+class _Lloyd:
+    """Lloyd iterations of one block of images after another, in memory that is allocated once.
 
-    rows: Int64[Tensor, " batch"]
-    values: Float[Tensor, "batch tokens dim"]
-    operand: Tensor
-    centroids: Float[Tensor, "batch clusters dim"]
-    labels: Int64[Tensor, "batch tokens"]
+    Fresh memory costs a page fault per 4 KB, and a block's worth of that as much as the products do.
 
-    def keep(self, moving: Tensor) -> "_Block":
-        parts = (self.rows, self.values, self.operand, self.centroids, self.labels)
-        return _Block(*(part[moving] for part in parts))
+    Args:
+        shape: images of a block (at most), tokens, dim.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], k: int, metric: Metric, products: torch.dtype, device: torch.device
+    ) -> None:
+        batch, tokens, _ = shape
+        self.k, self.metric = k, metric
+        self.values = torch.empty(shape, device=device)
+        self.operand = torch.empty(shape, dtype=products, device=device)
+        self.products = torch.empty(batch, tokens, k, dtype=products, device=device)
+        self.scores = torch.empty(batch, k, tokens, device=device)
+        self.rank = torch.arange(k, 0, -1, dtype=torch.float32, device=device)[:, None]
+
+    def prepare(self, x: Float[Tensor, "batch tokens dim"], start: int) -> Float[Tensor, "batch tokens dim"]:
+        """Float32 tokens, of unit length where the metric asks for it; refuses what is not finite."""
+        own = self.values[: len(x)]
+        values = x if x.dtype == torch.float32 and x.is_contiguous() else own.copy_(x)
+        finite = torch.isfinite(values.sum((1, 2)))  # isfinite of every value takes fifty times as long
+        if not finite.all():
+            raise ValueError(f"image {start + int(finite.int().argmin())} of the batch has tokens that are not finite")
+        if self.metric == "cosine" and ((lengths := _lengths(values)) != 1).any():
+            values = torch.div(values, lengths, out=own)
+        return values
+
+    def run(
+        self, values: Float[Tensor, "batch tokens dim"], first: Float[Tensor, "batch clusters dim"], iters: int
+    ) -> tuple[Int64[Tensor, "batch tokens"], Float[Tensor, "batch clusters dim"]]:
+        """Labels and centroids of `values`, from the `first` centroids."""
+        batch, tokens, _ = values.shape
+        labels = torch.full((batch, tokens), -1, device=values.device)
+        centroids, sums = first.clone(), torch.zeros_like(first)
+        operand = self.operand[:batch].copy_(values)
+        rows = torch.arange(batch, device=values.device)  # images that still move
+        for _ in range(iters):
+            nearest = self._nearest(operand, centroids[rows])
+            moving = (nearest != labels[rows]).any(1)
+            if not moving.any():
+                break
+            if 2 * int(moving.sum()) <= len(rows):
+                rows, nearest = rows[moving], nearest[moving]
+                operand = self._gather(values, rows)
+            # A finished image that stays comes out of the step as it went in.
+            _move(sums, values, rows, labels[rows], nearest)
+            labels[rows] = nearest
+            centroids[rows] = _means(values, rows, nearest, sums[rows], centroids[rows], self.metric)
+        return labels, centroids
+
+    def _gather(self, values: Float[Tensor, "batch tokens dim"], rows: Int64[Tensor, " rows"]) -> Tensor:
+        for place, row in enumerate(rows.tolist()):
+            self.operand[place].copy_(values[row])
+        return self.operand[: len(rows)]
+
+    def _nearest(
+        self, operand: Tensor, centroids: Float[Tensor, "batch clusters dim"]
+    ) -> Int64[Tensor, "batch tokens"]:
+        """The centroid with the largest score x.c (cosine) or x.c - |c|^2 / 2; the lowest index of equals."""
+        batch = len(operand)
+        relative = (centroids - centroids.mean(1, keepdim=True)).to(operand.dtype)
+        # The product is fast, and independent of the batch, as tokens x clusters; the maxima are fast with tokens last.
+        products = torch.bmm(operand, relative.transpose(1, 2), out=self.products[:batch])
+        scores = self.scores[:batch].copy_(products.transpose(1, 2))
+        if self.metric == "euclidean":
+            scores.sub_(centroids.square().sum(2, keepdim=True) / 2)
+        gap = scores.sub_(scores.amax(1, keepdim=True))  # 0 at the best, negative elsewhere
+        best = torch.add(self.rank, gap, alpha=HUGE, out=gap).amax(1)
+        return (self.k - best).long()
 
 
-def _lloyd(
+def _move(
+    sums: Float[Tensor, "batch clusters dim"],
     values: Float[Tensor, "batch tokens dim"],
-    first: Float[Tensor, "batch clusters dim"],
-    iters: int,
-    metric: Metric,
-    products: torch.dtype,
-) -> tuple[Int64[Tensor, "batch tokens"], Float[Tensor, "batch clusters dim"]]:
-    batch, tokens, _ = values.shape
-    none = torch.full((batch, tokens), -1, device=values.device)
-    labels, centroids = none.clone(), first.clone()
-    rows = torch.arange(batch, device=values.device)
-    block = _Block(rows, values, values.to(products), first, none)
-    for _ in range(iters):
-        nearest = _nearest(block.operand, block.centroids, metric)
-        moving = (nearest != block.labels).any(1)
-        block.labels = nearest
-        if not moving.any():
-            break
-        if 2 * int(moving.sum()) <= len(moving):
-            labels[block.rows], centroids[block.rows] = block.labels, block.centroids
-            block = block.keep(moving)
-        # A finished image that stays comes out of the step as it went in.
-        block.centroids = _means(block.values, block.labels, block.centroids, metric)
-    labels[block.rows], centroids[block.rows] = block.labels, block.centroids
-    return labels, centroids
+    rows: Int64[Tensor, " rows"],
+    old: Int64[Tensor, "rows tokens"],
+    new: Int64[Tensor, "rows tokens"],
+) -> None:
+    """Bring the sums of clusters of images `rows` from labels `old` (-1: in none yet) to `new`, in place.
 
-
-def _nearest(
-    operand: Tensor, centroids: Float[Tensor, "batch clusters dim"], metric: Metric
-) -> Int64[Tensor, "batch tokens"]:
-    """The centroid with the largest score x.c (cosine) or x.c - |c|^2 / 2; the lowest index of equals."""
-    k = centroids.shape[1]
-    relative = (centroids - centroids.mean(1, keepdim=True)).to(operand.dtype)
-    # [batch, clusters, tokens]: the product is fast and independent of the batch as tokens x clusters, the maxima
-    # over clusters are fast with tokens last.
-    scores = torch.bmm(operand, relative.transpose(1, 2)).transpose(1, 2).contiguous().float()
-    if metric == "euclidean":
-        scores -= centroids.square().sum(2, keepdim=True) / 2
-    gap = scores.sub_(scores.amax(1, keepdim=True))  # 0 at the best, negative elsewhere
-    rank = torch.arange(k, 0, -1, dtype=torch.float32, device=operand.device)[:, None]
-    return k - torch.add(rank, gap, alpha=HUGE).amax(1).long()
+    Only tokens that changed clusters are read: after the second iteration, a few in a hundred.
+    """
+    k, tokens = sums.shape[1], values.shape[1]
+    if values.device.type != "cpu":
+        numbers = torch.arange(k, device=new.device)[:, None]
+        sums[rows] = torch.bmm((new[:, None] == numbers).to(values.dtype), values[rows])
+        return
+    at = (new != old).flatten().nonzero()[:, 0]
+    row = rows[at // tokens]
+    moved = values.flatten(0, 1).index_select(0, row * tokens + at % tokens)
+    came, left = (labels.flatten().index_select(0, at) for labels in (new, old))
+    flat = sums.flatten(0, 1)
+    if len(at) and left[0] < 0:
+        flat.index_add_(0, row * k + came, moved)
+    else:
+        # NOTE: with alpha 1 torch takes a path that is fast for many rows and five times slower for few.
+        flat.index_add_(0, row * k + left, moved, alpha=-1)
+        flat.index_add_(0, row * k + came, moved.neg_(), alpha=-1)
 
 
 def _means(
     values: Float[Tensor, "batch tokens dim"],
-    labels: Int64[Tensor, "batch tokens"],
-    centroids: Float[Tensor, "batch clusters dim"],
+    rows: Int64[Tensor, " rows"],
+    labels: Int64[Tensor, "rows tokens"],
+    sums: Float[Tensor, "rows clusters dim"],
+    centroids: Float[Tensor, "rows clusters dim"],
     metric: Metric,
-) -> Float[Tensor, "batch clusters dim"]:
+) -> Float[Tensor, "rows clusters dim"]:
     """Means of the clusters (scaled to unit length for cosine); empty ones restart, see `_restart`."""
-    batch, k, dim = centroids.shape
-    if values.device.type == "cpu":
-        place = (labels + k * torch.arange(batch)[:, None]).flatten()
-        counts = torch.bincount(place, minlength=batch * k).view(batch, k, 1)
-        sums = torch.zeros(batch * k, dim)
-        sums.scatter_add_(0, place[:, None].expand(-1, dim), values.view(-1, dim))
-        sums = sums.view(batch, k, dim)
-    else:
-        one_hot = (labels[:, None] == torch.arange(k, device=labels.device)[:, None]).to(values.dtype)
-        counts, sums = one_hot.sum(2, keepdim=True), torch.bmm(one_hot, values)
-    means = functional.normalize(sums, dim=2) if metric == "cosine" else sums / counts.clamp_min(1)
-    empty = counts == 0
+    count, k, _ = sums.shape
+    place = labels + k * torch.arange(count, device=labels.device)[:, None]
+    sizes = torch.bincount(place.flatten(), minlength=count * k).view(count, k, 1)
+    means = functional.normalize(sums, dim=2) if metric == "cosine" else sums / sizes.clamp_min(1)
+    empty = sizes == 0
     if not empty.any():
         return means
     means = torch.where(empty, centroids, means)
     some = empty.any(1)[:, 0].nonzero()[:, 0]
-    means[some] = _restart(values[some], labels[some], means[some], empty[some, :, 0])
+    means[some] = _restart(values[rows[some]], labels[some], means[some], empty[some, :, 0])
     return means
 
 

@@ -36,6 +36,11 @@ def plain_lloyd(x: np.ndarray, centroids: np.ndarray, iters: int, metric: str) -
     return labels, centroids
 
 
+def lloyd(x: Tensor, first: Tensor, iters: int) -> tuple[Tensor, Tensor]:
+    """The iterations alone, from given centroids."""
+    return clustering._Lloyd(x.shape, first.shape[1], "euclidean", torch.float32, x.device).run(x, first, iters)
+
+
 def objective(x: Tensor, centroids: Tensor) -> Tensor:
     """Mean over images of the squared distances to the nearest centroid."""
     return torch.cdist(x.double(), centroids.double()).square().amin(2).sum(1).mean()
@@ -47,7 +52,7 @@ def objective(x: Tensor, centroids: Tensor) -> Tensor:
 def test_equals_a_plain_loop(metric, init, iters):
     x = data(6)
     labels, centroids = kmeans(x, 4, iters=iters, metric=metric, init=init, seeds=seeds(6))
-    first = clustering._first_centroids(clustering._prepare(x, metric, 0), 4, seeds(6), init, metric)
+    first = clustering._first_centroids(x, 4, seeds(6), init, metric)
     for i in range(6):
         expected, means = plain_lloyd(x[i].double().numpy(), first[i].double().numpy(), iters, metric)
         np.testing.assert_array_equal(labels[i].numpy(), expected)
@@ -55,7 +60,7 @@ def test_equals_a_plain_loop(metric, init, iters):
 
 
 def test_first_centroids_are_drawn_by_squared_distance():
-    """k-means++ against a loop over the same draws; 8k picks of 30 tokens are all tokens, in order."""
+    """k-means++ against a loop over the same draws; of 30 tokens all are picks, in order."""
     x, k = data(4, tokens=30), 5
     chosen = clustering._first_centroids(x, k, seeds(4), "k-means++", "euclidean")
     draws = clustering._uniform(seeds(4), 30, k).double().numpy()
@@ -142,10 +147,12 @@ def test_empty_clusters_restart_at_the_farthest_tokens():
     x = torch.tensor([0.0, 1, 2, 3, 20])[None, :, None]
     first = torch.tensor([0.0, 1e4, 2e4, 3e4])[None, :, None]
     labels = torch.zeros(1, 5, dtype=torch.int64)
-    means = clustering._means(x, labels, first, "euclidean")
+    sums, row = torch.zeros_like(first), torch.arange(1)
+    clustering._move(sums, x, row, labels - 1, labels)
+    means = clustering._means(x, row, labels, sums, first, "euclidean")
     # mean 5.2; by distance from it: 20 (14.8), 0 (5.2), 1 (4.2)
     assert means[0, :, 0].tolist() == pytest.approx([5.2, 20, 0, 1])
-    labels, centroids = clustering._lloyd(x, first, 20, "euclidean", torch.float32)
+    labels, centroids = lloyd(x, first, 20)
     assert len(labels.unique()) == 4 and objective(x, centroids) <= 0.5 + 1e-6
 
 
@@ -153,9 +160,9 @@ def test_restart_leaves_other_images_alone():
     x = data(3)
     first = clustering._first_centroids(x, 4, seeds(3), "random", "euclidean")
     first[1, 2] = 1e3
-    labels, centroids = clustering._lloyd(x, first, 6, "euclidean", torch.float32)
+    labels, centroids = lloyd(x, first, 6)
     for i in range(3):
-        alone = clustering._lloyd(x[i : i + 1], first[i : i + 1], 6, "euclidean", torch.float32)
+        alone = lloyd(x[i : i + 1], first[i : i + 1], 6)
         assert torch.equal(alone[0][0], labels[i]) and torch.equal(alone[1][0], centroids[i])
     assert len(labels[1].unique()) == 4
 

@@ -1,0 +1,180 @@
+"""k-means of ViT-sized images against faiss, scikit-learn and a plain batched torch, interleaved in one run.
+
+    python -m benchmarks kmeans                                     the CPU, torch's default number of threads
+    python benchmarks/bench_kmeans.py --device cuda --images 512    a GPU
+
+784 unit tokens of 384 values, 16 clusters, 10 iterations, Euclidean: every peer does the same work on the same tokens
+and is scored by the same objective. Times are the least of the rounds, per image; rounds go through all contestants in
+turn, so that a busy machine slows all of them.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.clustering import kmeans
+
+TOKENS, DIM, K, ITERS = 784, 384, 16, 10
+RATIOS = {"faiss, per image": 3.0, "scikit-learn, per image": 30.0}  # to reach, of our best time, on a CPU
+GPU_MILLISECONDS = 0.02
+OURS = ("ours, float32", "ours, bfloat16")
+
+
+@dataclass
+class Contestant:
+    """`run` clusters images [batch, tokens, dim] and returns centroids; `images` is how many it gets a round."""
+
+    run: Callable[[Tensor], Tensor]
+    images: int
+    seconds: float = float("inf")
+    objective: float = 0.0
+
+
+def synthetic(images: int, seed: int = 0) -> Tensor:
+    """Tokens like a ViT's: smooth over the image, with a common part and noise; unit length."""
+    generator = torch.Generator().manual_seed(seed)
+    side = int(TOKENS**0.5)
+    coarse = torch.randn(images, DIM, 7, 7, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear").flatten(2).transpose(1, 2)
+    noise = torch.randn(smooth.shape, generator=generator)
+    x = smooth + 0.5 * noise + torch.randn(DIM, generator=generator)
+    return torch.nn.functional.normalize(x, dim=2).contiguous()
+
+
+def ours(products: torch.dtype, init: str) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        seeds = torch.arange(len(x), device=x.device)
+        return kmeans(x, K, iters=ITERS, metric="euclidean", seeds=seeds, init=init, products=products)[1]
+
+    return run
+
+
+def plain_torch(x: Tensor) -> Tensor:
+    """What one writes first: cdist, argmin, one-hot products over the whole batch; random first centroids."""
+    centroids = x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:K].to(x.device)]
+    for _ in range(ITERS):
+        labels = torch.cdist(x, centroids).argmin(2)
+        one_hot = torch.nn.functional.one_hot(labels, K).to(x.dtype)
+        centroids = one_hot.transpose(1, 2) @ x / one_hot.sum(1)[:, :, None].clamp_min(1)
+    return centroids
+
+
+def faiss_each(x: Tensor) -> Tensor:
+    import faiss
+
+    found = []
+    for image in x.numpy():
+        clustering = faiss.Clustering(DIM, K)
+        clustering.niter, clustering.seed, clustering.min_points_per_centroid = ITERS, 1, 1
+        clustering.train(image, faiss.IndexFlatL2(DIM))
+        found.append(torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(K, DIM)))
+    return torch.stack(found)
+
+
+def sklearn_each(x: Tensor) -> Tensor:
+    from sklearn.cluster import KMeans
+
+    fitted = [KMeans(K, n_init=1, max_iter=ITERS, tol=0, random_state=0).fit(image) for image in x.numpy()]
+    return torch.stack([torch.from_numpy(model.cluster_centers_) for model in fitted])
+
+
+def objective(x: Tensor, centroids: Tensor) -> float:
+    """Mean over images of the squared distance of every token to its nearest centroid."""
+    return float(torch.cdist(x, centroids.to(x)).square().amin(2).sum(1).mean())
+
+
+def fast_products(device: str) -> bool:
+    """Whether this device multiplies bfloat16 faster than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability() >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def contestants(device: str, images: int) -> dict[str, Contestant]:
+    found = {"ours, float32": Contestant(ours(torch.float32, "k-means++"), images)}
+    if fast_products(device):
+        found["ours, bfloat16"] = Contestant(ours(torch.bfloat16, "k-means++"), images)
+        found["ours, bfloat16, random start"] = Contestant(ours(torch.bfloat16, "random"), images)
+    found["plain torch"] = Contestant(plain_torch, images)
+    if device == "cpu":
+        found["faiss, per image"] = Contestant(faiss_each, min(images, 8))
+        found["scikit-learn, per image"] = Contestant(sklearn_each, min(images, 4))
+    return found
+
+
+def measure(entries: dict[str, Contestant], x: Tensor, rounds: int) -> None:
+    """Fill in times and objectives; the first round warms up and gives the objective on the images all share."""
+    shared = x[: min(entry.images for entry in entries.values())]
+    for entry in entries.values():
+        entry.objective = objective(shared, entry.run(shared))
+    for _ in range(rounds):
+        for entry in entries.values():
+            _synchronise(x)
+            started = time.perf_counter()
+            entry.run(x[: entry.images])
+            _synchronise(x)
+            entry.seconds = min(entry.seconds, (time.perf_counter() - started) / entry.images)
+
+
+def floors(x: Tensor) -> dict[str, float]:
+    """Seconds an image of the assignment products alone, at the rate of a large square product, per type."""
+    flops = 2 * TOKENS * DIM * K * ITERS
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16) if fast_products(str(x.device)) else (torch.float32,):
+        square = torch.randn(2048, 2048, device=x.device).to(dtype)
+        best = float("inf")
+        for _ in range(5):
+            _synchronise(x)
+            started = time.perf_counter()
+            square @ square
+            _synchronise(x)
+            best = min(best, time.perf_counter() - started)
+        found[str(dtype).removeprefix("torch.")] = flops / (2 * 2048**3 / best)
+    return found
+
+
+def _synchronise(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Print times, ratios, objectives and the floor."""
+    parser = argparse.ArgumentParser(description="k-means of many images, against its peers")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=int, default=32, help="a batch of ours and of plain torch")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    x = synthetic(options.images).to(options.device)
+    entries = contestants(options.device, options.images)
+    measure(entries, x, options.rounds)
+    report(entries, x)
+
+
+def report(entries: dict[str, Contestant], x: Tensor) -> None:
+    """Ratios are to the faster of our two with k-means++; a random start, as faiss has, costs less."""
+    mine = min((e for name, e in entries.items() if name in OURS), key=lambda entry: entry.seconds)
+    where = f"{torch.get_num_threads()} threads" if x.device.type == "cpu" else torch.cuda.get_device_name(x.device)
+    print(f"{TOKENS} x {DIM} tokens, {K} clusters, {ITERS} iterations; {where}; a batch of {len(x)} images")
+    for name, entry in entries.items():
+        ratio = f"{entry.seconds / mine.seconds:6.2f} x ours"
+        print(f"  {name:30s} {entry.seconds * 1e3:8.3f} ms an image {ratio}   objective {entry.objective:7.2f}")
+    for name, seconds in floors(x).items():
+        print(
+            f"  floor: products in {name:11s} {seconds * 1e3:8.3f} ms an image {mine.seconds / seconds:6.2f} x above it"
+        )
+    if x.is_cuda:
+        print(f"  {mine.seconds * 1e3:.4f} ms an image; to reach: {GPU_MILLISECONDS}")
+        return
+    for name, wanted in RATIOS.items():
+        ratio, loss = entries[name].seconds / mine.seconds, mine.objective / entries[name].objective - 1
+        print(f"  {ratio:.2f} x as fast as {name}, to reach: {wanted}; objective {loss:+.2%}, to reach: within 2 %")
+
+
+if __name__ == "__main__":
+    main()
