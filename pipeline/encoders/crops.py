@@ -80,8 +80,10 @@ class CropBatch:
 
     def to(self, device: torch.device | str) -> "CropBatch":
         """The same batch on `device`."""
-        views = (x.to(device, non_blocking=True) for x in (self.global_views, self.local_views, self.points))
-        return CropBatch(*views, self.uids)
+        large, small, points = (
+            x.to(device, non_blocking=True) for x in (self.global_views, self.local_views, self.points)
+        )
+        return CropBatch(large, small, points, self.uids)
 
 
 @dataclass(frozen=True, slots=True)

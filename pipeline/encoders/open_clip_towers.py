@@ -32,14 +32,15 @@ class OpenClipEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, *, mean: Triple, std: Triple) -> None:
         super().__init__()
-        self.model = model
-        visual: Any = model.visual
+        # Any: torch types a module's children as Tensor | Module.
+        self.model: Any = model
+        visual = self.model.visual
         self.image_size: int = visual.image_size[0]
         self.patch_size: int = visual.patch_size[0]
         self.embed_dim: int = visual.output_dim
         self.mean, self.std = mean, std
-        self.logit_scale = float(model.logit_scale.detach().exp())
-        self.tokenizer = tokenizer("bpe", model.context_length)
+        self.logit_scale = float(self.model.logit_scale.detach().exp())
+        self.tokenizer = tokenizer("bpe", self.model.context_length)
 
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """The image tower as released; `pixels` at `image_size`."""
@@ -57,7 +58,7 @@ class OpenClipEncoder(nn.Module):
         patches; positions are resized (bicubic). Source: MaskCLIP (Zhou et al. 2022) 3.2 and its release.
         Deviates: the release runs GELU, LayerNorm eps 1e-6 and ImageNet mean/std; here the tower's own.
         """
-        visual: Any = self.model.visual
+        visual = self.model.visual
         rows, columns = self._grid(pixels)
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
@@ -77,7 +78,7 @@ class OpenClipEncoder(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def _positions(self, rows: int, columns: int) -> Float[Tensor, "length width"]:
-        visual: Any = self.model.visual
+        visual = self.model.visual
         table = visual.positional_embedding
         if (rows, columns) == tuple(visual.grid_size):
             return table

@@ -58,8 +58,10 @@ class PromptedBatch:
 
     def to(self, device: torch.device | str) -> "PromptedBatch":
         """The same batch on `device`."""
-        moved = (x.to(device, non_blocking=True) for x in (self.pixels, self.captions, self.prompts))
-        return PromptedBatch(*moved, self.uids)
+        pixels, captions, prompt_ids = (
+            x.to(device, non_blocking=True) for x in (self.pixels, self.captions, self.prompts)
+        )
+        return PromptedBatch(pixels, captions, prompt_ids, self.uids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,10 @@ def train_clip(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train, or continue; weights and config of both towers. `dino`: folder of the tower that LiT keeps frozen."""
     torch.manual_seed(config.optimisation.seed)
-    frozen_state, frozen_config = load_model(dino) if config.architecture.tower == "lit" else (None, None)
-    frozen = None if frozen_state is None else patch_encoder(frozen_state, frozen_config, dino)
+    frozen, frozen_config = None, None
+    if config.architecture.tower == "lit":
+        state, frozen_config = load_model(dino)
+        frozen = patch_encoder(state, frozen_config, dino)
     templates = prompts.templates(config.templates)
     tokenise = BytePairTokenizer(config.architecture.text.context_length)
     vocabulary = seen_words(pairs, tokenise, templates)

@@ -75,11 +75,11 @@ def smooth_maximum(x: Float[Tensor, "batch tokens dim"], sharpness: float) -> Fl
 class FrozenTower(nn.Module):
     """The frozen DINO's patch tokens; never in training mode, never with gradients."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: Any) -> None:
         super().__init__()
         if (encoder.mean, encoder.std) != (IMAGENET_MEAN, IMAGENET_STD):
             raise ValueError(f"LiT needs a tower with ImageNet's mean and std, not {encoder.mean} and {encoder.std}")
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder: Any = encoder.eval().requires_grad_(False)
         self.patch_size, self.embed_dim = encoder.patch_size, encoder.embed_dim
 
     def train(self, mode: bool = True) -> "FrozenTower":
@@ -106,9 +106,9 @@ class SmallClip(nn.Module):
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         self.sharpness = config.sharpness
         self.tokenizer = tokenizer("bpe", config.text.context_length)
-        self.tower = config.image.build() if frozen is None else FrozenTower(frozen)
-        self.patch_size: int = self.tower.patch_size
-        self.image_head = _head(self.tower.embed_dim, config.embed_dim, layers=1 if frozen is None else 2)
+        tower = config.image.build() if frozen is None else FrozenTower(frozen)
+        self.tower, self.patch_size = tower, tower.patch_size
+        self.image_head = _head(tower.embed_dim, config.embed_dim, layers=1 if frozen is None else 2)
         self.text = TextTransformer(
             vocab_size=self.tokenizer.vocab_size,
             context_length=config.text.context_length,

@@ -31,9 +31,10 @@ class TimmPatchEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, *, mean: Triple, std: Triple) -> None:
         super().__init__()
-        self.model = model
-        self.patch_size: int = model.patch_embed.patch_size[0]
-        self.embed_dim: int = model.embed_dim
+        # Any: torch types a module's children as Tensor | Module.
+        self.model: Any = model
+        self.patch_size: int = self.model.patch_embed.patch_size[0]
+        self.embed_dim: int = self.model.embed_dim
         self.mean, self.std = mean, std
 
     def patch_tokens(
@@ -62,17 +63,17 @@ def build_model(architecture: Mapping[str, Any]) -> nn.Module:
         ValueError: timm has no such architecture, or it is not a plain ViT.
     """
     import timm
+    from timm.models import is_model_in_modules
     from timm.models.vision_transformer import VisionTransformer
 
-    if "name" in architecture:
-        if not timm.is_model(architecture["name"]):
-            raise ValueError(f"timm has no architecture called {architecture['name']!r}")
-        model = timm.create_model(architecture["name"], pretrained=False, num_classes=0, dynamic_img_size=True)
-    else:
-        model = VisionTransformer(**architecture, num_classes=0, dynamic_img_size=True)
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"{architecture} is a {type(model).__name__}, not a plain vision transformer")
-    return model
+    if "name" not in architecture:
+        return VisionTransformer(**architecture, num_classes=0, dynamic_img_size=True)
+    name = architecture["name"]
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no architecture called {name!r}")
+    if not is_model_in_modules(name, ["vision_transformer"]):
+        raise ValueError(f"{name} is not a plain vision transformer")
+    return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
 
 
 def load(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> TimmPatchEncoder:
@@ -118,7 +119,7 @@ def download(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not timm.is_model_pretrained(name):
         raise BadInput(f"timm:{name}", "timm knows no released weights of that name", "Try timm.list_pretrained()")
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # hub clients raise anything from OSError to their own types
         raise BadInput(f"timm:{name}", f"could not be fetched ({first_line(error)})", how_to_bring(name)) from error
     card = model.pretrained_cfg
