@@ -21,7 +21,7 @@ BLOCKS = {
     "scenes": "pipeline.sources.scenes.stage:Config",
     "download": "pipeline.sources.download:Config",
     "filter": "pipeline.text.filtering:Config",
-    "encoders": "pipeline.encoders:Config",
+    "encoders": "pipeline.encoders.config:Config",
     "features": "pipeline.caching.features:Config",
     "pseudo_masks": "pipeline.caching.pseudo_masks:Config",
     "teacher": "pipeline.caching.teacher:Config",

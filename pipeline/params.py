@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 T = TypeVar("T")
 
@@ -38,32 +39,26 @@ class Range:
         return f"{left}, {'inf)' if self.high is None else f'{self.high}]'}"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader for which a key written twice is an error (plain YAML keeps the last one silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read(path: Path) -> dict[str, Any]:
-    """The YAML file as plain dicts and lists.
+    """The YAML 1.2 file (`no` is a word, as DVC reads it) as plain dicts and lists.
 
     Raises:
         ParamsError: the file is absent, is not YAML, repeats a key or is not a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; write it with `tessera profile use scenes`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: expected a mapping of blocks, found {type(values).__name__}")
     return values
+
+
+def parse(text: str) -> Any:
+    """The value of a YAML 1.2 text; a key that stands twice is an error."""
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def block(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

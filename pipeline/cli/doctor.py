@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts.files import BadInput
 from pipeline.project import Project
 
 GIB = 2**30
@@ -43,7 +44,7 @@ def checks(project: Project, *, offline: bool) -> Iterator[tuple[str, str, str]]
     yield _device(project)
     free = shutil.disk_usage(project.root).free
     yield "ok" if free > GIB else "missing", "disk", f"{free / GIB:.1f} GiB free at {project.root}"
-    yield _tagger()
+    yield _tagger(project)
     yield _annotations(project)
     for name in ("dino", "clip"):
         yield _encoder(project, name, offline=offline)
@@ -60,12 +61,16 @@ def _device(project: Project) -> tuple[str, str, str]:
     return "ok" if usable else "missing", "device", f"set to {device}; {found}; {project.machine.threads} threads"
 
 
-def _tagger() -> tuple[str, str, str]:
-    from pipeline.text.tagging import available
+def _tagger(project: Project) -> tuple[str, str, str]:
+    from pipeline.text.tagging import resolve
 
-    name = available()
-    advice = "" if name == "nltk" else "; for nltk's: python -m nltk.downloader averaged_perceptron_tagger_eng"
-    return "ok", "tagger", f"{name}{advice}"
+    choice = project.params["filter"]["tagger"]
+    try:
+        found = resolve(choice).name
+    except BadInput as error:
+        return "missing", "tagger", str(error)
+    advice = "" if found == "nltk" else "; for nltk's: python -m nltk.downloader averaged_perceptron_tagger_eng"
+    return "ok", "tagger", f"{choice} gives {found}{advice}"
 
 
 def _annotations(project: Project) -> tuple[str, str, str]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ruamel.yaml import YAML
 
 from pipeline import chain, params
@@ -44,13 +43,14 @@ def write(folder: Path, name: str, settings: list[str], target: Path) -> None:
     """
     editor = YAML()
     editor.width = 120
+    editor.preserve_quotes = True
     values = editor.load((folder / "base.yaml").read_text(encoding="utf-8"))
     _overlay(values, params.read(folder / f"{name}.yaml"), "")
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
             raise params.ParamsError(f"-S {setting}: expected key=value")
-        change: Any = yaml.safe_load(text)
+        change: Any = params.parse(text)
         for part in reversed(key.split(".")):
             change = {part: change}
         _overlay(values, change, "")
