@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pipeline.artifacts.arrays import ArrayWriter
-from pipeline.artifacts.files import BadInput, CorruptPayload, digest
+from pipeline.artifacts.files import BadInput, digest
 from pipeline.artifacts.shards import Shard, decode_rgb
 from pipeline.artifacts.tables import FAILURES_SCHEMA, ROWS_SCHEMA, read_table, write_table
 from pipeline.artifacts.weights import model_digest
@@ -31,10 +31,9 @@ from pipeline.engine import Counts, Task
 from pipeline.interfaces import Triple
 from pipeline.machine import Machine
 from pipeline.project import Project
-from pipeline.text.filtering import kept
+from pipeline.text.verdicts import kept
 
 Settings = TypeVar("Settings")
-Precision = Literal["float32", "bfloat16"]
 
 UNDECODABLE = "undecodable"
 BATCHES_AHEAD = 2  # decoded batches that wait for the encoder; bounds memory
@@ -176,23 +175,6 @@ def _decoded(
 def _table(rows: list[tuple[str, str]]) -> pa.Table:
     keys, uids = [key for key, _ in rows], [uid for _, uid in rows]
     return pa.table({"key": keys, "uid": uids}, schema=ROWS_SCHEMA)
-
-
-def check_rows(folder: Path, counts: Counts, array_rows: int) -> None:
-    """Hold the tables against the counts and the array.
-
-    Raises:
-        CorruptPayload: rows are missing, repeated, out of order, or both done and failed.
-    """
-    done = read_table(folder / "rows.parquet", ROWS_SCHEMA)["key"].to_pylist()
-    failed: list[str] = []
-    if (folder / "failures.parquet").exists() or counts.failed:
-        failed = read_table(folder / "failures.parquet", FAILURES_SCHEMA)["key"].to_pylist()
-    if (len(done), len(failed)) != (counts.rows, counts.failed) or array_rows != counts.rows:
-        found = f"{len(done)} rows and {len(failed)} failures, {array_rows} rows of the array"
-        raise CorruptPayload(folder, f"{found}, where {counts.rows} and {counts.failed} were counted")
-    if done != sorted(set(done)) or set(done) & set(failed):
-        raise CorruptPayload(folder / "rows.parquet", "keys are not in order, or repeat")
 
 
 def normalised(

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from pipeline.artifacts.arrays import map_array
 from pipeline.artifacts.files import BadInput, CorruptPayload
-from pipeline.caching.encoding import Args, Layout, Precision, check_rows, encode_shard, image_tasks, normalised
+from pipeline.caching.encoding import Args, Layout, encode_shard, image_tasks, normalised
+from pipeline.caching.payloads import FEATURES, Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import Facet, PatchEncoder
 from pipeline.machine import Machine
 from pipeline.params import Range
 from pipeline.project import Project
-
-ARRAY = "features.zarr"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +104,7 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
     if rest:
         problem = f"features.image_size {config.image_size} is no multiple of its patch size {encoder.patch_size}"
         raise BadInput(args.encoder, problem, "Change one of them in params.yaml")
-    layout = Layout(ARRAY, (grid * grid, encoder.embed_dim), config.chunk_rows, config.batch_size)
+    layout = Layout(FEATURES, (grid * grid, encoder.embed_dim), config.chunk_rows, config.batch_size)
     return encode_shard(
         task,
         out,
@@ -117,13 +116,13 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
 
 
 def _check(folder: Path, counts: Counts) -> None:
-    array = map_array(folder / ARRAY)
+    array = map_array(folder / FEATURES)
     check_rows(folder, counts, len(array))
     for row, values in enumerate(array):
         # float16 squares overflow; of float32 a NaN or an infinity survives the sum
         length = np.square(values, dtype=np.float32).sum(1)
         if not np.isfinite(length).all() or not (length > 0).all():
-            raise CorruptPayload(folder / ARRAY, f"row {row} has tokens that are not finite, or zero")
+            raise CorruptPayload(folder / FEATURES, f"row {row} has tokens that are not finite, or zero")
 
 
 STAGE = ShardStage(name="features", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check)

@@ -26,8 +26,7 @@ from torch import Tensor
 from pipeline.artifacts.arrays import ArrayWriter, map_array, open_array
 from pipeline.artifacts.files import BadInput, CorruptPayload
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table, write_table
-from pipeline.caching.encoding import Precision, check_rows
-from pipeline.caching.features import ARRAY as FEATURES
+from pipeline.caching.payloads import FEATURES, Precision, check_rows
 from pipeline.clustering import Init, Metric, kmeans
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import OUTSIDE

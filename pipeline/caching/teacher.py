@@ -27,7 +27,8 @@ from torch import Tensor
 
 from pipeline.artifacts.arrays import map_array
 from pipeline.artifacts.files import CorruptPayload, atomic_json, read_json
-from pipeline.caching.encoding import Args, Layout, Precision, check_rows, encode_shard, image_tasks, normalised
+from pipeline.caching.encoding import Args, Layout, encode_shard, image_tasks, normalised
+from pipeline.caching.payloads import Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import ClipEncoder
 from pipeline.machine import Machine

@@ -17,7 +17,7 @@ from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, index_tar, read_rows
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
-from pipeline.text.filtering import kept
+from pipeline.text.verdicts import kept
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
