@@ -22,7 +22,7 @@ Axes: batch (images), tokens, dim, clusters, picks (tokens among which first cen
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,6 +52,7 @@ def kmeans(
     seeds: Int64[Tensor, " batch"] | None = None,
     init: Init = "k-means++",
     products: torch.dtype = torch.float32,
+    tolerance: float = 0.0,
 ) -> tuple[Int64[Tensor, "batch tokens"], Float[Tensor, "batch clusters dim"]]:
     """Labels in [0, k) and float32 centroids of every image on its own.
 
@@ -64,8 +65,9 @@ def kmeans(
     centroid (fewer distinct tokens than k) clusters stay empty: their labels do not occur, and their centroids are
     where they were last put.
 
-    `seeds` has one seed per image, which makes results independent of the batch; without it they are drawn from
-    `generator`. `products`: the type of the assignment's products; everything else is float32.
+    An image is finished when none of its tokens changes clusters, or at most the share `tolerance` of them and no
+    cluster is empty. `seeds` has one seed per image, which makes results independent of the batch; without it they
+    are drawn from `generator`. `products`: the type of the assignment's products; everything else is float32.
 
     Source: Lloyd 1982; k-means++, Arthur and Vassilvitskii 2007; restarts as faiss and scikit-learn do.
     Deviates: "k-means++" draws among 4k tokens (64 at least) spread evenly over the image, not among all: one small
@@ -93,7 +95,7 @@ def kmeans(
         for start in range(0, batch, max(1, size)):
             block = slice(start, start + size)
             values = lloyd.prepare(x[block], start)
-            labels[block], centroids[block] = lloyd.run(values, centroids[block], iters)
+            labels[block], centroids[block] = lloyd.run(values, centroids[block], iters, tolerance)
     return labels, centroids
 
 
@@ -151,7 +153,8 @@ class _Lloyd:
         self, shape: tuple[int, int, int], k: int, metric: Metric, products: torch.dtype, device: torch.device
     ) -> None:
         batch, tokens, _ = shape
-        self.k, self.metric = k, metric
+        self.k = k
+        self.metric: Metric = metric
         self.values = torch.empty(shape, device=device)
         self.operand = torch.empty(shape, dtype=products, device=device)
         self.products = torch.empty(batch, tokens, k, dtype=products, device=device)
@@ -170,27 +173,39 @@ class _Lloyd:
         return values
 
     def run(
-        self, values: Float[Tensor, "batch tokens dim"], first: Float[Tensor, "batch clusters dim"], iters: int
+        self,
+        values: Float[Tensor, "batch tokens dim"],
+        first: Float[Tensor, "batch clusters dim"],
+        iters: int,
+        tolerance: float,
     ) -> tuple[Int64[Tensor, "batch tokens"], Float[Tensor, "batch clusters dim"]]:
         """Labels and centroids of `values`, from the `first` centroids."""
         batch, tokens, _ = values.shape
-        labels = torch.full((batch, tokens), -1, device=values.device)
-        centroids, sums = first.clone(), torch.zeros_like(first)
+        found, means = torch.empty(batch, tokens, dtype=torch.int64, device=values.device), torch.empty_like(first)
         operand = self.operand[:batch].copy_(values)
-        rows = torch.arange(batch, device=values.device)  # images that still move
-        for _ in range(iters):
-            nearest = self._nearest(operand, centroids[rows])
-            moving = (nearest != labels[rows]).any(1)
-            if not moving.any():
+        rows = torch.arange(batch, device=values.device)  # images in work, and which of them are not finished
+        moving = torch.ones(batch, dtype=torch.bool, device=values.device)
+        labels, sums, centroids = torch.full_like(found, -1), torch.zeros_like(first), first
+        for step in range(iters):
+            nearest = self._nearest(operand, centroids)
+            changes = (nearest != labels).sum(1)
+            _move(sums, values, rows, labels, nearest)
+            labels = nearest
+            centroids, lacking = _means(values, rows, labels, sums, centroids, self.metric)
+            stops = (changes == 0) | ((changes <= tolerance * tokens) & ~lacking)
+            stops = moving & (stops if step + 1 < iters else True)
+            if not stops.any():
+                continue
+            # A finished image's result is what it was here, however long others keep it in work.
+            found[rows[stops]], means[rows[stops]] = labels[stops], centroids[stops]
+            moving = moving & ~stops
+            left = int(moving.sum())
+            if left == 0:
                 break
-            if 2 * int(moving.sum()) <= len(rows):
-                rows, nearest = rows[moving], nearest[moving]
-                operand = self._gather(values, rows)
-            # A finished image that stays comes out of the step as it went in.
-            _move(sums, values, rows, labels[rows], nearest)
-            labels[rows] = nearest
-            centroids[rows] = _means(values, rows, nearest, sums[rows], centroids[rows], self.metric)
-        return labels, centroids
+            if 2 * left <= len(rows):
+                rows, labels, sums, centroids = rows[moving], labels[moving], sums[moving], centroids[moving]
+                operand, moving = self._gather(values, rows), moving[moving]
+        return found, means
 
     def _gather(self, values: Float[Tensor, "batch tokens dim"], rows: Int64[Tensor, " rows"]) -> Tensor:
         for place, row in enumerate(rows.tolist()):
@@ -205,7 +220,7 @@ class _Lloyd:
         relative = (centroids - centroids.mean(1, keepdim=True)).to(operand.dtype)
         # The product is fast, and independent of the batch, as tokens x clusters; the maxima are fast with tokens last.
         products = torch.bmm(operand, relative.transpose(1, 2), out=self.products[:batch])
-        scores = self.scores[:batch].copy_(products.transpose(1, 2))
+        scores = self.scores[:batch].copy_(products.transpose(1, 2).contiguous())
         if self.metric == "euclidean":
             scores.sub_(centroids.square().sum(2, keepdim=True) / 2)
         gap = scores.sub_(scores.amax(1, keepdim=True))  # 0 at the best, negative elsewhere
@@ -214,32 +229,31 @@ class _Lloyd:
 
 
 def _move(
-    sums: Float[Tensor, "batch clusters dim"],
+    sums: Float[Tensor, "rows clusters dim"],
     values: Float[Tensor, "batch tokens dim"],
     rows: Int64[Tensor, " rows"],
     old: Int64[Tensor, "rows tokens"],
     new: Int64[Tensor, "rows tokens"],
 ) -> None:
-    """Bring the sums of clusters of images `rows` from labels `old` (-1: in none yet) to `new`, in place.
+    """Bring the sums of the clusters of images `rows` from labels `old` (all -1: none yet) to `new`, in place.
 
     Only tokens that changed clusters are read: after the second iteration, a few in a hundred.
     """
     k, tokens = sums.shape[1], values.shape[1]
+    every, flat = values.flatten(0, 1), sums.flatten(0, 1)
     if values.device.type != "cpu":
         numbers = torch.arange(k, device=new.device)[:, None]
-        sums[rows] = torch.bmm((new[:, None] == numbers).to(values.dtype), values[rows])
-        return
-    at = (new != old).flatten().nonzero()[:, 0]
-    row = rows[at // tokens]
-    moved = values.flatten(0, 1).index_select(0, row * tokens + at % tokens)
-    came, left = (labels.flatten().index_select(0, at) for labels in (new, old))
-    flat = sums.flatten(0, 1)
-    if len(at) and left[0] < 0:
-        flat.index_add_(0, row * k + came, moved)
+        torch.bmm((new[:, None] == numbers).to(values.dtype), values[rows], out=sums)
+    elif old[0, 0] < 0:
+        flat.index_add_(0, (new + k * rows[:, None]).flatten(), every)
     else:
+        at = (new != old).flatten().nonzero()[:, 0]
+        row = at // tokens
+        moved = every.index_select(0, at + (rows[row] - row) * tokens)
+        came, left = (labels.flatten().index_select(0, at) + row * k for labels in (new, old))
         # NOTE: with alpha 1 torch takes a path that is fast for many rows and five times slower for few.
-        flat.index_add_(0, row * k + left, moved, alpha=-1)
-        flat.index_add_(0, row * k + came, moved.neg_(), alpha=-1)
+        flat.index_add_(0, left, moved, alpha=-1)
+        flat.index_add_(0, came, moved.neg_(), alpha=-1)
 
 
 def _means(
@@ -249,19 +263,22 @@ def _means(
     sums: Float[Tensor, "rows clusters dim"],
     centroids: Float[Tensor, "rows clusters dim"],
     metric: Metric,
-) -> Float[Tensor, "rows clusters dim"]:
-    """Means of the clusters (scaled to unit length for cosine); empty ones restart, see `_restart`."""
+) -> tuple[Float[Tensor, "rows clusters dim"], Bool[Tensor, " rows"]]:
+    """Means of the clusters (scaled to unit length for cosine), and which images lack tokens for some.
+
+    Empty clusters restart, see `_restart`.
+    """
     count, k, _ = sums.shape
     place = labels + k * torch.arange(count, device=labels.device)[:, None]
     sizes = torch.bincount(place.flatten(), minlength=count * k).view(count, k, 1)
     means = functional.normalize(sums, dim=2) if metric == "cosine" else sums / sizes.clamp_min(1)
     empty = sizes == 0
-    if not empty.any():
-        return means
-    means = torch.where(empty, centroids, means)
-    some = empty.any(1)[:, 0].nonzero()[:, 0]
-    means[some] = _restart(values[rows[some]], labels[some], means[some], empty[some, :, 0])
-    return means
+    lacking = empty.any(1)[:, 0]
+    if lacking.any():
+        means = torch.where(empty, centroids, means)
+        some = lacking.nonzero()[:, 0]
+        means[some] = _restart(values[rows[some]], labels[some], means[some], empty[some, :, 0])
+    return means, lacking
 
 
 def _restart(
