@@ -140,16 +140,13 @@ class SelfDistillation(nn.Module):
         if num_local:
             local_tokens = self.student.tower(batch.local_views.flatten(0, 1))
             student = torch.cat([student, self.student.image_logits(local_tokens, num_local)])
-        terms = {"image": self.image_loss(student, teacher, temperature)}
-        terms["total"] = terms["image"]
-        if self.config.patch_weight:
-            with torch.no_grad():
-                wanted = self.teacher.patch_logits(teacher_tokens, batch.points)
-            terms["patch"] = self.patch_loss(
-                self.student.patch_logits(student_tokens, batch.points), wanted, temperature
-            )
-            terms["total"] = terms["image"] + self.config.patch_weight * terms["patch"]
-        return terms
+        image = self.image_loss(student, teacher, temperature)
+        if not self.config.patch_weight:
+            return {"image": image, "total": image}
+        with torch.no_grad():
+            wanted = self.teacher.patch_logits(teacher_tokens, batch.points)
+        patch = self.patch_loss(self.student.patch_logits(student_tokens, batch.points), wanted, temperature)
+        return {"image": image, "patch": patch, "total": image + self.config.patch_weight * patch}
 
     @torch.no_grad()
     def follow(self, progress: Progress) -> None:

@@ -1,0 +1,387 @@
+"""The small towers that are trained here: losses against loops, views against geometry, and that training trains."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pair_shards import write_pairs
+
+from pipeline import params
+from pipeline.artifacts.weights import save_model
+from pipeline.datasets.transforms import View, render
+from pipeline.encoders import load_clip, load_dino, runs
+from pipeline.encoders.clip_training import ClipConfig, ClipTraining
+from pipeline.encoders.crops import CropBatch, MultiCrop, collate_crops, recolour, shared_points
+from pipeline.encoders.dino_training import DinoConfig, SelfDistillation
+from pipeline.encoders.prompted import PromptedBatch, PromptedCollate, PromptedTransform
+from pipeline.encoders.small_clip import SmallClip, smooth_maximum
+from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
+from pipeline.interfaces import ClipEncoder, PatchEncoder
+from pipeline.losses.distillation import DistillationLoss
+from pipeline.machine import Machine
+from pipeline.nn.text import Vocabulary
+from pipeline.params import ParamsError
+from pipeline.text.tokenizers import tokenizer
+from pipeline.training import Progress, Run
+
+MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
+TOWER = {"image_size": 16, "first_stride": 4, "widths": [8], "dim": 16, "layers": 1, "heads": 2}
+SHUFFLE = {"block_rows": 4, "window_blocks": 2}
+OPTIMISATION = {
+    "images": 24,
+    "batch_size": 8,
+    "lr": 1e-3,
+    "lr_multipliers": {},
+    "final_lr_fraction": 0.1,
+    "warmup_images": 0,
+    "weight_decay": 0.0,
+    "betas": [0.9, 0.98],
+    "clip_norm": 1.0,
+    "precision": "fp32",
+    "checkpoint_images": 1000,
+    "log_images": 8,
+    "seed": 0,
+}
+DINO = {
+    "tower": TOWER,
+    "crops": {
+        "global_size": 16,
+        "global_scale": [0.5, 1.0],
+        "num_local": 1,
+        "local_size": 8,
+        "local_scale": [0.1, 0.4],
+        "flip_chance": 0.5,
+        "jitter": 0.2,
+        "gray_chance": 0.2,
+        "num_points": 3,
+    },
+    "head": {
+        "hidden": 16,
+        "bottleneck": 8,
+        "prototypes": 12,
+        "student_temperature": 0.1,
+        "teacher_temperature": 0.04,
+        "centre_momentum": 0.9,
+    },
+    "teacher_momentum": 0.9,
+    "patch_weight": 1.0,
+    "shuffle": SHUFFLE,
+    "optimisation": OPTIMISATION,
+}
+CLIP = {
+    "architecture": {
+        "tower": "scratch",
+        "image": TOWER,
+        "text": {"context_length": 12, "width": 16, "layers": 0, "heads": 2, "pooling": "mean"},
+        "embed_dim": 8,
+        "sharpness": 5.0,
+    },
+    "num_prompts": 1,
+    "templates": "single",
+    "temperature": 0.07,
+    "max_scale": 100.0,
+    "views": {"image_size": 16, "crop_scale": [0.5, 1.0], "crop_ratio": [0.75, 1.33], "flip_chance": 0.5},
+    "shuffle": SHUFFLE,
+    "optimisation": OPTIMISATION,
+}
+
+
+def dino_config(**changes) -> DinoConfig:
+    return params.build(DinoConfig, DINO | changes, "dino")
+
+
+def clip_config(tower: str = "scratch", **changes) -> ClipConfig:
+    architecture = CLIP["architecture"] | {"tower": tower}
+    return params.build(ClipConfig, CLIP | {"architecture": architecture} | changes, "clip")
+
+
+def run_in(folder: Path) -> Run:
+    return Run(
+        name="test", key="k", checkpoints=folder / "c", curve=folder / "curve.csv", log=folder / "log", live=None
+    )
+
+
+def pairs(folder: Path):
+    return [write_pairs(folder / "pairs", "00000", 12, masks=False)]
+
+
+# --- losses
+
+
+def test_distillation_equals_the_loops():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(3, 4, 5, generator=generator), torch.randn(2, 4, 5, generator=generator)
+    loss = DistillationLoss(prototypes=5, student_temperature=0.1, centre_momentum=0.9)
+    loss.centre.copy_(torch.randn(5, generator=generator))
+    loss.centred.fill_(True)
+    total, count = 0.0, 0
+    for i in range(2):
+        for j in range(3):
+            if i == j:
+                continue
+            for b in range(4):
+                target = [math.exp((float(teacher[i, b, k]) - float(loss.centre[k])) / 0.04) for k in range(5)]
+                found = [math.exp(float(student[j, b, k]) / 0.1) for k in range(5)]
+                total -= sum(t / sum(target) * math.log(f / sum(found)) for t, f in zip(target, found, strict=True))
+                count += 1
+    before = loss.centre.clone()
+    assert loss(student, teacher, 0.04).item() == pytest.approx(total / count, rel=1e-4)
+    torch.testing.assert_close(loss.centre, 0.9 * before + 0.1 * teacher.mean(dim=(0, 1)))
+    loss.eval()
+    moved = loss.centre.clone()
+    loss(student, teacher, 0.04)
+    torch.testing.assert_close(loss.centre, moved)
+
+
+def test_the_first_batch_sets_the_centre():
+    teacher = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)) + 3
+    loss = DistillationLoss(prototypes=5, student_temperature=0.1, centre_momentum=0.9)
+    loss(torch.zeros(2, 4, 5), teacher, 0.04)
+    torch.testing.assert_close(loss.centre, teacher.mean(dim=(0, 1)))
+
+
+def test_distillation_needs_another_view():
+    loss = DistillationLoss(prototypes=5, student_temperature=0.1, centre_momentum=0.9)
+    with pytest.raises(ValueError, match="two views"):
+        loss(torch.zeros(1, 2, 5), torch.zeros(1, 2, 5), 0.04)
+
+
+def test_smooth_maximum_lies_between_mean_and_maximum():
+    x = torch.randn(3, 10, 4, generator=torch.Generator().manual_seed(0))
+    for sharpness in (0.5, 5.0, 50.0):
+        found = smooth_maximum(x, sharpness)
+        assert (found >= x.mean(dim=1) - 1e-5).all() and (found <= x.amax(dim=1) + 1e-5).all()
+    torch.testing.assert_close(smooth_maximum(x, 1e-3), x.mean(dim=1), rtol=0, atol=2e-3)
+    torch.testing.assert_close(smooth_maximum(x[:, :1].expand(3, 10, 4), 5.0), x[:, 0])
+
+
+# --- views
+
+
+def test_recolour_equals_torchvision():
+    from torchvision.transforms import functional as tv
+
+    images = np.random.default_rng(0).integers(80, 150, (1, 2, 6, 6, 3), dtype=np.uint8)
+    colours = np.array([[[1.1, 0.9, 1.2], [0.9, 1.1, 0.0]]], np.float32)
+    found = recolour(images, colours)
+    for row in range(2):
+        image = torch.from_numpy(images[0, row]).permute(2, 0, 1).float() / 255
+        brightness, contrast, saturation = (float(c) for c in colours[0, row])
+        image = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(image, brightness), contrast), saturation)
+        expected = tv.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).permute(1, 2, 0)
+        # torchvision's luma weights are rounded to 0.2989, 0.587, 0.114
+        np.testing.assert_allclose(found[0, row], expected.numpy(), atol=2e-3)
+
+
+def test_shared_points_show_the_same_place():
+    """In an image whose colours are its coordinates, both views read the same colour at a shared point."""
+    ramp = np.linspace(0, 255, 200).astype(np.uint8)
+    image = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:, None], (1, 200)), np.zeros((200, 200), np.uint8)], -1)
+    first = View(left=0.1, top=0.0, width=0.8, height=0.7, flip=True)
+    second = View(left=0.3, top=0.2, width=0.6, height=0.8, flip=False)
+    points = shared_points(first, second, 50, np.random.default_rng(0))
+    assert np.abs(points).max() <= 1
+    read = []
+    for view, place in zip((first, second), points, strict=True):
+        shown = torch.from_numpy(render(image, view, 128).copy()).permute(2, 0, 1)[None].float()
+        grid = torch.from_numpy(place)[None, None]
+        read.append(torch.nn.functional.grid_sample(shown, grid, align_corners=False, padding_mode="border")[0, :2, 0])
+    assert (read[0] - read[1]).abs().max() < 4
+    assert read[0].std(dim=1).min() > 20, "the points are spread over the image"
+
+
+def test_crops_have_their_sizes_and_depend_on_the_generator_alone(tmp_path):
+    config = dino_config().crops
+    shard = pairs(tmp_path)
+    from pipeline.datasets.pairs import Sample
+
+    image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    sample = Sample("u", ["a"], [], image, None)
+    batches = [
+        collate_crops([MultiCrop(config)(sample, np.random.default_rng(seed)) for seed in (1, 2)], ["a", "b"])
+        for _ in range(2)
+    ]
+    assert shard and batches[0].uids == ["a", "b"]
+    assert batches[0].global_views.shape == (2, 2, 3, 16, 16) and batches[0].local_views.shape == (1, 2, 3, 8, 8)
+    assert torch.equal(batches[0].global_views, batches[1].global_views)
+    assert torch.equal(batches[0].points, batches[1].points)
+    assert not torch.equal(batches[0].global_views[:, 0], batches[0].global_views[:, 1])
+
+
+def test_no_local_views_and_no_common_place():
+    settings = DINO["crops"] | {"num_local": 0}
+    image = np.zeros((20, 20, 3), np.uint8)
+    from pipeline.datasets.pairs import Sample
+
+    crop = MultiCrop(dino_config(crops=settings).crops)(Sample("u", [], [], image, None), np.random.default_rng(0))
+    assert collate_crops([crop], ["u"]).local_views.shape == (0, 1, 3, 8, 8)
+    with pytest.raises(ParamsError, match="global_scale"):
+        dino_config(crops=DINO["crops"] | {"global_scale": [0.3, 1.0]})
+
+
+def test_prompts_name_the_nouns():
+    from pipeline.datasets.pairs import Sample
+
+    transform = PromptedTransform(clip_config().views, 2, ("a photo of a {}.",))
+    image = np.zeros((20, 30, 3), np.uint8)
+    rng = np.random.default_rng(0)
+    found = transform(Sample("u", ["my dog and cat"], ["dog", "cat"], image, None), rng)
+    assert sorted(found.prompts) == ["a photo of a cat.", "a photo of a dog."]
+    bare = transform(Sample("v", ["hello"], [], image, None), rng)
+    assert bare.prompts == ["hello", "hello"]
+    batch = PromptedCollate(tokenizer("bpe", 12))([found, bare], ["u", "v"])
+    assert batch.pixels.shape == (2, 3, 16, 16) and batch.prompts.shape == (2, 2, 12)
+    assert torch.equal(batch.prompts[0, 1], batch.captions[1])
+
+
+# --- models
+
+
+def crop_batch(seed: int = 0) -> CropBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return CropBatch(
+        torch.randn(2, 4, 3, 16, 16, generator=generator),
+        torch.randn(1, 4, 3, 8, 8, generator=generator),
+        torch.rand(2, 4, 3, 2, generator=generator) * 2 - 1,
+        ["a", "b", "c", "d"],
+    )
+
+
+def test_dino_every_student_parameter_learns_and_the_teacher_follows():
+    torch.manual_seed(0)
+    model = SelfDistillation(dino_config())
+    terms = model.loss(crop_batch(), Progress(0, 8, 24))
+    assert set(terms) == {"image", "patch", "total"}
+    torch.testing.assert_close(terms["total"], terms["image"] + terms["patch"])
+    terms["total"].backward()
+    assert [n for n, p in model.student.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
+    assert all(p.grad is None for p in model.teacher.parameters())
+    student, teacher = model.student.tower.norm.weight, model.teacher.tower.norm.weight
+    with torch.no_grad():
+        student.add_(1.0)
+    model.follow(Progress(1, 0, 24))
+    torch.testing.assert_close(teacher, torch.full_like(teacher, 1.1))
+    model.follow(Progress(1, 24, 24))
+    torch.testing.assert_close(teacher, torch.full_like(teacher, 1.1))
+
+
+def test_patch_logits_read_the_right_patch():
+    """At a patch's centre the sampled vector is that patch's own."""
+    torch.manual_seed(0)
+    network = SelfDistillation(dino_config()).student
+    tokens = torch.randn(2, 16, 16)
+    row, column = 2, 1
+    centre = torch.tensor([(column + 0.5) / 4 * 2 - 1, (row + 0.5) / 4 * 2 - 1])
+    found = network.patch_logits(tokens, centre.expand(1, 2, 1, 2))
+    torch.testing.assert_close(found[0], network.patch_head(tokens[:, row * 4 + column]))
+
+
+def prompted_batch() -> PromptedBatch:
+    tokenise = tokenizer("bpe", 12)
+    captions = ["a dog", "a red car", "the house on a hill", "a bird"]
+    prompts = ["a photo of a dog.", "a photo of a car.", "a photo of a house.", "a photo of a bird."]
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return PromptedBatch(pixels, tokenise(captions), tokenise(prompts)[None], list("abcd"))
+
+
+def small_clip(tower: str = "scratch", frozen=None) -> ClipTraining:
+    torch.manual_seed(0)
+    batch = prompted_batch()
+    seen = torch.cat([batch.captions.flatten(), batch.prompts.flatten()])
+    config = clip_config(tower)
+    return ClipTraining(SmallClip(config.architecture, Vocabulary.of(seen, vocab_size=49408), frozen), config)
+
+
+def frozen_dino() -> TrainedPatchEncoder:
+    torch.manual_seed(1)
+    return TrainedPatchEncoder(params.build(TowerConfig, TOWER, "tower").build())
+
+
+@pytest.mark.parametrize("tower", ["scratch", "lit"])
+def test_clip_fits_four_pairs(tower):
+    model = small_clip(tower, frozen_dino() if tower == "lit" else None).train()
+    batch, progress = prompted_batch(), Progress(0, 8, 24)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    fixed = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert bool(fixed) == (tower == "lit")
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(40):
+        optimiser.zero_grad()
+        terms = model.loss(batch, progress)
+        terms["total"].backward()
+        if not step:
+            torch.testing.assert_close(terms["total"], terms["captions"] + terms["prompts"])
+            unseen = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            assert unseen == []
+        optimiser.step()
+        losses.append(terms["total"].item())
+    assert losses[-1] < 0.3 * losses[0]
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in fixed.items())
+    assert not any(torch.equal(now[name], value) for name, value in trained.items())
+
+
+def test_clip_speaks_the_interface():
+    clip = small_clip().finished().eval()
+    assert isinstance(clip, ClipEncoder) and clip.logit_scale == pytest.approx(1 / 0.07, rel=1e-4)
+    with torch.no_grad():
+        patches = clip.encode_patches(torch.randn(2, 3, 16, 24))
+        image, text = (
+            clip.encode_image(torch.randn(2, 3, 16, 16)),
+            clip.encode_text(["a dog", "a car", "nothing known"]),
+        )
+    assert patches.shape == (2, 4, 6, 8) and image.shape == (2, 8) and text.shape == (3, 8)
+    for found in (patches, image, text):
+        torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]))
+
+
+def test_lit_needs_its_tower():
+    with pytest.raises(ValueError, match="'lit' needs a frozen encoder"):
+        small_clip("lit", None)
+    foreign = frozen_dino()
+    foreign.mean = (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="ImageNet's mean and std"):
+        small_clip("lit", foreign)
+
+
+# --- runs
+
+
+def test_trained_dino_is_deterministic_and_loads(tmp_path):
+    shards, found = pairs(tmp_path), []
+    for attempt in ("one", "two"):
+        state, config = runs.train_dino(dino_config(), shards, run_in(tmp_path / attempt), MACHINE)
+        found.append(save_model(tmp_path / attempt / "dino", state, config))
+    assert found[0] == found[1]
+    assert (tmp_path / "one/curve.csv").read_text() == (tmp_path / "two/curve.csv").read_text()
+    assert (tmp_path / "one/curve.csv").read_text().startswith("step,images,image,patch,total,lr,grad_norm\n")
+    encoder = load_dino(tmp_path / "one" / "dino")
+    assert isinstance(encoder, PatchEncoder) and not encoder.training
+    assert (encoder.patch_size, encoder.embed_dim) == (4, 16)
+    x = torch.randn(1, 3, 16, 24)
+    assert encoder.patch_tokens(x, "tokens").shape == encoder.patch_tokens(x, "keys").shape == (1, 24, 16)
+    assert not torch.equal(encoder.patch_tokens(x, "tokens"), encoder.patch_tokens(x, "keys"))
+
+
+@pytest.mark.parametrize("tower", ["scratch", "lit"])
+def test_trained_clip_is_deterministic_and_loads(tmp_path, tower):
+    shards, found = pairs(tmp_path), []
+    encoder = frozen_dino()
+    dino = {"family": "trained_dino", "architecture": TOWER}
+    save_model(tmp_path / "dino", encoder.state_dict(), dino)
+    for attempt in ("one", "two"):
+        state, config = runs.train_clip(
+            clip_config(tower), shards, tmp_path / "dino", run_in(tmp_path / attempt), MACHINE
+        )
+        found.append(save_model(tmp_path / attempt / "clip", state, config))
+    assert found[0] == found[1]
+    clip = load_clip(tmp_path / "one" / "clip")
+    assert isinstance(clip, ClipEncoder) and not clip.training and not any(p.requires_grad for p in clip.parameters())
+    assert clip.logit_scale == pytest.approx(1 / 0.07, rel=0.05) and clip.logit_scale != 1.0
+    if tower == "lit":
+        for name, value in encoder.state_dict().items():
+            assert torch.equal(clip.state_dict()[f"tower.encoder.{name}"], value)
+    torch.testing.assert_close(clip.encode_text(["a zebra"]), clip.encode_text(["a yak"])), "both are unseen words"
