@@ -1,11 +1,10 @@
 """The frozen towers: DINO for patch features, CLIP for images, patches and words.
 
 `models/encoders/<name>/` holds weights and a config whose `family` says which code builds the tower. Loading needs no
-training code; the params block `encoders` is `pipeline.encoders.config.Config`.
+training code; the params block is `pipeline.encoders.config`.
 """
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ __all__ = ["has_key", "load_clip", "load_dino", "patch_encoder"]
 
 # Prefix under which a LiT CLIP's weights hold those of its frozen tower.
 FROZEN = "tower.encoder."
-
-
-def __getattr__(name: str) -> Any:
-    """`Config` on demand: the training code it describes is no part of loading a tower."""
-    if name == "Config":
-        return import_module("pipeline.encoders.config").Config
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load_dino(folder: Path) -> PatchEncoder:
