@@ -1,4 +1,4 @@
-"""Writes reports/results.md and the README's table (in git), reports/index.html and reports/.built (not in git)."""
+"""Writes results.md, preview.png and the README's table (in git), index.html and .built (not in git)."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,11 @@ from pipeline.reporting import Config, html
 from pipeline.reporting.collect import collect
 from pipeline.reporting.funnel import CHAIN, gather
 from pipeline.reporting.markdown import results, results_table, update_readme
+from pipeline.reporting.preview import chosen, preview
 from pipeline.reporting.provenance import base, environment, head
 from stages import open_project, report_errors
+
+PREVIEW_IMAGES = 6
 
 
 def inputs_digest(root: Path, results_text: str) -> str:
@@ -43,6 +46,8 @@ def main() -> None:
     text = results(findings, data.steps)
     atomic_write(reports / "results.md", text)
     atomic_write(reports / "index.html", page)
+    if picture := preview(chosen(findings.panels), PREVIEW_IMAGES):
+        atomic_write(reports / "preview.png", picture)
     if (root / "README.md").exists():
         update_readme(root / "README.md", results_table(findings.scores))
     atomic_write(reports / ".built", inputs_digest(root, text) + "\n")
