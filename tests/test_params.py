@@ -77,7 +77,7 @@ def test_a_missing_key_and_a_missing_block_are_named():
 def test_yaml_that_repeats_a_key_or_is_no_mapping_is_refused(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("k: 1\nk: 2\n")
-    with pytest.raises(ParamsError, match="duplicate key \"k\""):
+    with pytest.raises(ParamsError, match='duplicate key "k"'):
         params.read(path)
     path.write_text("- 1\n")
     with pytest.raises(ParamsError, match="expected a mapping of blocks, found list"):
