@@ -270,6 +270,9 @@ def test_pyramid_takes_the_trained_stem():
     pyramid.load_stem({name.removeprefix("layers."): value for name, value in stem.state_dict().items()})
     pixels = random(2, 3, 32, 32)
     torch.testing.assert_close(stem.layers[-1](pyramid(pixels)[-1]), stem(pixels), atol=1e-5, rtol=1e-4)
+    longer = ConvPyramid(first_stride=4, widths=(8, 16, 20), blocks=(1, 1, 1))
+    longer.load_stem({name.removeprefix("layers."): value for name, value in stem.state_dict().items()})
+    torch.testing.assert_close(longer(pixels)[1], pyramid(pixels)[1])
     with pytest.raises(ValueError, match="first_stride"):
         wide = ConvPyramid(first_stride=4, widths=(8, 20), blocks=(1, 1))
         wide.load_stem({name.removeprefix("layers."): value for name, value in stem.state_dict().items()})

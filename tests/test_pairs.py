@@ -11,11 +11,11 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import pytest
+from pair_shards import label_map, picture, write_pairs
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.tables import write_table
 from pipeline.datasets.pairs import PairLoader, Shuffle, captions
-from tests.pair_shards import label_map, picture, write_pairs
 
 SHUFFLE = Shuffle(block_rows=4, window_blocks=3)
 

@@ -42,10 +42,10 @@ class ToyBatch:
 
 
 class ToyLoader:
-    """Batches decided by the position alone; `bad` marks the position whose batch holds a NaN."""
+    """Batches decided by the position alone; `bad` marks the position whose batch holds a NaN, at `stop_at` a signal arrives."""
 
-    def __init__(self, bad: int | None = None, stop_at: int | None = None):
-        self.bad, self.stop_at, self.asked = bad, stop_at, []
+    def __init__(self, bad: int | None = None, stop_at: int | None = None, number: int = signal.SIGTERM):
+        self.bad, self.stop_at, self.number, self.asked = bad, stop_at, number, []
 
     def batches(self, position):
         while True:
@@ -54,7 +54,7 @@ class ToyLoader:
             if position == self.bad:
                 x[2, 0] = float("nan")
             if position == self.stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), self.number)
             position += 8
             yield Loaded(ToyBatch(x, [f"uid{position + i}" for i in range(8)]), position, [])
 
@@ -242,13 +242,14 @@ def test_only_one_checkpoint_stays(tmp_path):
     assert names == ["state-000000012.safetensors", "state.json"]
 
 
-def test_sigterm_saves_and_exits_143(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit_with_their_number(tmp_path, number, status):
     whole, _ = train(tmp_path / "whole")
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "torn", ToyLoader(stop_at=40))
-    assert stopped.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+        train(tmp_path / "torn", ToyLoader(stop_at=40, number=number))
+    assert stopped.value.code == status
+    assert signal.getsignal(number) is before
     loader = ToyLoader()
     torn, _ = train(tmp_path / "torn", loader)
     assert loader.asked[0] == 48 and same(whole, torn)

@@ -46,18 +46,19 @@ class ConvPyramid(nn.Module):
         return maps
 
     def load_stem(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a trained `ConvStem` (names as in its `layers`); its last 1x1 convolution is left out.
+        """Take the weights of a trained `ConvStem` (names as in its `layers`) for as many stages as it has.
+
+        Its last 1x1 convolution is left out.
 
         Raises:
-            ValueError: the stem has other strides, widths or depth.
+            ValueError: the stem has other strides or widths, or more stages.
         """
-        ours = {}
-        for stage in range(len(self.channels)):
-            for number, module in ((2 * stage, self.steps[stage]), (2 * stage + 1, self.stages[stage])):
-                inner = "0." if number % 2 else ""
-                ours |= {f"{number}.{name.removeprefix(inner)}": value for name, value in module.state_dict().items()}
-        last = f"{2 * len(self.steps)}."
-        theirs = {name: value.shape for name, value in state.items() if not name.startswith(last)}
+        stages = max(int(name.split(".")[0]) for name in state) // 2
+        ours: dict[str, Tensor] = {}
+        for stage in range(min(stages, len(self.channels))):
+            ours |= {f"{2 * stage}.{name}": value for name, value in self.steps[stage].state_dict().items()}
+            ours |= {f"{2 * stage + 1}.{name[2:]}": value for name, value in self.stages[stage].state_dict().items()}
+        theirs = {name: value.shape for name, value in state.items() if not name.startswith(f"{2 * stages}.")}
         wanted = {name: value.shape for name, value in ours.items()}
         if theirs != wanted:
             raise ValueError(

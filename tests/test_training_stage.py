@@ -1,0 +1,135 @@
+"""`python -m stages.train sseg` as DVC runs it: killed, terminated, continued, refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pair_shards import write_pairs
+from test_sseg import CONFIG
+
+from pipeline import methods
+from pipeline.artifacts.files import digest
+from pipeline.artifacts.manifest import Manifest
+from pipeline.artifacts.weights import save_model
+from pipeline.nn.vit import VisionTransformer
+from pipeline.project import MissingPayload
+from pipeline.store import Store
+from stages import open_project
+from stages.train import train
+
+REPO = Path(__file__).resolve().parent.parent
+STAGES = {"download": "download", "filter": "filtered", "pseudo_masks": "masks"}
+
+
+def make_project(root: Path, **optimisation) -> Path:
+    """A checkout with three shards in its store, a DINO tower and the tests' small S-Seg."""
+    store = Store(root / "data/store")
+    manifests: dict[str, list] = {stage: [] for stage in STAGES}
+    for number in range(3):
+        shard = write_pairs(root / "made", f"{number:05d}", 14, rejected=(number,))
+        for stage, attribute in STAGES.items():
+            key = digest([stage, shard.name])
+            folder = store.temporary(stage, key)
+            shutil.copytree(getattr(shard, attribute), folder, dirs_exist_ok=True)
+            counts = {"rows_in": 14, "rows": 14, "failed": 0, "detail": {}}
+            store.publish(folder, stage, key, {"stage": stage, "shard": shard.name, "fields": {}, "counts": counts})
+            manifests[stage].append(store.row(stage, shard.name, key))
+    for stage, rows in manifests.items():
+        path = root / "data/manifests" / f"{stage}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Manifest(stage, rows).write(path)
+    torch.manual_seed(0)
+    dino = VisionTransformer(first_stride=4, widths=(8, 16), dim=24, layers=1, heads=2, image_size=32)
+    save_model(root / "models/encoders/dino", dino.state_dict(), {})
+    steps = {"images": 240, "checkpoint_images": 40, "log_images": 16} | optimisation
+    block = CONFIG | {"optimisation": CONFIG["optimisation"] | steps}
+    block["text"] = CONFIG["text"] | {"vocabulary": "seen"}
+    block["backbone"] = CONFIG["backbone"] | {"init": "selfsup"}
+    (root / "params.yaml").write_text(yaml.safe_dump({"train": {"sseg": block}}))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("TESSERA_THREADS", "1")
+
+
+def finish(root: Path) -> None:
+    """What the stage's process does, in this one."""
+    train(open_project(root), "sseg")
+
+
+def stop(root: Path, number: int) -> int:
+    """Start the stage as DVC does, wait for the first checkpoint, send the signal; the exit status."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "stages.train", "sseg"]
+    process = subprocess.Popen(arguments, cwd=root, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list(root.glob("data/checkpoints/sseg/*/state.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def images_saved(root: Path) -> int:
+    path = next(root.glob("data/checkpoints/sseg/*/state.json"))
+    return json.loads(path.read_text())["images"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    root = make_project(tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TESSERA_THREADS", "1")
+        finish(root)
+    return root
+
+
+def test_what_it_leaves(trained):
+    config = json.loads((trained / "models/sseg/config.json").read_text())
+    assert config["method"] == "sseg" and config["trained"] == {"failed": 0, "images": 240, "precision": "fp32"}
+    assert set(config["inputs"]) == {"download", "filter", "pseudo_masks", "dino"}
+    model = methods.load(trained / "models/sseg")
+    assert model.matches.sum() > 0 and model.encode_text(["caption 3 a"]).shape == (1, 12)
+    rows = (trained / "reports/curves/sseg.csv").read_text().splitlines()
+    assert len(rows) == 16 and rows[0].startswith("step,images,total,focal,dice,image_to_text,text_to_image")
+    assert float(rows[-1].split(",")[2]) < float(rows[1].split(",")[2])
+    assert (trained / "logs/dvclive/sseg/plots/metrics/total.tsv").is_file()
+
+
+def test_killed_and_continued_ends_with_the_same_bytes(trained, tmp_path, capsys):
+    root = make_project(tmp_path)
+    assert stop(root, signal.SIGKILL) == -9
+    assert not (root / "models/sseg/config.json").exists() and 40 <= images_saved(root) < 240
+    finish(root)
+    assert "continues at" in capsys.readouterr().err
+    for name in ("models/sseg/model.safetensors", "models/sseg/config.json", "reports/curves/sseg.csv"):
+        assert (root / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+def test_terminated_then_with_other_parameters_it_starts_anew(tmp_path, capsys):
+    root = make_project(tmp_path)
+    assert stop(root, signal.SIGTERM) == 143
+    assert images_saved(root) >= 40
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["train"]["sseg"]["optimisation"] |= {"lr": 0.002, "images": 48}
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    finish(root)
+    assert "continues" not in capsys.readouterr().err
+    assert len(list((root / "data/checkpoints/sseg").iterdir())) == 1, "the other parameters' checkpoint is gone"
+
+
+def test_a_missing_payload_stops_it_first(tmp_path):
+    root = make_project(tmp_path)
+    shutil.rmtree(next((root / "data/store/pseudo_masks").glob("*/*")))
+    with pytest.raises(MissingPayload, match="--repair pseudo_masks"):
+        finish(root)
+    assert not (root / "data/checkpoints").exists()
