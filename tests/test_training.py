@@ -42,7 +42,7 @@ class ToyBatch:
 
 
 class ToyLoader:
-    """Batches decided by the position alone; `bad` marks the position whose batch holds a NaN, at `stop_at` a signal arrives."""
+    """Batches decided by the position alone; at `bad` a batch holds a NaN, at `stop_at` a signal arrives."""
 
     def __init__(self, bad: int | None = None, stop_at: int | None = None, number: int = signal.SIGTERM):
         self.bad, self.stop_at, self.number, self.asked = bad, stop_at, number, []
