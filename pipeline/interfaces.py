@@ -5,7 +5,7 @@ tokens = grid_h * grid_w row-major, dim, texts.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -30,6 +30,8 @@ class PatchEncoder(Protocol):
     mean: Triple
     std: Triple
 
+    def to(self, device: str) -> Self: ...
+
     def patch_tokens(
         self, pixels: Float[Tensor, "batch 3 height width"], facet: Facet
     ) -> Float[Tensor, "batch tokens dim"]:
@@ -50,6 +52,8 @@ class ClipEncoder(Protocol):
     mean: Triple
     std: Triple
     logit_scale: float
+
+    def to(self, device: str) -> Self: ...
 
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]: ...
 

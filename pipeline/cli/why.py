@@ -23,7 +23,8 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
         if arguments.shard in (None, shard):
             groups.setdefault(tuple(changes), []).append(shard)
     if not groups:
-        raise BadInput(arguments.shard, f"no such shard in {arguments.stage}", "See `tessera status`")
+        problem = f"no shard {arguments.shard}" if arguments.shard else "no shards"
+        raise BadInput(arguments.stage, problem, "See `tessera status`")
     for changes, shards in groups.items():
         names = shards[0] if len(shards) == 1 else f"{shards[0]}..{shards[-1]} ({len(shards)} shards)"
         print(f"{arguments.stage} {names}: {'; '.join(changes) or 'up to date'}")
