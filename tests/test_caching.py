@@ -17,6 +17,7 @@ from pipeline.engine import Counts, StageFailed
 
 BAD = {4: b"", 5: b"<html>no</html>", 9: b"\x89PNG\r\n\x1a\n cut"}
 COUNT = 14
+PRECISIONS = ("float32", "bfloat16")
 
 
 @pytest.fixture
@@ -146,3 +147,9 @@ def test_pixels_are_normalised():
     image = torch.tensor([0, 128, 255], dtype=torch.uint8).expand(1, 2, 2, 3)
     pixels = features.normalised(image, (0.5, 0.5, 0.0), (0.5, 1.0, 2.0), "cpu")
     assert pixels[0, :, 0, 0].tolist() == pytest.approx([-1, 128 / 255 - 0.5, 0.5], abs=1e-6)
+
+
+def test_bfloat16_is_close_to_float32(made):
+    outs = [open_array(payload(made.project(features={"precision": p})) / "features.zarr")[:] for p in PRECISIONS]
+    assert outs[0].shape == outs[1].shape and (outs[0] != outs[1]).any()
+    np.testing.assert_allclose(outs[0], outs[1], atol=0.05)

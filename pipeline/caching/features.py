@@ -37,7 +37,8 @@ class Config:
         image_size: side of the square that the encoder sees, pixels; a multiple of its patch size.
         facet: "tokens" (last block, after the final LayerNorm) or "keys" (its attention keys).
         precision: of the encoder's products.
-        batch_size: images of a forward pass; in no key.
+        batch_size: images of a forward pass; in no key, though float32 products of other shapes may round the last
+            bit of a value in a thousand otherwise.
         chunk_rows: images of a zarr chunk.
     """
 

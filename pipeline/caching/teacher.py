@@ -47,7 +47,7 @@ class Config:
     Attributes:
         scales: n of the n x n grids, in the order of the stored views.
         precision: of the encoder's products.
-        batch_size: views of a forward pass; in no key.
+        batch_size: views of a forward pass; in no key, see `pipeline.caching.features.Config`.
         chunk_rows: images of a zarr chunk.
     """
 
