@@ -45,10 +45,10 @@ def synthetic(images: int, seed: int = 0) -> Tensor:
     return torch.nn.functional.normalize(x, dim=2).contiguous()
 
 
-def ours(products: torch.dtype, init: str = "k-means++", tolerance: float = 0.0) -> Callable[[Tensor], Tensor]:
+def ours(products: torch.dtype, init: str = "k-means++") -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         seeds = torch.arange(len(x), device=x.device)
-        options = {"metric": "euclidean", "init": init, "products": products, "tolerance": tolerance}
+        options = {"metric": "euclidean", "init": init, "products": products}
         return kmeans(x, K, iters=ITERS, seeds=seeds, **options)[1]
 
     return run
@@ -101,7 +101,6 @@ def contestants(device: str, images: int) -> dict[str, Contestant]:
     if fast_products(device):
         found["ours, bfloat16"] = Contestant(ours(torch.bfloat16), images)
         found["ours, bfloat16, random start"] = Contestant(ours(torch.bfloat16, "random"), images)
-        found["ours, bfloat16, tolerance 2 %"] = Contestant(ours(torch.bfloat16, tolerance=0.02), images)
     found["plain torch"] = Contestant(plain_torch, images)
     if device == "cpu":
         found["faiss, per image"] = Contestant(faiss_each, min(images, 8))
