@@ -3,18 +3,16 @@
 One implementation for CPU and GPU, exact Lloyd iterations on products of the caller's choice (float32 or bfloat16).
 Unusual choices, each for a measured reason (benchmarks/bench_kmeans.py):
 
-- Images go through in blocks whose float32 tokens stay in the last-level cache, all iterations of one block first.
+- Images go through in blocks that fit a CPU's last-level cache; finished ones leave once half of a block is.
 - Scores are relative to the mean centroid, which changes no comparison and makes them small where tokens share a
   large common part, as a ViT's do: bfloat16 then rounds differences, not the common part.
 - Nearest centroids come from two vectorised maxima over [clusters, tokens]; torch's argmax runs at one value a cycle.
-- Sums are kept from one iteration to the next and corrected for the tokens that changed clusters, in float32. On a
-  GPU, where scattering is not deterministic, they are one-hot products.
-- An image whose labels no longer change is finished; finished images leave the block once half of it is.
+- Sums are corrected in float32 for the tokens that changed clusters. On a GPU, where scattering is not deterministic,
+  they are one-hot products.
 
-Same image, same result: every draw is a hash of (the image's seed, the draw's number), every sum runs over one
-image's tokens in their order, and `tokens @ centroids^T` was found not to depend on the batch or on the number of
-threads (tests/test_clustering.py holds it), so an image gives the same bits alone, in a batch of a thousand and at any
-place in it. This holds on one kind of machine; another CPU or a GPU rounds products differently.
+Same image, same result: every draw is a hash of (the image's seed, the draw's number), every sum runs over one image's
+tokens in their order, and the bits of `tokens @ centroids^T` do not depend on the batch or the number of threads
+(tests/test_clustering.py holds it). This is so on one kind of machine; another CPU or a GPU rounds products otherwise.
 
 Axes: batch (images), tokens, dim, clusters, picks (tokens among which first centroids are drawn).
 """
@@ -61,8 +59,7 @@ def kmeans(
     cluster. "euclidean": squared distance.
 
     A cluster that lost all tokens restarts at the token farthest from its own centroid. Where every token lies on its
-    centroid (fewer distinct tokens than k) clusters stay empty: their labels do not occur, and their centroids are
-    where they were last put.
+    centroid (fewer distinct tokens than k) it stays empty: its label does not occur, its centroid is where it was put.
 
     An image is finished when none of its tokens changes clusters. `seeds` has one seed per image, which makes results
     independent of the batch; without it they are drawn from `generator`. `products`: the type of the assignment's
