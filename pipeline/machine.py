@@ -21,7 +21,8 @@ class Machine:
         runner: `inline` computes shards one after the other in this process, `process` in worker processes.
         workers: worker processes of the `process` runner.
         device: torch device string, such as `cpu` or `cuda:0`.
-        threads: torch threads of one process.
+        threads: torch threads of one process. Sums are split among threads, so another number rounds otherwise and
+            weights trained with it differ in their last bits; hence the default does not grow with the machine.
         retries: further attempts at a shard that failed with an I/O error or a killed worker.
     """
 
@@ -33,9 +34,9 @@ class Machine:
 
 
 def defaults() -> dict[str, Any]:
-    """One process that uses every core this process may run on."""
+    """One process with two threads; as many workers as this process may use cores, should `process` be asked for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return {"runner": "inline", "workers": cores, "device": "cpu", "threads": cores, "retries": 2}
+    return {"runner": "inline", "workers": cores, "device": "cpu", "threads": min(2, cores), "retries": 2}
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Machine:
