@@ -182,17 +182,14 @@ class _Lloyd:
             if 2 * left <= len(rows):
                 found[rows], means[rows] = labels, centroids
                 rows, nearest, labels = rows[moving], nearest[moving], labels[moving]
-                sums, centroids, operand = sums[moving], centroids[moving], self._gather(values, rows)
+                sums, centroids, operand = sums[moving], centroids[moving], operand[:left]
+                for place, row in enumerate(rows.tolist()):
+                    operand[place].copy_(values[row])
             # A finished image that is still in work comes out of the step as it went in.
             _move(sums, values, rows, labels, nearest)
             labels, centroids = nearest, _means(values, rows, nearest, sums, centroids, self.metric)
         found[rows], means[rows] = labels, centroids
         return found, means
-
-    def _gather(self, values: Float[Tensor, "batch tokens dim"], rows: Int64[Tensor, " rows"]) -> Tensor:
-        for place, row in enumerate(rows.tolist()):
-            self.operand[place].copy_(values[row])
-        return self.operand[: len(rows)]
 
     def _nearest(
         self, operand: Tensor, centroids: Float[Tensor, "batch clusters dim"]
