@@ -5,7 +5,7 @@ tokens = grid_h * grid_w row-major, dim, texts.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -30,7 +30,7 @@ class PatchEncoder(Protocol):
     mean: Triple
     std: Triple
 
-    def to(self, device: str) -> Self: ...
+    def to(self, device: str) -> "PatchEncoder": ...
 
     def patch_tokens(
         self, pixels: Float[Tensor, "batch 3 height width"], facet: Facet
@@ -53,7 +53,7 @@ class ClipEncoder(Protocol):
     std: Triple
     logit_scale: float
 
-    def to(self, device: str) -> Self: ...
+    def to(self, device: str) -> "ClipEncoder": ...
 
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]: ...
 
