@@ -15,7 +15,11 @@ from pathlib import Path
 from pipeline.artifacts.files import atomic_json
 
 REPO = Path(__file__).resolve().parent.parent
-SEEDED = ("encoders.dino.optimisation.seed", "encoders.clip.optimisation.seed", "train.sseg.optimisation.seed")
+SEEDED = (
+    "encoders.dino.train.optimisation.seed",
+    "encoders.clip.train.optimisation.seed",
+    "train.sseg.optimisation.seed",
+)
 
 
 def metrics_of(seed: int, work: Path) -> dict[str, dict]:
