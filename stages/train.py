@@ -25,7 +25,9 @@ def shards(project: Project, targets: tuple[str, ...]) -> list[PairShard]:
     found = {stage: {row.shard: folder for row, folder in project.inputs(stage)} for stage in (*INPUTS, *targets)}
     masks = found.get("pseudo_masks")
     return [
-        PairShard(name=name, download=found["download"][name], filtered=folder, masks=masks and masks[name])
+        PairShard(
+            name=name, download=found["download"][name], filtered=folder, masks=None if masks is None else masks[name]
+        )
         for name, folder in found["filter"].items()
     ]
 
@@ -37,7 +39,7 @@ def train(project: Project, name: str) -> None:
     inputs = {stage: project.manifest(stage).digest for stage in (*INPUTS, *method.TARGETS)}
     inputs["dino"] = model_digest(project.encoder("dino"))
     decided = {"method": name, "config": params.plain(config), "inputs": inputs}
-    key = digest({**decided, "code": source_digest(Path(method.__file__))})
+    key = digest({**decided, "code": source_digest(Path(str(method.__file__)))})
     pairs = shards(project, method.TARGETS)
     torch.set_num_threads(machine.threads)
     torch.manual_seed(config.optimisation.seed)

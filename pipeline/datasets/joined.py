@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import UInt8
 from numpy import ndarray
+from pyarrow.compute import equal, index_in, is_in  # type: ignore[attr-defined]
 
 from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
@@ -60,7 +60,7 @@ def count_rows(shard: PairShard) -> int:
 def captions(shard: PairShard) -> list[str]:
     """Every line of the captions of the shard's kept rows; the tar is not read."""
     rows = read_rows(shard.download / f"{shard.name}.parquet")
-    wanted = rows.filter(pc.is_in(rows["uid"], value_set=kept(shard.filtered)["uid"].combine_chunks()))
+    wanted = rows.filter(is_in(rows["uid"], value_set=kept(shard.filtered)["uid"].combine_chunks()))
     return [line for caption in wanted["caption"].to_pylist() for line in caption.splitlines()]
 
 
@@ -108,17 +108,18 @@ class Table:
         # A shard of these rows only: blocks outlive the table, and an index has three entries for every row of it.
         index = {f"{key}.jpg": self._index[f"{key}.jpg"] for key in part["key"].to_pylist()}
         shard = Shard(self._path, part, index)
-        return Rows(shard, *(part[name].to_pylist() for name in ("key", "uid", "caption", "nouns")), regions)
+        keys, uids, captions, nouns = (part[name].to_pylist() for name in ("key", "uid", "caption", "nouns"))
+        return Rows(shard, keys, uids, captions, nouns, regions)
 
 
 def _successes(shard: PairShard) -> pa.Table:
     rows = read_rows(shard.download / f"{shard.name}.parquet")
-    return rows.filter(pc.equal(rows["status"], SUCCESS)).select(["key", "uid", "caption"])
+    return rows.filter(equal(rows["status"], SUCCESS)).select(["key", "uid", "caption"])
 
 
 def _aligned(rows: pa.Table, other: pa.Table, folder: Path) -> pa.Table:
     """`rows` with the further columns of `other`, joined by key in the order of `rows`."""
-    places = pc.index_in(rows["key"], value_set=other["key"].combine_chunks())
+    places = index_in(rows["key"], value_set=other["key"].combine_chunks())
     if places.null_count:
         raise BadInput(folder, f"{places.null_count} rows of the stage after it are missing", "Run `dvc repro`")
     matched = other.take(places)

@@ -5,6 +5,7 @@ Axes: batch, height/width (pixels), dim; the maps have their own channels and si
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -83,7 +84,7 @@ class TimmPyramid(nn.Module):
 
         sized = {"img_size": image_size, "strict_img_size": False} if name.startswith("swin") else {}
         self.body = timm.create_model(name, features_only=True, pretrained=pretrained, **sized)
-        info = self.body.feature_info
+        info: Any = self.body.feature_info
         self.channels, self.strides = tuple(info.channels()), tuple(info.reduction())
         self._channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC" or "swin" in name
 

@@ -88,7 +88,7 @@ class LivePlot:
     def __init__(self, folder: Path | None, rows: Sequence[dict[str, float]]) -> None:
         self._live: Any = None
         if folder is not None:
-            from dvclive import Live
+            from dvclive.live import Live
 
             self._live = Live(dir=str(folder), save_dvc_exp=False, dvcyaml=None)
             for row in rows:
