@@ -60,6 +60,7 @@ def checkout(tmp_path_factory) -> Path:
     call(root, "git", "config", "user.email", "tests@example.org")
     call(root, "git", "config", "user.name", "tests")
     call(root, "tessera", "profile", "use", "tiny")
+    commit(root, "code")
     call(root, "dvc", "repro")
     commit(root, "first")
     return root
