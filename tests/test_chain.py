@@ -81,7 +81,7 @@ def test_every_stage_leaves_what_it_promises(checkout):
         assert 0 <= metrics["miou"] <= 1 and metrics["num_images"] > 0
     page = (checkout / "reports/index.html").read_text()
     assert "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
-    assert "sseg" in (checkout / "reports/results.md").read_text().lower()
+    assert "S-Seg" in (checkout / "reports/results.md").read_text()
 
 
 def test_nothing_runs_when_nothing_changed(checkout):
