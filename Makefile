@@ -16,8 +16,8 @@ repro: setup  ## rebuild whatever is not up to date, then see reports/index.html
 	dvc repro
 	@echo "Report: $(CURDIR)/reports/index.html"
 
-test: setup  ## the whole test suite
-	pytest
+test: setup  ## the whole test suite, a file at a time in each of two processes
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 lint: setup  ## style, import order, types
 	ruff check .
