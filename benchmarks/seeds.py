@@ -53,6 +53,7 @@ def main() -> None:
             f"{name:36} mIoU {statistics.mean(values):5.1f} +- {spread:.1f}  ({', '.join(f'{v:.1f}' for v in values)})"
         )
     atomic_json(REPO / "reports" / "seeds.json", table)
+    print("reports/seeds.json is written; show it with `dvc repro --force --single-item report`")
 
 
 if __name__ == "__main__":
