@@ -200,8 +200,10 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
     assert held(shards) < 1.5 * held(shards[:10]), "four times the shards"
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc, which only Linux has")
 def test_descriptors_are_closed(shards):
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    visits(loader(shards, threads=2), 12)
-    after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    assert after <= before + 1
+    visits(loader(shards, threads=2), 12)  # the first use opens what stays open: zarr's event loop
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        visits(loader(shards, threads=2), 12)
+    assert len(os.listdir("/proc/self/fd")) <= before
