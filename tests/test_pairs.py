@@ -1,5 +1,6 @@
 """The pair loader: every kept row once an epoch, the same order however it is read, joins that are checked."""
 
+import gc
 import os
 import shutil
 import threading
