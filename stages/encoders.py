@@ -3,7 +3,6 @@
 import argparse
 import shutil
 import sys
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -16,7 +15,8 @@ from pipeline.datasets.pairs import PairShard
 from pipeline.encoders import released, runs
 from pipeline.encoders.config import Config
 from pipeline.project import Project
-from pipeline.training import Run, source_digest
+from pipeline.source_code import code_digest
+from pipeline.training import Run
 from stages import open_project, report_errors
 
 NAMES = get_args(released.Kind)
@@ -27,7 +27,7 @@ def key_of(project: Project, name: released.Kind, config: Any) -> str:
     if config.source != released.TRAIN:
         return released.fingerprint(config.source, project.root)
     decided = {stage: project.manifest(stage).digest for stage in ("download", "filter")}
-    decided |= {"config": params.plain(config.train), "code": source_digest(Path(encoders.__file__))}
+    decided |= {"config": params.plain(config.train), "code": code_digest(runs.__name__)}
     if name == "clip" and config.train.architecture.tower == "lit":
         decided["dino"] = model_digest(project.encoder("dino"))
     return digest(decided)

@@ -3,7 +3,6 @@
 import argparse
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 
@@ -13,8 +12,9 @@ from pipeline.artifacts.weights import model_digest, save_model
 from pipeline.datasets.batches import PairCollate, PairTransform, seen_tokens
 from pipeline.datasets.pairs import PairLoader, PairShard
 from pipeline.project import Project
+from pipeline.source_code import code_digest
 from pipeline.text.tokenizers import tokenizer
-from pipeline.training import Run, fit, source_digest
+from pipeline.training import Run, fit
 from stages import open_project, report_errors
 
 INPUTS = ("download", "filter")
@@ -39,7 +39,7 @@ def train(project: Project, name: str) -> None:
     inputs = {stage: project.manifest(stage).digest for stage in (*INPUTS, *method.TARGETS)}
     inputs["dino"] = model_digest(project.encoder("dino"))
     decided = {"method": name, "config": params.plain(config), "inputs": inputs}
-    key = digest({**decided, "code": source_digest(Path(str(method.__file__)))})
+    key = digest({**decided, "code": code_digest(method.__name__)})
     pairs = shards(project, method.TARGETS)
     torch.set_num_threads(machine.threads)
     torch.manual_seed(config.optimisation.seed)

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from closure import REPO
+
+from pipeline.source_code import REPO
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {

@@ -4,12 +4,12 @@ import shutil
 from argparse import Namespace
 
 import pytest
-from closure import REPO
 
 from pipeline import chain, machine, params
 from pipeline.cli import doctor, main, profile
 from pipeline.params import ParamsError
 from pipeline.project import Project
+from pipeline.source_code import REPO
 
 PROFILES = sorted(path.stem for path in (REPO / "profiles").glob("*.yaml") if path.stem != "base")
 

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from closure import MACHINERY, REPO, closure, imports, module_file
+
+from pipeline.source_code import MACHINERY, REPO, closure, imports, module_file
 
 # Lowest first; a module's layer is that of the longest prefix that matches it.
 LAYERS = [
-    ["pipeline", "pipeline.params", "pipeline.machine", "pipeline.artifacts", "pipeline.interfaces"],
+    ["pipeline", "pipeline.params", "pipeline.machine", "pipeline.artifacts", "pipeline.interfaces"]
+    + ["pipeline.source_code"],
     ["pipeline.nn", "pipeline.losses", "pipeline.text", "pipeline.clustering", "pipeline.metrics", "pipeline.store"],
     ["pipeline.engine", "pipeline.runners", "pipeline.project", "pipeline.text.filtering", "pipeline.datasets"]
     + ["pipeline.encoders", "pipeline.training", "pipeline.inference", "pipeline.caching", "pipeline.sources"],

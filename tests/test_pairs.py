@@ -200,10 +200,10 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
     assert held(shards) < 1.5 * held(shards[:10]), "four times the shards"
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc, which only Linux has")
-def test_descriptors_do_not_pile_up(shards):
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(10):
-        visits(loader(shards, threads=2), 12)
-    # A loader keeps a few tars open until it is collected; one left behind per loader would be ten or more.
-    assert len(os.listdir("/proc/self/fd")) < before + 10
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc, which only Linux has")
+def test_no_tar_stays_open(shards):
+    pairs = loader(shards, threads=2)
+    visits(pairs, 12)
+    descriptors = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    files = [os.readlink(path) for path in descriptors if os.path.lexists(path)]
+    assert not [name for name in files if name.endswith(".tar")]

@@ -2,10 +2,9 @@
 
 import re
 
-from closure import REPO
-
 from pipeline.reporting.collect import read_scores
 from pipeline.reporting.markdown import results_table
+from pipeline.source_code import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 

@@ -7,7 +7,6 @@ The Parquet file has a row per input row, failed ones included, sorted by key; t
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -55,7 +54,7 @@ def make_uid(source: str, url: str, caption: str) -> str:
 
 
 class Shard:
-    """An open shard: a table of its successes and their images, each one read of the tar.
+    """A shard: a table of its successes and their images, each one read of the tar.
 
     Attributes:
         name: five digits.
@@ -65,7 +64,6 @@ class Shard:
     def __init__(self, path: Path, table: pa.Table, index: dict[str, tuple[int, int]]) -> None:
         self.path, self.name, self.table = path, path.stem, table
         self._index = index
-        self._descriptor: int | None = None
 
     @classmethod
     def open(cls, folder: Path, name: str) -> "Shard":
@@ -88,26 +86,14 @@ class Shard:
         return self.table.num_rows
 
     def image_bytes(self, key: str) -> bytes:
-        """The encoded image."""
+        """The encoded image; no file stays open between two reads."""
         offset, size = self._index[f"{key}.jpg"]
-        if self._descriptor is None:  # opened late: a Shard is picklable and each process has its own descriptor
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        data = os.pread(self._descriptor, size, offset)
+        with self.path.open("rb", buffering=0) as tar:
+            tar.seek(offset)
+            data = tar.read(size)
         if len(data) != size:
             raise BadInput(self.path, f"cut off inside {key}.jpg", _REPAIR)
         return data
-
-    def close(self) -> None:
-        """Releases the file descriptor; the next read opens it again."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def read_rows(path: Path) -> pa.Table:

@@ -116,7 +116,6 @@ def encode_shard(
             stack = np.stack([image for _, image in batch] + [batch[-1][1]] * (layout.batch_size - len(batch)))
             writer.append(encode(torch.from_numpy(stack))[: len(batch)].half().cpu().numpy())
             done += [row for row, _ in batch]
-    shard.close()
     write_table(out / "rows.parquet", _table(done))
     write_table(out / "failures.parquet", pa.Table.from_pylist(failures, FAILURES_SCHEMA))
     detail = {f"reason: {UNDECODABLE}": len(failures)} if failures else {}

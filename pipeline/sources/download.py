@@ -159,7 +159,6 @@ def check(folder: Path, counts: Counts) -> None:
         shape = decode_rgb(shard.image_bytes(sample["key"]), sample["key"]).shape
         if shape != (sample["height"], sample["width"], 3):
             raise CorruptPayload(shard.path, f"{sample['key']} is {shape}, not as its row says")
-    shard.close()
 
 
 STAGE = ShardStage(name="download", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check)

@@ -29,9 +29,9 @@ from pipeline.params import Range
 from pipeline.training.curve import Clock, Curve, LivePlot, Log, say
 from pipeline.training.interrupts import stop_requests
 from pipeline.training.optimiser import Positive, Precision, adamw, lr_factor, parameter_groups, resolve_precision
-from pipeline.training.state import RunState, restore_state, save_state, source_digest
+from pipeline.training.state import RunState, restore_state, save_state
 
-__all__ = ["FitResult", "Loaded", "NonFiniteLoss", "Optimisation", "Progress", "Run", "fit", "source_digest"]
+__all__ = ["FitResult", "Loaded", "NonFiniteLoss", "Optimisation", "Progress", "Run", "fit"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -142,7 +142,7 @@ class Clock:
             return None
         self._said = now
         rate = self.rate(images)
-        left = (self.budget - images) / rate if rate else 0.0
+        left = max(self.budget - images, 0) / rate if rate else 0.0
         shown = " ".join(f"{name} {value:.4g}" for name, value in terms.items())
         return (
             f"{images:,}/{self.budget:,} images | {rate:.0f} images/s | ETA {left // 60:.0f}:{left % 60:02.0f} | "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts.files import atomic_json, atomic_write, digest, read_json, sha256_file
+from pipeline.artifacts.files import atomic_json, atomic_write, read_json, sha256_file
 from pipeline.training.curve import Means
 
 REMEDY = "Remove the folder to train from the start"
@@ -28,20 +28,6 @@ class RunState:
     curve: str = ""
     failed: int = 0
     seconds: float = 0.0
-
-
-def source_digest(method: Path) -> str:
-    """Digest of the code that decides a training's weights: this package's siblings, and the method's own file.
-
-    Coarse on purpose: it only decides whether a checkpoint may be continued.
-    """
-    package = Path(__file__).parent.parent
-    files = [package / "interfaces.py", method]
-    for name in ("datasets", "losses", "nn", "text", "training"):
-        files += (package / name).rglob("*.py")
-    if method.name == "__init__.py":
-        files += method.parent.rglob("*.py")
-    return digest({path.relative_to(package).as_posix(): sha256_file(path) for path in files})
 
 
 def save_state(folder: Path, state: RunState, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
