@@ -4,14 +4,15 @@ Axes: batch, height/width in pixels, grid_h/grid_w in patches (height // patch_s
 tokens = grid_h * grid_w row-major, dim, texts.
 """
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 Facet = Literal["tokens", "keys"]
+T = TypeVar("T")
 Triple = tuple[float, float, float]
 
 # Source: DINO and timm (`IMAGENET_DEFAULT_MEAN/STD`), RGB in [0, 1]. What every TrainBatch is normalised with.
@@ -70,7 +71,8 @@ class TrainBatch:
 
     pixels: ImageNet-normalised RGB. captions: the caption (or prompt) chosen for this visit. token_ids: its tokens,
     padded with 0. regions: pseudo-mask labels moved with the image, at the pseudo-mask grid; OUTSIDE where the crop
-    leaves the stored image; None where the method reads none. uids: stable sample names.
+    leaves the stored image; None where the method reads none. uids: stable sample names. prompt_ids: tokens of the k-th
+    noun prompt of image i at [k, i]. views: unit CLIP vectors of the image's cached views.
     """
 
     pixels: Float[Tensor, "batch 3 height width"]
@@ -78,14 +80,16 @@ class TrainBatch:
     token_ids: Int64[Tensor, "batch length"]
     regions: UInt8[Tensor, "batch grid_h grid_w"] | None
     uids: list[str]
+    prompt_ids: Int64[Tensor, "prompts batch length"] | None = None
+    views: Float[Tensor, "batch views dim"] | None = None
 
     def to(self, device: torch.device | str) -> "TrainBatch":
         """The same batch on `device`."""
-        regions = None if self.regions is None else self.regions.to(device, non_blocking=True)
-        return TrainBatch(
-            pixels=self.pixels.to(device, non_blocking=True),
-            captions=self.captions,
-            token_ids=self.token_ids.to(device, non_blocking=True),
-            regions=regions,
-            uids=self.uids,
-        )
+        return on_device(self, device)
+
+
+def on_device(batch: T, device: torch.device | str) -> T:
+    """A dataclass of tensors and other things with its tensors on `device`."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}  # type: ignore[arg-type]
+    moved = {n: v.to(device, non_blocking=True) for n, v in tensors.items() if isinstance(v, Tensor)}
+    return replace(batch, **moved)  # type: ignore[type-var]

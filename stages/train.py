@@ -3,73 +3,109 @@
 import argparse
 import shutil
 import sys
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from pipeline import methods, params
 from pipeline.artifacts.files import digest
 from pipeline.artifacts.weights import model_digest, save_model
-from pipeline.datasets.batches import PairCollate, PairTransform, seen_tokens
 from pipeline.datasets.pairs import PairLoader, PairShard
 from pipeline.project import Project
 from pipeline.source_code import code_digest
-from pipeline.text.tokenizers import tokenizer
-from pipeline.training import Run, fit
+from pipeline.training import FitResult, Run, fit
+from pipeline.training.phases import Phase, TrainingData
 from stages import open_project, report_errors
 
 INPUTS = ("download", "filter")
 
 
-def shards(project: Project, targets: tuple[str, ...]) -> list[PairShard]:
-    """The pairs' payload folders, each checked for existence and size."""
-    found = {stage: {row.shard: folder for row, folder in project.inputs(stage)} for stage in (*INPUTS, *targets)}
-    masks = found.get("pseudo_masks")
-    return [
+def read_data(project: Project, targets: tuple[str, ...]) -> TrainingData:
+    """The payload folders, each checked for existence and size."""
+    stages = (*INPUTS, *(target for target in targets if target != "index"))
+    found = {stage: {row.shard: folder for row, folder in project.inputs(stage)} for stage in stages}
+    shards = [
         PairShard(
-            name=name, download=found["download"][name], filtered=folder, masks=None if masks is None else masks[name]
+            name=name,
+            download=found["download"][name],
+            filtered=folder,
+            masks=found.get("pseudo_masks", {}).get(name),
+            views=found.get("teacher", {}).get(name),
         )
         for name, folder in found["filter"].items()
     ]
+    return TrainingData(shards=shards, index=project.inputs("index")[0][1] if "index" in targets else None)
 
 
 def train(project: Project, name: str) -> None:
     """Train `name` with the parameters that are there, or continue; write models/NAME."""
-    method, machine = methods.get(name), project.machine
+    method = methods.get(name)
     config = project.config(f"train.{name}", method.Config)
     inputs = {stage: project.manifest(stage).digest for stage in (*INPUTS, *method.TARGETS)}
-    inputs["dino"] = model_digest(project.encoder("dino"))
+    inputs |= {tower: model_digest(project.encoder(tower)) for tower in method.ENCODERS}
     decided = {"method": name, "config": params.plain(config), "inputs": inputs}
     key = digest({**decided, "code": code_digest(method.__name__)})
-    pairs = shards(project, method.TARGETS)
-    torch.set_num_threads(machine.threads)
-    torch.manual_seed(config.optimisation.seed)
-    tokenise = tokenizer("bpe", config.text.context_length)
-    model = method.build(config, seen_tokens(pairs, tokenise) if config.text.vocabulary == "seen" else None)
-    method.start(model, config, project.encoder("dino").parent)
-    loader = PairLoader(
-        pairs,
-        batch_size=config.optimisation.batch_size,
-        seed=config.optimisation.seed,
-        shuffle=config.shuffle,
-        threads=machine.threads,
-        prepare=PairTransform(config.augmentation, method.target_grid(config)),
-        collate=PairCollate(tokenise),
-    )
-    run = Run(
-        name=name,
-        key=key,
-        checkpoints=project.checkpoints(name, key),
-        curve=project.root / "reports" / "curves" / f"{name}.csv",
-        log=project.logs / f"{name}.jsonl",
-        live=project.logs / "dvclive" / name,
-    )
-    result = fit(model, lambda batch, _: model.loss(batch), loader, config.optimisation, run=run, device=machine.device)
-    for other in run.checkpoints.parent.iterdir():
-        if other.name != key:
-            shutil.rmtree(other)
-    trained = {"images": result.images, "failed": result.failed, "precision": result.precision}
+    data, encoders = read_data(project, method.TARGETS), project.encoder("dino").parent
+    torch.set_num_threads(project.machine.threads)
+    model = methods.fresh(method, config, method.vocabulary(config, data), encoders)
+    methods.attach(method, model, encoders)
+    results = fit_phases(project, method, model, config, data, key)
+    trained = {
+        "images": sum(result.images for result in results),
+        "failed": sum(result.failed for result in results),
+        "precision": results[-1].precision,
+    }
     save_model(project.model(name), model.state_dict(), {**decided, "trained": trained})
-    print(f"{name}: {result.images:,} images at {result.images_per_second:.0f}/s", file=sys.stderr)
+
+
+def fit_phases(
+    project: Project, method: ModuleType, model: Any, config: Any, data: TrainingData, key: str
+) -> list[FitResult]:
+    """Every phase of the method in turn; their curves make one."""
+    name = method.__name__.rsplit(".", 1)[1]
+    before, results = "", []
+    for phase in method.phases(model, config, data):
+        label = f"{name}-{phase.name}" if phase.name else name
+        run = Run(
+            name=label,
+            key=key,
+            checkpoints=project.checkpoints(label, key),
+            curve=project.root / "reports" / "curves" / f"{name}.csv",
+            log=project.logs / f"{label}.jsonl",
+            live=project.logs / "dvclive" / label,
+            before=before,
+        )
+        result = _fit_phase(project, model, config, data, phase, run)
+        for other in run.checkpoints.parent.iterdir():
+            if other.name != key:
+                shutil.rmtree(other)
+        print(f"{label}: {result.images:,} images at {result.images_per_second:.0f}/s", file=sys.stderr)
+        before = run.curve.read_text(encoding="utf-8")
+        results.append(result)
+    return results
+
+
+def _fit_phase(project: Project, model: Any, config: Any, data: TrainingData, phase: Phase, run: Run) -> FitResult:
+    phase.begin()
+    loader = PairLoader(
+        data.shards,
+        batch_size=phase.optimisation.batch_size,
+        seed=phase.optimisation.seed,
+        shuffle=config.shuffle,
+        threads=project.machine.threads,
+        prepare=phase.prepare,
+        collate=phase.collate,
+    )
+    return fit(
+        model,
+        phase.loss,
+        loader,
+        phase.optimisation,
+        run=run,
+        device=project.machine.device,
+        after_step=phase.after_step,
+    )
 
 
 if __name__ == "__main__":

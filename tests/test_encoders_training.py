@@ -10,15 +10,15 @@ from pair_shards import write_pairs
 
 from pipeline import params
 from pipeline.artifacts.weights import save_model
+from pipeline.datasets.batches import PairCollate, PairTransform
 from pipeline.datasets.transforms import View, render
 from pipeline.encoders import load_clip, load_dino, runs
 from pipeline.encoders.clip_training import ClipConfig, ClipTraining
 from pipeline.encoders.crops import CropBatch, MultiCrop, collate_crops, recolour, shared_points
 from pipeline.encoders.dino_training import DinoConfig, SelfDistillation
-from pipeline.encoders.prompted import PromptedBatch, PromptedCollate, PromptedTransform
 from pipeline.encoders.small_clip import SmallClip, smooth_maximum
 from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
-from pipeline.interfaces import ClipEncoder, PatchEncoder
+from pipeline.interfaces import ClipEncoder, PatchEncoder, TrainBatch
 from pipeline.losses.distillation import DistillationLoss
 from pipeline.machine import Machine
 from pipeline.nn.text import Vocabulary
@@ -198,7 +198,7 @@ def test_crops_have_their_sizes_and_depend_on_the_generator_alone(tmp_path):
     from pipeline.datasets.pairs import Sample
 
     image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    sample = Sample("u", ["a"], [], image, None)
+    sample = Sample("u", ["a"], [], [], image)
     batches = [
         collate_crops([MultiCrop(config)(sample, np.random.default_rng(seed)) for seed in (1, 2)], ["a", "b"])
         for _ in range(2)
@@ -215,7 +215,7 @@ def test_no_local_views_and_no_common_place():
     image = np.zeros((20, 20, 3), np.uint8)
     from pipeline.datasets.pairs import Sample
 
-    crop = MultiCrop(dino_config(crops=settings).crops)(Sample("u", [], [], image, None), np.random.default_rng(0))
+    crop = MultiCrop(dino_config(crops=settings).crops)(Sample("u", [], [], [], image), np.random.default_rng(0))
     assert collate_crops([crop], ["u"]).local_views.shape == (0, 1, 3, 8, 8)
     with pytest.raises(ParamsError, match="global_scale"):
         dino_config(crops=DINO["crops"] | {"global_scale": [0.3, 1.0]})
@@ -224,16 +224,16 @@ def test_no_local_views_and_no_common_place():
 def test_prompts_name_the_nouns():
     from pipeline.datasets.pairs import Sample
 
-    transform = PromptedTransform(clip_config().views, 2, ("a photo of a {}.",))
+    transform = PairTransform(views=clip_config().views, num_prompts=2, templates=("a photo of a {}.",))
     image = np.zeros((20, 30, 3), np.uint8)
     rng = np.random.default_rng(0)
-    found = transform(Sample("u", ["my dog and cat"], ["dog", "cat"], image, None), rng)
+    found = transform(Sample("u", ["my dog and cat"], ["dog", "cat"], [], image), rng)
     assert sorted(found.prompts) == ["a photo of a cat.", "a photo of a dog."]
-    bare = transform(Sample("v", ["hello"], [], image, None), rng)
+    bare = transform(Sample("v", ["hello"], [], [], image), rng)
     assert bare.prompts == ["hello", "hello"]
-    batch = PromptedCollate(tokenizer("bpe", 12))([found, bare], ["u", "v"])
-    assert batch.pixels.shape == (2, 3, 16, 16) and batch.prompts.shape == (2, 2, 12)
-    assert torch.equal(batch.prompts[0, 1], batch.captions[1])
+    batch = PairCollate(tokenizer("bpe", 12))([found, bare], ["u", "v"])
+    assert batch.pixels.shape == (2, 3, 16, 16) and batch.prompt_ids.shape == (2, 2, 12)
+    assert torch.equal(batch.prompt_ids[0, 1], batch.token_ids[1])
 
 
 # --- models
@@ -278,18 +278,18 @@ def test_patch_logits_read_the_right_patch():
     torch.testing.assert_close(found[0], network.patch_head(tokens[:, row * 4 + column]))
 
 
-def prompted_batch() -> PromptedBatch:
+def prompted_batch() -> TrainBatch:
     tokenise = tokenizer("bpe", 12)
     captions = ["a dog", "a red car", "the house on a hill", "a bird"]
     prompts = ["a photo of a dog.", "a photo of a car.", "a photo of a house.", "a photo of a bird."]
     pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return PromptedBatch(pixels, tokenise(captions), tokenise(prompts)[None], list("abcd"))
+    return TrainBatch(pixels, captions, tokenise(captions), None, list("abcd"), tokenise(prompts)[None])
 
 
 def small_clip(tower: str = "scratch", frozen=None) -> ClipTraining:
     torch.manual_seed(0)
     batch = prompted_batch()
-    seen = torch.cat([batch.captions.flatten(), batch.prompts.flatten()])
+    seen = torch.cat([batch.token_ids.flatten(), batch.prompt_ids.flatten()])
     config = clip_config(tower)
     return ClipTraining(SmallClip(config.architecture, Vocabulary.of(seen, vocab_size=49408), frozen), config)
 

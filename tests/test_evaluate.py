@@ -66,8 +66,8 @@ def project(tmp_path, monkeypatch):
     """A checkout with a tiny benchmark and a model folder; no encoder, so no pseudo-masks."""
     write_root(tmp_path / "sets", {"train": 3, "val": 5})
     save_model(tmp_path / "models" / "tiny", ColorModel().state_dict(), {"method": "tiny"})
-    monkeypatch.setattr(methods, "load", lambda folder: ColorModel())
-    monkeypatch.setattr(candidates, "untrained", lambda folder, encoders: ColorModel(sharpness=0.0))
+    monkeypatch.setattr(methods, "load", lambda folder, encoders: ColorModel())
+    monkeypatch.setattr(methods, "load_untrained", lambda folder, encoders: ColorModel(sharpness=0.0))
     machine = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
     return Project(tmp_path, {"evaluate": block()}, machine)
 
@@ -285,13 +285,8 @@ def test_the_root_scenes_is_the_val_shard_of_the_scenes_stage(project, monkeypat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SeedConfig:
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TinyConfig:
-    optimisation: SeedConfig
+    seed: int
     width: int
 
 
@@ -301,23 +296,22 @@ def test_an_untrained_model_is_what_its_training_started_from(tmp_path, monkeypa
     def build(config, vocabulary):
         return torch.nn.Linear(3, config.width)
 
-    tiny = types.SimpleNamespace(Config=TinyConfig, build=build, start=lambda *arguments: started.append(arguments))
+    tiny = types.ModuleType("tiny")
+    vars(tiny).update(Config=TinyConfig, build=build, start=lambda *arguments: started.append(arguments))
     monkeypatch.setattr(methods, "names", lambda: ["tiny"])
     monkeypatch.setattr(methods, "get", {"tiny": tiny}.__getitem__)
     torch.manual_seed(7)
-    first = build(TinyConfig(optimisation=SeedConfig(seed=7), width=4), None).state_dict()
+    first = build(TinyConfig(seed=7, width=4), None).state_dict()
     trained = {name: value + 1 for name, value in first.items()}
-    save_model(tmp_path / "m", trained, {"method": "tiny", "config": {"optimisation": {"seed": 7}, "width": 4}})
+    save_model(tmp_path / "m", trained, {"method": "tiny", "config": {"seed": 7, "width": 4}})
     state = torch.random.get_rng_state()
-    model = candidates.untrained(tmp_path / "m", tmp_path / "encoders")
+    model = methods.load_untrained(tmp_path / "m", tmp_path / "encoders")
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
-    assert not model.training and started == [
-        (model, TinyConfig(optimisation=SeedConfig(seed=7), width=4), tmp_path / "encoders")
-    ]
+    assert not model.training and started == [(model, TinyConfig(seed=7, width=4), tmp_path / "encoders")]
     save_model(tmp_path / "m", trained, {"method": "other", "config": {}})
     with pytest.raises(BadInput, match="does not name a method"):
-        candidates.untrained(tmp_path / "m", tmp_path)
+        methods.load_untrained(tmp_path / "m", tmp_path)
 
 
 def write_params(project):

@@ -21,7 +21,7 @@ def checkout(tmp_path, monkeypatch):
     """A checkout with a model that knows colours, and a picture: red left, blue right, grey below."""
     write_root(tmp_path / "sets", {"train": 2, "val": 2})
     save_model(tmp_path / "models/tiny", ColorModel().state_dict(), {"method": "tiny"})
-    monkeypatch.setattr(methods, "load", lambda folder: ColorModel())
+    monkeypatch.setattr(methods, "load", lambda folder, encoders: ColorModel())
     (tmp_path / "params.yaml").write_text(json.dumps({"evaluate": block()}))
     pixels = np.empty((48, 64, 3), np.uint8)
     pixels[:] = COLORS["background"]

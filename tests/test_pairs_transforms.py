@@ -82,7 +82,7 @@ def test_images_too_narrow_for_the_ratio_are_cropped_at_the_centre():
 
 
 def sample(captions, nouns=("dog",)):
-    return Sample("u", captions, list(nouns), np.zeros((20, 20, 3), np.uint8), np.zeros((4, 4), np.uint8))
+    return Sample("u", captions, list(nouns), [], np.zeros((20, 20, 3), np.uint8), np.zeros((4, 4), np.uint8))
 
 
 def augmentation(**changes):
@@ -91,7 +91,7 @@ def augmentation(**changes):
 
 
 def test_transform_is_a_function_of_its_generator():
-    transform = PairTransform(augmentation(), 4)
+    transform = PairTransform(views=augmentation(), grid=4)
     one, two = (transform(sample(["a", "b", "c"]), np.random.default_rng(5)) for _ in range(2))
     assert one.caption == two.caption and (one.pixels == two.pixels).all() and (one.regions == two.regions).all()
     captions = {transform(sample(["a", "b", "c"]), np.random.default_rng(i)).caption for i in range(30)}
@@ -99,13 +99,13 @@ def test_transform_is_a_function_of_its_generator():
 
 
 def test_caption_form():
-    transform = PairTransform(augmentation(caption_form="nouns"), 4)
+    transform = PairTransform(views=augmentation(), grid=4, caption_form="nouns")
     assert transform(sample(["a dog on a mat"], ("dog", "mat")), np.random.default_rng(0)).caption == "dog mat"
     assert transform(sample(["so it goes"], ()), np.random.default_rng(0)).caption == "so it goes"
 
 
 def test_collate():
-    transform, collate = PairTransform(augmentation(), 4), PairCollate(tokenizer("bpe", 8))
+    transform, collate = PairTransform(views=augmentation(), grid=4), PairCollate(tokenizer("bpe", 8))
     prepared = [transform(sample(["a dog"]), np.random.default_rng(i)) for i in range(3)]
     batch = collate(prepared, ["x", "y", "z"])
     assert batch.pixels.shape == (3, 3, 16, 16) and batch.pixels.dtype == torch.float32

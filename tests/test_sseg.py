@@ -278,7 +278,7 @@ def test_trained_folder_round_trip(tmp_path):
     torch.manual_seed(0)
     tower = sseg.build(chosen, Vocabulary.of(torch.tensor([5, 9, 9, 320]), vocab_size=49408)).eval()
     save_model(tmp_path / "sseg", tower.state_dict(), {"method": "sseg", "config": params.plain(chosen)})
-    loaded = methods.load(tmp_path / "sseg")
+    loaded = methods.load(tmp_path / "sseg", tmp_path)
     pixels = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(loaded.encode_image(pixels), tower.encode_image(pixels))
     torch.testing.assert_close(loaded.encode_text(["a red box"]), tower.encode_text(["a red box"]))
@@ -288,10 +288,10 @@ def test_trained_folder_round_trip(tmp_path):
 def test_folders_that_are_no_method(tmp_path):
     save_model(tmp_path / "x", {"a": torch.zeros(1)}, {"method": "nothing"})
     with pytest.raises(BadInput, match="does not name a method"):
-        methods.load(tmp_path / "x")
+        methods.load(tmp_path / "x", tmp_path)
     save_model(tmp_path / "y", {"a": torch.zeros(1)}, {"method": "sseg", "config": CONFIG})
     with pytest.raises(BadInput, match="do not fit"):
-        methods.load(tmp_path / "y")
+        methods.load(tmp_path / "y", tmp_path)
 
 
 def test_registry():

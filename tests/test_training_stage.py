@@ -97,7 +97,7 @@ def test_what_it_leaves(trained):
     config = json.loads((trained / "models/sseg/config.json").read_text())
     assert config["method"] == "sseg" and config["trained"] == {"failed": 0, "images": 240, "precision": "fp32"}
     assert set(config["inputs"]) == {"download", "filter", "pseudo_masks", "dino"}
-    model = methods.load(trained / "models/sseg")
+    model = methods.load(trained / "models/sseg", trained / "models/encoders")
     assert model.matches.sum() > 0 and model.encode_text(["caption 3 a"]).shape == (1, 12)
     rows = (trained / "reports/curves/sseg.csv").read_text().splitlines()
     assert len(rows) == 16 and rows[0].startswith("step,images,total,focal,dice,image_to_text,text_to_image")

@@ -2,40 +2,34 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
 from pipeline.datasets.pairs import PairShard, Sample, captions
-from pipeline.datasets.transforms import move_labels, normalise, random_view, render
+from pipeline.datasets.transforms import ViewConfig, move_labels, normalise, render
 from pipeline.interfaces import TrainBatch
 from pipeline.nn.text import Vocabulary
-from pipeline.params import Range
+from pipeline.text import prompts
 from pipeline.text.tokenizers import BytePairTokenizer
+from pipeline.text.verdicts import kept
 
 CaptionForm = Literal["caption", "nouns"]
+TemplateSet = Literal["single", "subset", "imagenet", "tcl"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Augmentation:
-    """Random-resized crop and flip; a block of params.yaml.
+class Augmentation(ViewConfig):
+    """Views of images and captions; a block of params.yaml.
 
     Attributes:
-        image_size: side of the training input, pixels.
-        crop_scale: smallest and largest share of the image's area.
-        crop_ratio: smallest and largest width / height.
-        flip_chance: chance of mirroring.
         caption_form: the caption as it is, or only its nouns.
     """
 
-    image_size: Annotated[int, Range(1)]
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip_chance: Annotated[float, Range(0, 1)]
     caption_form: CaptionForm
 
 
@@ -46,30 +40,30 @@ class Prepared:
     pixels: UInt8[ndarray, "side side 3"]
     caption: str
     regions: UInt8[ndarray, "grid_h grid_w"] | None
+    prompts: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PairTransform:
-    """One random view of pixels and pseudo-masks, and one of the captions. `grid`: side of the moved label grid."""
+    """One random view of pixels and pseudo-masks, one of the captions, and prompts made of its nouns.
 
-    augmentation: Augmentation
-    grid: int
+    `grid`: side of the moved label grid. `num_prompts` nouns are filled into drawn `templates` (GroupViT 3.3).
+    """
+
+    views: ViewConfig
+    grid: int = 1
+    caption_form: CaptionForm = "caption"
+    num_prompts: int = 0
+    templates: tuple[str, ...] = ()
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Prepared:
-        settings = self.augmentation
-        view = random_view(
-            rng,
-            height=sample.image.shape[0],
-            width=sample.image.shape[1],
-            scale=settings.crop_scale,
-            ratio=settings.crop_ratio,
-            flip_chance=settings.flip_chance,
-        )
+        view = self.views.draw(sample.image, rng)
         regions = None if sample.regions is None else move_labels(sample.regions, view, (self.grid, self.grid))
         caption = sample.caption(rng)
-        if settings.caption_form == "nouns" and sample.nouns:
+        words = prompts.noun_prompts(caption, sample.nouns, self.num_prompts, self.templates, rng)
+        if self.caption_form == "nouns" and sample.nouns:
             caption = " ".join(sample.nouns)
-        return Prepared(render(sample.image, view, settings.image_size), caption, regions)
+        return Prepared(render(sample.image, view, self.views.image_size), caption, regions, words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +73,36 @@ class PairCollate:
     tokenizer: Callable[[list[str]], Int64[Tensor, "batch length"]]
 
     def __call__(self, prepared: list[Prepared], uids: list[str]) -> TrainBatch:
-        # numpy, not torch: torch would start a set of threads of its own in each of the loader's threads.
-        pixels = normalise(np.stack([item.pixels for item in prepared]))
         captions = [item.caption for item in prepared]
         regions = [item.regions for item in prepared if item.regions is not None]
+        rows = [self.tokenizer(list(texts)) for texts in zip(*(item.prompts for item in prepared), strict=True)]
         return TrainBatch(
-            # A view with the channels last in memory, which convolutions on a CPU prefer.
-            pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+            pixels=stack_pixels([item.pixels for item in prepared]),
             captions=captions,
             token_ids=self.tokenizer(captions),
             regions=torch.from_numpy(np.stack(regions)) if regions else None,
             uids=uids,
+            prompt_ids=torch.stack(rows) if rows else None,
         )
 
 
-def seen_tokens(shards: Sequence[PairShard], tokenizer: BytePairTokenizer) -> Vocabulary:
-    """The vocabulary of the training captions, read a shard at a time."""
-    ids = torch.cat([torch.unique(tokenizer(captions(shard))) for shard in shards])
-    return Vocabulary.of(ids, vocab_size=tokenizer.vocab_size)
+def stack_pixels(images: list[UInt8[ndarray, "side side 3"]]) -> Float[Tensor, "batch 3 side side"]:
+    """ImageNet-normalised pixels, the channels last in memory, which convolutions on a CPU prefer."""
+    # numpy, not torch: torch would start a set of threads of its own in each of the loader's threads.
+    return torch.from_numpy(normalise(np.stack(images))).permute(0, 3, 1, 2)
+
+
+def seen_tokens(
+    shards: Sequence[PairShard], tokenizer: BytePairTokenizer, *, templates: Sequence[str] = ()
+) -> Vocabulary:
+    """The vocabulary of the training captions, read a shard at a time; with that of noun prompts where templates are.
+
+    Nouns are singulars, so they are other words than the captions'.
+    """
+    ids = [tokenizer([prompts.fill(template, "") for template in templates]).flatten()] if templates else []
+    for shard in shards:
+        ids.append(torch.unique(tokenizer(captions(shard))))
+        if templates:
+            nouns = {noun for row in kept(shard.filtered, "nouns")["nouns"].to_pylist() for noun in row}
+            ids.append(torch.unique(tokenizer(sorted(nouns) or [""])))
+    return Vocabulary.of(torch.cat(ids), vocab_size=tokenizer.vocab_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import UInt8
+from jaxtyping import Float16, UInt8
 from numpy import ndarray
 from pyarrow.compute import equal, index_in, is_in  # type: ignore[attr-defined]
 
@@ -28,24 +28,38 @@ class PairShard:
         name: five digits.
         download: holds `<name>.tar` and `<name>.parquet`.
         filtered: the filter's payload; its kept rows are used.
-        masks: the pseudo-masks' payload, or None; then only rows with a mask are used.
+        masks: the pseudo-masks' payload, or None; with it only rows that have a mask are used.
+        views: the teacher's payload, or None; with it only rows that have views are used.
     """
 
     name: str
     download: Path
     filtered: Path
-    masks: Path | None
+    masks: Path | None = None
+    views: Path | None = None
+
+    @property
+    def cached(self) -> dict[str, Path]:
+        """Arrays of cached targets by the name of the sample's field."""
+        found = {"regions": (self.masks, "masks.zarr"), "views": (self.views, "views.zarr")}
+        return {field: folder / array for field, (folder, array) in found.items() if folder is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One pair as stored. `captions`: the lines of the row's caption. `regions`: labels over the whole image."""
+    """One pair as stored.
+
+    `captions`: the lines of the row's caption. `entities`: classes of the filter's vocabulary. `regions`: labels over
+    the whole image. `views`: unit vectors of the teacher's views of its centre square.
+    """
 
     uid: str
     captions: list[str]
     nouns: list[str]
+    entities: list[int]
     image: UInt8[ndarray, "height width 3"]
-    regions: UInt8[ndarray, "grid_h grid_w"] | None
+    regions: UInt8[ndarray, "grid_h grid_w"] | None = None
+    views: Float16[ndarray, "views dim"] | None = None
 
     def caption(self, rng: np.random.Generator) -> str:
         """One of the captions."""
@@ -54,7 +68,7 @@ class Sample:
 
 def count_rows(shard: PairShard) -> int:
     """Rows that can be trained on."""
-    return kept(shard.filtered).num_rows if shard.masks is None else _mask_rows(shard.masks).num_rows
+    return _usable(shard).num_rows
 
 
 def captions(shard: PairShard) -> list[str]:
@@ -64,8 +78,16 @@ def captions(shard: PairShard) -> list[str]:
     return [line for caption in wanted["caption"].to_pylist() for line in caption.splitlines()]
 
 
-def _mask_rows(folder: Path) -> pa.Table:
-    return read_table(folder / "rows.parquet", ROWS_SCHEMA)
+def _usable(shard: PairShard) -> pa.Table:
+    """Key and uid of the rows that have every cached target asked for; of all kept rows where none is."""
+    first, *others = [_array_rows(path) for path in shard.cached.values()] or [kept(shard.filtered, "key", "uid")]
+    for other in others:
+        first = first.filter(is_in(first["key"], value_set=other["key"].combine_chunks()))
+    return first
+
+
+def _array_rows(array: Path) -> pa.Table:
+    return read_table(array.parent / "rows.parquet", ROWS_SCHEMA)
 
 
 class Tables:
@@ -86,7 +108,7 @@ class Tables:
 
 
 class Table:
-    """One shard's rows: kept by the filter, downloaded, and masked where masks are asked for; joined by key.
+    """One shard's rows: kept by the filter, downloaded, and with every cached target asked for; joined by key.
 
     Raises:
         BadInput: a key is absent from one of the payloads, or their uids differ.
@@ -95,21 +117,30 @@ class Table:
     def __init__(self, shard: PairShard) -> None:
         self._path = shard.download / f"{shard.name}.tar"
         self._index = index_tar(self._path)
-        rows = kept(shard.filtered)
-        self._masks = None if shard.masks is None else open_array(shard.masks / "masks.zarr")
-        if shard.masks is not None:
-            rows = _aligned(_mask_rows(shard.masks), rows, shard.masks)
+        rows = _aligned(_usable(shard), kept(shard.filtered), shard.filtered)
+        self._arrays = {field: open_array(path) for field, path in shard.cached.items()}
+        # Where each row stands in each array.
+        self._places: dict[str, ndarray] = {}
+        for field, path in shard.cached.items():
+            table = _array_rows(path)
+            rows = _aligned(rows, table, path.parent)
+            self._places[field] = index_in(rows["key"], value_set=table["key"].combine_chunks()).to_numpy()
         self._rows = _aligned(rows, _successes(shard), shard.download)
 
     def slice(self, start: int, rows: int) -> "Rows":
-        """Neighbouring rows, with their masks in memory."""
+        """Neighbouring rows, with their cached targets in memory."""
         part = self._rows.slice(start, rows)
-        regions = None if self._masks is None else np.asarray(self._masks[start : start + rows])
+        targets = {field: self._read(field, start, rows) for field in self._arrays}
         # A shard of these rows only: blocks outlive the table, and an index has three entries for every row of it.
         index = {f"{key}.jpg": self._index[f"{key}.jpg"] for key in part["key"].to_pylist()}
         shard = Shard(self._path, part, index)
-        keys, uids, captions, nouns = (part[name].to_pylist() for name in ("key", "uid", "caption", "nouns"))
-        return Rows(shard, keys, uids, captions, nouns, regions)
+        columns = {name: part[name].to_pylist() for name in ("key", "uid", "caption", "nouns", "entities")}
+        return Rows(shard, columns, targets)
+
+    def _read(self, field: str, start: int, rows: int) -> ndarray:
+        places = self._places[field][start : start + rows]
+        first = int(places.min())
+        return np.asarray(self._arrays[field][first : int(places.max()) + 1])[places - first]
 
 
 def _successes(shard: PairShard) -> pa.Table:
@@ -136,15 +167,23 @@ class Rows:
     """A block in memory, all but the pixels."""
 
     shard: Shard
-    keys: list[str]
-    uids: list[str]
-    captions: list[str]
-    nouns: list[list[str]]
-    regions: ndarray | None
+    columns: dict[str, list]
+    targets: dict[str, ndarray]
+
+    @property
+    def uids(self) -> list[str]:
+        """Stable sample names."""
+        return self.columns["uid"]
 
     def sample(self, row: int) -> Sample:
         """The row with its image decoded. Raises BadInput when that fails."""
-        key = self.keys[row]
-        image = decode_rgb(self.shard.image_bytes(key), f"{self.shard.path}:{key}.jpg")
-        regions = None if self.regions is None else self.regions[row]
-        return Sample(self.uids[row], self.captions[row].splitlines() or [""], self.nouns[row], image, regions)
+        values = {name: column[row] for name, column in self.columns.items()}
+        key = values["key"]
+        return Sample(
+            uid=values["uid"],
+            captions=values["caption"].splitlines() or [""],
+            nouns=values["nouns"],
+            entities=values["entities"],
+            image=decode_rgb(self.shard.image_bytes(key), f"{self.shard.path}:{key}.jpg"),
+            **{field: array[row] for field, array in self.targets.items()},
+        )

@@ -7,15 +7,45 @@ Axes: height, width (pixels of the stored image), side (pixels of the view), row
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy import ndarray
 
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE
+from pipeline.params import Range
 
 # Source: torchvision's RandomResizedCrop: draws before it gives up and takes the largest centred crop.
 CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """Random-resized crop and flip; a block of params.yaml.
+
+    Attributes:
+        image_size: side of the training input, pixels.
+        crop_scale: smallest and largest share of the image's area.
+        crop_ratio: smallest and largest width / height.
+        flip_chance: chance of mirroring.
+    """
+
+    image_size: Annotated[int, Range(1)]
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip_chance: Annotated[float, Range(0, 1)]
+
+    def draw(self, image: UInt8[ndarray, "height width 3"], rng: np.random.Generator) -> "View":
+        """A random view of the image."""
+        return random_view(
+            rng,
+            height=image.shape[0],
+            width=image.shape[1],
+            scale=self.crop_scale,
+            ratio=self.crop_ratio,
+            flip_chance=self.flip_chance,
+        )
 
 
 @dataclass(frozen=True, slots=True)

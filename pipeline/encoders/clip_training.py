@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from pipeline.datasets.batches import TemplateSet
 from pipeline.datasets.pairs import Shuffle
-from pipeline.encoders.prompted import PromptedBatch, Templates, ViewConfig
+from pipeline.datasets.transforms import ViewConfig
 from pipeline.encoders.small_clip import ClipArchitecture, SmallClip
+from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss, same_text
 from pipeline.params import Range
 from pipeline.training import Optimisation, Progress
@@ -40,7 +42,7 @@ class ClipConfig:
 
     architecture: ClipArchitecture
     num_prompts: Annotated[int, Range(0)]
-    templates: Templates
+    templates: TemplateSet
     temperature: Positive
     max_scale: Positive
     views: ViewConfig
@@ -56,13 +58,13 @@ class ClipTraining(nn.Module):
         self.clip = clip
         self.contrast = ContrastiveLoss(temperature=config.temperature, max_scale=config.max_scale)
 
-    def loss(self, batch: PromptedBatch, _progress: Progress) -> dict[str, Tensor]:
+    def loss(self, batch: TrainBatch, _progress: Progress) -> dict[str, Tensor]:
         """`captions`, `prompts` (sums of both directions, the latter a mean over prompts) and `total`, in nats."""
         image = self.clip.encode_image(batch.pixels)
-        captions = self._contrast(image, batch.captions)
-        if not len(batch.prompts):
+        captions = self._contrast(image, batch.token_ids)
+        if batch.prompt_ids is None:
             return {"captions": captions, "total": captions}
-        prompts = torch.stack([self._contrast(image, ids) for ids in batch.prompts]).mean()
+        prompts = torch.stack([self._contrast(image, ids) for ids in batch.prompt_ids]).mean()
         return {"captions": captions, "prompts": prompts, "total": captions + prompts}
 
     def _contrast(

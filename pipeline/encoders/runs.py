@@ -9,18 +9,16 @@ from torch import Tensor
 
 from pipeline import params
 from pipeline.artifacts.weights import load_model
-from pipeline.datasets.joined import PairShard, captions
+from pipeline.datasets.batches import PairCollate, PairTransform, seen_tokens
+from pipeline.datasets.joined import PairShard
 from pipeline.datasets.pairs import PairLoader
 from pipeline.encoders import patch_encoder, small_clip, small_vit
 from pipeline.encoders.clip_training import ClipConfig, ClipTraining
 from pipeline.encoders.crops import MultiCrop, collate_crops
 from pipeline.encoders.dino_training import DinoConfig, SelfDistillation
-from pipeline.encoders.prompted import PromptedCollate, PromptedTransform
 from pipeline.machine import Machine
-from pipeline.nn.text import Vocabulary
 from pipeline.text import prompts
 from pipeline.text.tokenizers import BytePairTokenizer
-from pipeline.text.verdicts import kept
 from pipeline.training import Run, fit
 
 
@@ -68,7 +66,7 @@ def train_clip(
         frozen = patch_encoder(state, frozen_config, dino)
     templates = prompts.templates(config.templates)
     tokenise = BytePairTokenizer(config.architecture.text.context_length)
-    vocabulary = seen_words(pairs, tokenise, templates)
+    vocabulary = seen_tokens(pairs, tokenise, templates=templates)
     model = ClipTraining(small_clip.SmallClip(config.architecture, vocabulary, frozen), config)
     loader = PairLoader(
         pairs,
@@ -76,8 +74,8 @@ def train_clip(
         seed=config.optimisation.seed,
         shuffle=config.shuffle,
         threads=machine.threads,
-        prepare=PromptedTransform(config.views, config.num_prompts, templates),
-        collate=PromptedCollate(tokenise),
+        prepare=PairTransform(views=config.views, num_prompts=config.num_prompts, templates=templates),
+        collate=PairCollate(tokenise),
     )
     result = fit(model, model.loss, loader, config.optimisation, run=run, device=machine.device)
     return model.finished().state_dict(), {
@@ -87,12 +85,3 @@ def train_clip(
         "train": params.plain(config),
         "trained": {"images": result.images, "failed": result.failed, "precision": result.precision},
     }
-
-
-def seen_words(pairs: Sequence[PairShard], tokenise: BytePairTokenizer, templates: tuple[str, ...]) -> Vocabulary:
-    """The tokens of the captions, of their nouns (which are singulars, so other words) and of the templates."""
-    ids = [tokenise([prompts.fill(template, "") for template in templates]).flatten()]
-    for shard in pairs:
-        nouns = {noun for row in kept(shard.filtered, "nouns")["nouns"].to_pylist() for noun in row}
-        ids += [torch.unique(tokenise(captions(shard))), torch.unique(tokenise(sorted(nouns) or [""]))]
-    return Vocabulary.of(torch.cat(ids), vocab_size=tokenise.vocab_size)

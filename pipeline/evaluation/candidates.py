@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from pipeline import baselines, methods, params
+from pipeline import baselines, methods
 from pipeline.artifacts.files import BadInput, digest
-from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, load_model, model_digest
+from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, model_digest
 from pipeline.evaluation.scoring import Candidate, Regions
 from pipeline.inference import Geometry, square_regions
-from pipeline.nn.text import Vocabulary
 from pipeline.project import Project
 
 BASELINE, UNTRAINED = "baseline:", "untrained:"
@@ -51,30 +49,10 @@ def load(spec: str, project: Project, geometry: Geometry) -> Candidate:
     known, device = digests(spec, project), project.machine.device
     if spec.startswith(BASELINE):
         model = baselines.get(spec.removeprefix(BASELINE)).build(project)
-    elif spec.startswith(UNTRAINED):
-        folder = model_folder(spec.removeprefix(UNTRAINED), project)
-        model = untrained(folder, project.encoder("dino").parent).to(device)
     else:
-        model = methods.load(model_folder(spec, project)).to(device)
+        read = methods.load_untrained if spec.startswith(UNTRAINED) else methods.load
+        model = read(model_folder(spec.removeprefix(UNTRAINED), project), project.encoder("dino").parent).to(device)
     return Candidate(name=folder_name(spec), model=model, digests=known, regions=_regions(model, geometry, device))
-
-
-def untrained(folder: Path, encoders: Path) -> Any:
-    """The folder's method with its config, vocabulary and seed, as its training started; in eval mode.
-
-    Raises:
-        BadInput: not a method's folder.
-    """
-    state, saved = load_model(folder)
-    if saved.get("method") not in methods.names():
-        raise BadInput(folder / CONFIG, "does not name a method", REMEDY)
-    method, rows = methods.get(saved["method"]), state.get("text.vocabulary.rows")
-    config = params.build(method.Config, saved["config"], f"{folder.name}/{CONFIG}")
-    with torch.random.fork_rng():
-        torch.manual_seed(config.optimisation.seed)
-        model = method.build(config, None if rows is None else Vocabulary(rows))
-        method.start(model, config, encoders)
-    return model.eval().requires_grad_(False)
 
 
 def pseudo_mask_digests(project: Project) -> dict[str, str] | None:

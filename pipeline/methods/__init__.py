@@ -1,12 +1,15 @@
 """The methods: the folder is the registry, one module (or package) per method.
 
 A method module exposes
-- `Config`: its block `train.<name>`, with at least `augmentation`, `shuffle`, `text` and `optimisation`;
+- `Config`: its block `train.<name>`, with at least `shuffle` and `seed` (of the fresh weights);
 - `TARGETS`: names of the stages whose payloads it learns from beside the pairs, such as `pseudo_masks`;
-- `build(config, vocabulary)`: the model with fresh weights; its text tower is `model.text`, its tokenizer
-  `model.tokenizer`, and `target_grid(config)` the side of the label grid that its batches carry;
-- `start(model, config, encoders)`: puts in weights of the frozen towers where the config asks for it.
-The model has `loss(batch)`, `encode_image`, `encode_text`, `segment` and `regions` (`pipeline.interfaces`).
+- `ENCODERS`: names of the frozen towers it starts from or reads;
+- `vocabulary(config, data)`: the text tower's shrunk table, kept as `text.vocabulary.rows`; None for the whole table;
+- `build(config, vocabulary)`: the model with fresh weights;
+- `start(model, config, encoders)`: puts in weights of the frozen towers where the config asks for it;
+- `attach(model, encoders)`, if it has one: lends it a frozen tower that is not saved with it, whenever it is used;
+- `phases(model, config, data)`: its trainings, one after the other (`pipeline.training.Phase`).
+The model has `encode_image`, `encode_text`, `segment` and `regions` (`pipeline.inference`), and `loss(batch)`.
 """
 
 from importlib import import_module
@@ -15,9 +18,13 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pipeline import params
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.weights import REMEDY, load_model
+from pipeline.artifacts.weights import CONFIG, REMEDY, load_model
+from pipeline.nn.text import Vocabulary
 
 
 def names() -> list[str]:
@@ -36,23 +43,55 @@ def get(name: str) -> ModuleType:
     return import_module(f"{__name__}.{name}")
 
 
-def load(folder: Path) -> Any:
-    """A trained method from its model folder, in eval mode, on the CPU.
+def load(folder: Path, encoders: Path) -> Any:
+    """A trained method from its model folder, in eval mode, on the CPU. `encoders`: folder of the frozen towers.
 
     Raises:
         BadInput: not a method's folder, or weights that do not fit its config.
     """
-    from pipeline.nn.text import Vocabulary
-
-    state, saved = load_model(folder)
-    if saved.get("method") not in names() or "config" not in saved:
-        raise BadInput(folder / "config.json", "does not name a method and its config", REMEDY)
-    method = get(saved["method"])
-    rows = state.get("text.vocabulary.rows")
-    config = params.build(method.Config, saved["config"], f"{folder.name}/config.json")
-    model = method.build(config, None if rows is None else Vocabulary(rows))
+    method, config, state, vocabulary = _read(folder)
+    model = method.build(config, vocabulary)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise BadInput(folder, f"weights do not fit the config ({error})", REMEDY) from error
+    return _ready(method, model, encoders)
+
+
+def load_untrained(folder: Path, encoders: Path) -> Any:
+    """The folder's method with its config, vocabulary and seed as its training started, in eval mode, on the CPU.
+
+    Raises:
+        BadInput: not a method's folder.
+    """
+    method, config, _, vocabulary = _read(folder)
+    with torch.random.fork_rng():
+        return _ready(method, fresh(method, config, vocabulary, encoders), encoders)
+
+
+def fresh(method: ModuleType, config: Any, vocabulary: Vocabulary | None, encoders: Path) -> Any:
+    """The model that training starts from; seeds torch with the config's seed."""
+    torch.manual_seed(config.seed)
+    model = method.build(config, vocabulary)
+    method.start(model, config, encoders)
+    return model
+
+
+def attach(method: ModuleType, model: Any, encoders: Path) -> None:
+    """Lend the model the frozen towers that it reads but does not save."""
+    if hasattr(method, "attach"):
+        method.attach(model, encoders)
+
+
+def _ready(method: ModuleType, model: Any, encoders: Path) -> Any:
+    attach(method, model, encoders)
     return model.eval().requires_grad_(False)
+
+
+def _read(folder: Path) -> tuple[ModuleType, Any, dict[str, Tensor], Vocabulary | None]:
+    state, saved = load_model(folder)
+    if saved.get("method") not in names() or "config" not in saved:
+        raise BadInput(folder / CONFIG, "does not name a method and its config", REMEDY)
+    method, rows = get(saved["method"]), state.get("text.vocabulary.rows")
+    config = params.build(method.Config, saved["config"], f"{folder.name}/{CONFIG}")
+    return method, config, state, None if rows is None else Vocabulary(rows)

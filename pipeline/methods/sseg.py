@@ -22,7 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from pipeline.artifacts.weights import load_model
-from pipeline.datasets.batches import Augmentation
+from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, seen_tokens
 from pipeline.datasets.pairs import Shuffle
 from pipeline.interfaces import OUTSIDE, TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss
@@ -32,8 +32,9 @@ from pipeline.nn.matching import assign
 from pipeline.nn.pyramid import ConvPyramid, TimmPyramid
 from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer, tokenizer
 from pipeline.training import Optimisation
+from pipeline.training.phases import Phase, TrainingData
 
 Count = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
@@ -133,6 +134,11 @@ class Config:
     augmentation: Augmentation
     shuffle: Shuffle
     optimisation: Optimisation
+
+    @property
+    def seed(self) -> int:
+        """Of the fresh weights."""
+        return self.optimisation.seed
 
 
 def combine_normalised(
@@ -290,11 +296,34 @@ def _resize_labels(regions: Tensor, size: torch.Size) -> Tensor:
 
 
 TARGETS = ("pseudo_masks",)
+ENCODERS = ("dino",)
+
+
+def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
+    """The tokens of the captions where `text.vocabulary` is `seen`."""
+    if config.text.vocabulary == "full":
+        return None
+    return seen_tokens(data.shards, BytePairTokenizer(config.text.context_length))
 
 
 def build(config: Config, vocabulary: Vocabulary | None) -> SSeg:
     """The model with fresh weights; `vocabulary` None gives every BPE id its own embedding."""
     return SSeg(config, vocabulary)
+
+
+def phases(model: SSeg, config: Config, data: TrainingData) -> list[Phase]:
+    """The only one."""
+    prepare = PairTransform(
+        views=config.augmentation, grid=target_grid(config), caption_form=config.augmentation.caption_form
+    )
+    return [
+        Phase(
+            optimisation=config.optimisation,
+            prepare=prepare,
+            collate=PairCollate(model.tokenizer),
+            loss=lambda batch, _: model.loss(batch),
+        )
+    ]
 
 
 def start(model: SSeg, config: Config, encoders: Path) -> None:

@@ -51,23 +51,64 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); names follow timm's."""
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x). Source: OpenAI's CLIP."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class DropPath(nn.Module):
+    """In training, drops a sample's whole residual branch with a chance and scales the kept ones up."""
+
+    def __init__(self, chance: float) -> None:
         super().__init__()
-        hidden = int(dim * mlp_ratio)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.chance = chance
+
+    def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
+        """Same shape."""
+        if not self.training or self.chance == 0:
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.chance
+        return x * (kept / (1 - self.chance)).to(x.dtype)
+
+
+def mlp(dim: int, hidden: int, out: int | None = None, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    """Linear, activation, Linear; back to `dim` where no `out` is given."""
+    return nn.Sequential(nn.Linear(dim, hidden), activation(), nn.Linear(hidden, dim if out is None else out))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); names follow timm's.
+
+    `drop_path` is the chance that a sample skips a branch; `eps` that of the norms: 1e-6 in timm's and DINO's ViTs,
+    1e-5 in GroupViT's and CLIP's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        *,
+        eps: float = 1e-6,
+        drop_path: float = 0.0,
+        activation: type[nn.Module] = nn.GELU,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), activation=activation)
+        self.drop_path = DropPath(drop_path)
 
     def forward(
         self, x: Float[Tensor, "batch length dim"], mask: Float[Tensor, "..."] | None = None
     ) -> Float[Tensor, "batch length dim"]:
         """One residual block."""
-        x = x + self.attn(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def initialise(module: nn.Module) -> None:

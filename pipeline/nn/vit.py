@@ -73,12 +73,12 @@ def sine_code(rows: int, columns: int, dim: int) -> Float[Tensor, "1 {dim} {rows
 
 
 def resize_position(
-    position: Float[Tensor, "1 dim rows columns"], rows: int, columns: int
+    position: Float[Tensor, "1 dim rows columns"], rows: int, columns: int, *, antialias: bool = True
 ) -> Float[Tensor, "1 dim {rows} {columns}"]:
-    """Position vectors at another grid, bicubic (DINO, CLIP)."""
+    """Position vectors at another grid, bicubic; timm and open_clip antialias, GroupViT does not."""
     if position.shape[-2:] == (rows, columns):
         return position
-    return F.interpolate(position, size=(rows, columns), mode="bicubic", antialias=True)
+    return F.interpolate(position, size=(rows, columns), mode="bicubic", align_corners=False, antialias=antialias)
 
 
 class VisionTransformer(nn.Module):

@@ -80,6 +80,7 @@ class Run:
         curve: the CSV, such as reports/curves/sseg.csv.
         log: JSON lines with times, such as logs/sseg.jsonl.
         live: DVCLive's folder, or None for none.
+        before: the curve of the phases before this one.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Run:
     curve: Path
     log: Path
     live: Path | None
+    before: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,7 @@ class _Loop:
 
 def _run(loop: _Loop, loader: Loader, run: Run, state: RunState) -> FitResult:
     settings = loop.optimisation
-    curve = Curve(run.curve, state.curve)
+    curve = Curve(run.curve, state.curve, run.before)
     log, live = Log(run.log), LivePlot(run.live, curve.rows())
     clock = Clock(state.images, settings.images)
     before = state.seconds

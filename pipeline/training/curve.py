@@ -47,18 +47,22 @@ class Means:
 
 
 class Curve:
-    """The rows of a run's CSV, kept as text: `publish` writes the whole file, `text` goes into the checkpoint."""
+    """The rows of a run's CSV, kept as text: `publish` writes the whole file, `text` goes into the checkpoint.
 
-    def __init__(self, path: Path, text: str = "") -> None:
+    `before` is the curve of the phases before this one: its rows come first, and steps and images count on from it.
+    """
+
+    def __init__(self, path: Path, text: str = "", before: str = "") -> None:
         self.path = path
-        self.lines = text.splitlines()
+        self.lines = (text or before).splitlines()
+        self._steps, self._images = map(int, before.splitlines()[-1].split(",")[:2]) if before else (0, 0)
 
     @property
     def text(self) -> str:
         return "".join(line + "\n" for line in self.lines)
 
     def append(self, step: int, images: int, values: dict[str, float]) -> dict[str, float]:
-        """Add a row and return it; the first row fixes the columns.
+        """Add a row and return it; the first row fixes the columns. `step` and `images` count this phase's own.
 
         Raises:
             ValueError: other terms than the first row had.
@@ -68,6 +72,7 @@ class Curve:
             self.lines.append(header)
         elif self.lines[0] != header:
             raise ValueError(f"the loss terms changed during the run: {self.lines[0]} became {header}")
+        step, images = self._steps + step, self._images + images
         self.lines.append(",".join([str(step), str(images), *(f"{value:.6g}" for value in values.values())]))
         return {"step": step, "images": images, **values}
 
