@@ -1,7 +1,8 @@
 """From an image to class scores: resize, windows, averaging, final resize, background.
 
 The harness owns everything but the model's answer for one window, so every model is scored the same way. Class scores
-are averaged over windows (never labels) and resized to the label map's size before the best class is taken.
+are averaged over windows (never labels) and resized to the label map's size before the best class is taken
+(`pipeline.nn.windows`).
 
 Axes: classes (channels asked for), height and width in pixels; canvas = the resized image, window = a crop of it,
 grid_h and grid_w = the model's own score resolution. Scores lie in [0, 1].
@@ -22,11 +23,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.params import Range
+from pipeline.nn.group_scores import GroupScores
+from pipeline.nn.windows import GridScores, GroupTable, Window, best_channel, group_table, kept_threshold
+from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import class_prompts
 
 PromptOrder = Literal["average_first", "normalise_first"]
-SCORES_AT_ONCE = 2**24  # float32 scores held at image size (64 MiB): 1,000 classes need no more memory than 80
 TEXT_BATCH = 256  # prompts per call of the text tower
 
 
@@ -43,6 +45,15 @@ class ScoreModel(Protocol):
     def segment(
         self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "classes grid_h grid_w"]: ...
+
+
+@runtime_checkable
+class GroupModel(ScoreModel, Protocol):
+    """A model that segments by groups, for the background rule that compares them; `segment` paints the same scores."""
+
+    def groups(
+        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
+    ) -> GroupScores: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,24 +103,26 @@ class Background:
     Attributes:
         stuff_words: the model is also asked for the benchmark's stuff words; where one wins, there is background.
         thresholded: a pixel whose best score is below the threshold is background; the threshold can be swept.
-        window: applied to each window's scores before they are averaged, for rules that add a background channel
-            (channel 0 then) or restrict the classes per window; None changes nothing.
+        by_group: the threshold is applied to the groups of each window, before windows are averaged: a background
+            channel with scores of its own beside the classes. Needs a `GroupModel`.
     """
 
     stuff_words: bool
     thresholded: bool
-    window: Callable[[Float[Tensor, "classes grid_h grid_w"]], Float[Tensor, "channels grid_h grid_w"]] | None = None
+    by_group: bool = False
 
 
-# Source: evaluation card section 6. "max_probability": S-Seg, ZeroSeg. "extra_vocabulary": SCG. "none": answers
-# foreground classes everywhere, for benchmarks without a background class.
+# Source: evaluation card section 6. "group_threshold": the released code of GroupViT and OVSegmentor, and ZeroSeg that
+# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "none": answers foreground classes everywhere, for
+# benchmarks without a background class.
 BACKGROUNDS = {
+    "group_threshold": Background(stuff_words=False, thresholded=True, by_group=True),
     "max_probability": Background(stuff_words=False, thresholded=True),
     "extra_vocabulary": Background(stuff_words=True, thresholded=False),
     "extra_vocabulary_threshold": Background(stuff_words=True, thresholded=True),
     "none": Background(stuff_words=False, thresholded=False),
 }
-BackgroundName = Literal["max_probability", "extra_vocabulary", "extra_vocabulary_threshold", "none"]
+BackgroundName = Literal["group_threshold", "max_probability", "extra_vocabulary", "extra_vocabulary_threshold", "none"]
 
 
 @torch.inference_mode()
@@ -157,57 +170,14 @@ def normalise(image: UInt8[np.ndarray, "height width 3"], device: str) -> Float[
     return (pixels - mean) / std
 
 
-@dataclass(frozen=True, slots=True)
-class _WindowScores:
-    """One window's answer: where it lies on the canvas, the padded size it was computed at, its scores."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    padded: tuple[int, int]
-    scores: Float[Tensor, "channels grid_h grid_w"]
-
-
-def _upsample(scores: Float[Tensor, "channels h w"], size: tuple[int, int]) -> Float[Tensor, "channels H W"]:
-    if scores.shape[1:] == size:
-        return scores
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
-
-
-def best_channel(
-    windows: Sequence[_WindowScores], canvas: tuple[int, int], size: tuple[int, int]
-) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
-    """Best score and its channel at `size`, channels in chunks; of equal scores the lowest channel wins.
-
-    Window scores are upsampled to their window, averaged on the canvas and resized (bilinear, half-pixel centres).
-    """
-    device = windows[0].scores.device
-    count = torch.zeros(canvas, device=device)
-    for window in windows:
-        count[window.top : window.top + window.height, window.left : window.left + window.width] += 1
-    best = torch.full(size, -torch.inf, device=device)
-    winner = torch.zeros(size, dtype=torch.int64, device=device)
-    chunk = max(1, SCORES_AT_ONCE // max(canvas[0] * canvas[1], size[0] * size[1]))
-    for start in range(0, windows[0].scores.shape[0], chunk):
-        total = torch.zeros(0, *canvas, device=device)
-        for window in windows:
-            scores = _upsample(window.scores[start : start + chunk].float(), window.padded)
-            if not total.shape[0]:
-                total = torch.zeros(scores.shape[0], *canvas, device=device)
-            rows = slice(window.top, window.top + window.height)
-            total[:, rows, window.left : window.left + window.width] += scores[:, : window.height, : window.width]
-        value, channel = _upsample(total / count, size).max(0)
-        better = value > best
-        best, winner = torch.where(better, value, best), torch.where(better, channel + start, winner)
-    return best, winner
-
-
 class Segmenter:
     """A model that knows its class list, applied to whole images.
 
+    `thresholds` are the only ones that may be asked of a rule by group, ascending; other rules take any.
+
     Raises:
-        ValueError: a background rule on a benchmark without background, or the reverse.
+        ValueError: a background rule on a benchmark without background.
+        ParamsError: a rule by group for a model without groups.
     """
 
     def __init__(
@@ -220,15 +190,19 @@ class Segmenter:
         geometry: Geometry,
         background: Background,
         device: str,
+        thresholds: Sequence[float] = (),
     ) -> None:
-        if not has_background and (background.stuff_words or background.thresholded or background.window):
+        if not has_background and (background.stuff_words or background.thresholded):
             raise ValueError("this benchmark has no background class: use background: none")
+        if background.by_group and not isinstance(model, GroupModel):
+            raise ParamsError(f"background group_threshold: {type(model).__name__} has no groups; choose another rule")
+        if background.by_group and (not thresholds or sorted(set(thresholds)) != list(thresholds)):
+            raise ValueError(f"thresholds: a rule by group needs different ones, ascending, found {thresholds}")
         self.model, self.embeddings, self.geometry = model, embeddings, geometry
         self.background, self.device = background, device
+        self.thresholds = torch.tensor(thresholds, dtype=torch.float32, device=device)
         # Label id of each channel: foreground classes in order, then background for every stuff word.
         ids = torch.arange(num_foreground) + int(has_background)
-        if background.window is not None:
-            ids = torch.cat([torch.zeros(1, dtype=torch.int64), ids])
         stuff = torch.zeros(len(embeddings) - num_foreground, dtype=torch.int64)
         self.label_ids = torch.cat([ids, stuff]).to(device)
 
@@ -236,7 +210,11 @@ class Segmenter:
     def __call__(
         self, image: UInt8[np.ndarray, "height width 3"]
     ) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
-        """Best score and the label id it stands for, per pixel of the image."""
+        """Per pixel of the image the score that `threshold_labels` compares, and the label id it stands for.
+
+        The score is that of the best class; for a rule by group the highest of `thresholds` at which the pixel is not
+        background, below all of them where there is none.
+        """
         size = image.shape[:2]
         canvas = self.geometry.canvas(*size)
         pixels = normalise(resize_image(image, canvas, self.geometry.antialias), self.device)
@@ -244,19 +222,23 @@ class Segmenter:
         best, channel = best_channel(windows, canvas, size)
         if not torch.isfinite(best).all():
             raise ValueError("the model gave scores that are not finite")
+        if self.background.by_group:
+            best = kept_threshold(best, windows, self.thresholds, canvas, size)
         return best, self.label_ids[channel]
 
     def _window(
         self, pixels: Float[Tensor, "1 3 height width"], top: int, left: int, height: int, width: int
-    ) -> _WindowScores:
+    ) -> Window:
         crop = pixels[:, :, top : top + height, left : left + width]
         below, right = -height % self.geometry.multiple, -width % self.geometry.multiple
         if below or right:
             crop = F.pad(crop, (0, right, 0, below))  # zero is the mean colour after normalisation
-        scores = self.model.segment(crop, self.embeddings)
-        if self.background.window is not None:
-            scores = self.background.window(scores)
-        return _WindowScores(top, left, height, width, (height + below, width + right), scores)
+        return Window(top, left, height, width, (height + below, width + right), self._scores(crop))
+
+    def _scores(self, crop: Float[Tensor, "1 3 height width"]) -> GridScores | GroupTable:
+        if self.background.by_group and isinstance(self.model, GroupModel):
+            return group_table(self.model.groups(crop, self.embeddings), (crop.shape[2], crop.shape[3]))
+        return GridScores(self.model.segment(crop, self.embeddings))
 
 
 def threshold_labels(

@@ -81,10 +81,12 @@ def predict(
     if not isinstance(candidate.model, ScoreModel):
         raise ParamsError(f"--model: {candidate.name} does not read labels; choose a model that does")
     rules, first = config.rules(config.protocol), config.benchmarks[0].name
-    name: BackgroundName = arguments.background or pick(rules.backgrounds, candidate.name, first)[0]
+    method = candidates.rules_name(arguments.model, project)
+    name: BackgroundName = arguments.background or pick(rules.backgrounds, method, first)[0]
     rule = BACKGROUNDS[name]
     stuff = _stuff(arguments, labels, config, project) if rule.stuff_words else ()
-    sentences = templates(pick(rules.templates, candidate.name, first))
+    sentences = templates(pick(rules.templates, method, first))
+    threshold, source = (None, "") if not rule.thresholded else _threshold(arguments, candidate, name, config, project)
     embeddings, _ = class_embeddings(candidate.model, (*labels, *stuff), sentences, rules.prompt_order)
     segmenter = Segmenter(
         candidate.model,
@@ -94,9 +96,9 @@ def predict(
         geometry=config.geometry,
         background=rule,
         device=project.machine.device,
+        thresholds=() if threshold is None else (threshold,),
     )
     best, ids = segmenter(image)
-    threshold, source = (None, "") if not rule.thresholded else _threshold(arguments, candidate, name, config, project)
     limit = f", threshold {threshold:g} ({source})" if threshold is not None else ""
     return threshold_labels(best, ids, threshold).cpu().numpy(), f"Background: {name}, {len(stuff)} words{limit}"
 
@@ -184,4 +186,5 @@ def _threshold(
         if scored and report["digests"] == candidate.digests:
             return scored["threshold"]["value"], f"{benchmark}: {scored['threshold']['chosen_on']}"
     rules = config.rules(config.protocol)
-    return pick(rules.thresholds, candidate.name, benchmark), "params.yaml"
+    method = candidates.rules_name(arguments.model, project)
+    return pick(rules.thresholds, method, benchmark), "params.yaml"

@@ -79,7 +79,7 @@ def config_of(project, **changes):
 def report_of(project, spec="tiny", protocol="native", name="scenes", **changes):
     config = config_of(project, **changes)
     entry = BenchmarkConfig(name=name, root="sets", limit=None, tune_limit=None)
-    pair = open_pair(spec, entry, project.path("sets"), protocol, config, "cpu")
+    pair = open_pair(spec, entry, project.path("sets"), protocol, config, project)
     return evaluate(pair, candidates.load(spec, project, config.geometry)).report
 
 
@@ -156,7 +156,7 @@ def test_panels_show_pseudo_masks_and_the_models_own_where_they_differ(project, 
     pseudo, own = (np.array(Image.open(folder / panel[column])) for column in ("regions", "masks"))
     assert len(np.unique(pseudo.reshape(-1, 3), axis=0)) == 2 and len(np.unique(own.reshape(-1, 3), axis=0)) > 2
     pair = open_pair(
-        "tiny", config_of(project).benchmarks[0], project.path("sets"), "native", config_of(project), "cpu"
+        "tiny", config_of(project).benchmarks[0], project.path("sets"), "native", config_of(project), project
     )
     candidate = dataclasses.replace(candidates.load("tiny", project, pair.settings.geometry), regions=halves)
     scored = evaluate(pair, candidate)
@@ -239,6 +239,9 @@ def test_the_block_is_strict(changes, message):
 def test_the_most_special_key_holds():
     values = {"default": 1, "voc": 2, "sseg": 3, "sseg/voc": 4}
     assert [pick(values, *key) for key in (("sseg", "voc"), ("sseg", "coco"), ("x", "voc"), ("x", "y"))] == [4, 3, 2, 1]
+    assert pick(values, "sseg-untrained", "voc") == 4 and pick(values, "sseg-untrained", "coco") == 3
+    assert pick({**values, "sseg-untrained": 5}, "sseg-untrained", "voc") == 5
+    assert pick(values, "ssegment", "voc") == 2
 
 
 def test_threshold_grid_has_both_ends():
@@ -357,9 +360,20 @@ def test_the_command_says_what_is_wrong(project, capsys, arguments, message):
 def test_a_model_on_real_photographs(project, real_data):
     config = config_of(project)
     entry = BenchmarkConfig(name="voc", root="", limit=4, tune_limit=None)
-    pair = open_pair("tiny", entry, real_data, "native", config, "cpu")
+    pair = open_pair("tiny", entry, real_data, "native", config, project)
     report = evaluate(pair, candidates.load("tiny", project, config.geometry)).report
     assert report["num_images"] == 4 and report["num_test_images"] == 1449
     assert report["threshold"] == {"value": 0.25, "chosen_on": "params.yaml"}
     assert 0 <= report["miou"] <= 1 and torch.tensor(report["confusion"]).sum() > 0
     assert len(report["other_backgrounds"]["extra_vocabulary"]["stuff_words"]) == 39
+
+
+def test_rules_go_by_the_method_and_by_the_folder(project):
+    for folder, config in {"released": {"method": "tiny"}, "tiny-yfcc": {"method": "tiny"}, "bare": {}}.items():
+        save_model(project.path(f"models/{folder}"), ColorModel().state_dict(), config)
+    specs = ("tiny", "untrained:tiny", "released", "models/released", "tiny-yfcc", "bare", "baseline:constant")
+    names = [candidates.rules_name(spec, project) for spec in specs]
+    assert " ".join(names) == "tiny tiny-untrained tiny-released tiny-released tiny-yfcc bare baseline-constant"
+    values = {"default": 0, "tiny": 1, "tiny-yfcc": 2, "tiny/voc": 3}
+    assert [pick(values, name, "scenes") for name in names] == [1, 1, 1, 1, 2, 0, 0]
+    assert [pick(values, name, "voc") for name in ("tiny", "tiny-released", "tiny-yfcc")] == [3, 3, 2]

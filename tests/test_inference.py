@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from pipeline import inference
 from pipeline.inference import (
     BACKGROUNDS,
-    Background,
     Geometry,
     ScoreModel,
     Segmenter,
@@ -21,6 +20,7 @@ from pipeline.inference import (
     square_regions,
     threshold_labels,
 )
+from pipeline.nn import windows
 
 PAPER = Geometry(short_side=448, long_side=2048, window=448, stride=224, multiple=1, antialias=False)
 NATIVE = Geometry(short_side=None, long_side=2048, window=None, stride=1, multiple=1, antialias=False)
@@ -45,8 +45,7 @@ class PixelModel:
 def segmenter(model, geometry=NATIVE, background="max_probability", names=("red", "green", "blue"), stuff=(), **kwargs):
     embeddings, _ = class_embeddings(model, [*names, *stuff], ["a photo of {}."], "average_first")
     settings = {"num_foreground": len(names), "has_background": True, "device": "cpu", **kwargs}
-    rule = background if isinstance(background, Background) else BACKGROUNDS[background]
-    return Segmenter(model, embeddings, geometry=geometry, background=rule, **settings)
+    return Segmenter(model, embeddings, geometry=geometry, background=BACKGROUNDS[background], **settings)
 
 
 def picture(height, width, seed=0):
@@ -111,7 +110,7 @@ def test_classes_are_chunked_without_a_trace(monkeypatch):
     names = [f"{i} {color}" for i in range(5) for color in ("red", "green", "blue")]
     image = picture(9, 11)
     best, labels = segmenter(PixelModel(), names=names)(image)
-    monkeypatch.setattr(inference, "SCORES_AT_ONCE", 2 * 9 * 11)
+    monkeypatch.setattr(windows, "SCORES_AT_ONCE", 2 * 9 * 11)
     chunked_best, chunked_labels = segmenter(PixelModel(), names=names)(image)
     assert torch.equal(labels, chunked_labels) and torch.equal(best, chunked_best)
     assert labels.max() <= 3  # equal scores: the lowest class
@@ -139,18 +138,6 @@ def test_stuff_words_become_background():
     image[:, 3:, 1] = 255
     _, labels = segmenter(PixelModel(), background="extra_vocabulary", names=("red", "blue"), stuff=("green",))(image)
     assert labels[:, :3].eq(1).all() and labels[:, 3:].eq(0).all()
-
-
-def test_a_window_rule_may_add_a_background_channel():
-    def capped(scores):
-        background = (scores.max(0, keepdim=True).values < min(0.9, float(scores.max()))).float()
-        return torch.cat([background, scores])
-
-    rule = Background(stuff_words=False, thresholded=False, window=capped)
-    image = np.zeros((4, 6, 3), np.uint8)
-    image[:, :3, 0] = 255
-    best, labels = segmenter(PixelModel(), background=rule)(image)
-    assert labels[:, :3].eq(1).all() and labels[:, 3:].eq(0).all() and best[:, 3:].eq(1).all()
 
 
 def test_benchmark_without_background():

@@ -24,6 +24,20 @@ def folder_name(spec: str) -> str:
     return Path(spec).name
 
 
+def rules_name(spec: str, project: Project) -> str:
+    """The name under which protocols look for a candidate: `sseg-untrained`, and `groupvit-NAME` for models/NAME when
+    that is a GroupViT, trained or imported. See `evaluation.config.Rules`.
+
+    Raises:
+        BadInput: its weights are absent.
+    """
+    name = folder_name(spec)
+    if spec.startswith(BASELINE):
+        return name
+    method = load_config(model_folder(spec.removeprefix(UNTRAINED), project)).get("method", name)
+    return name if name.split("-")[0] == method else f"{method}-{name}"
+
+
 def digests(spec: str, project: Project) -> dict[str, str]:
     """What the candidate's answers depend on beside code, without building it.
 

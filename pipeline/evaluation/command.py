@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
         raise ParamsError(f"--limit: expected at least 1, found {arguments.limit}")
     entry, root = _entry(arguments, config, project)
     protocol = arguments.protocol or config.protocol
-    pair = open_pair(arguments.model, entry, root, protocol, config, project.machine.device)
+    pair = open_pair(arguments.model, entry, root, protocol, config, project)
     scored = evaluate(pair, candidates.load(arguments.model, project, config.geometry))
     atomic_json(arguments.out, scored.report)
     print(f"{summary(scored.report, scored.rate)}. Written to {arguments.out}")

@@ -35,7 +35,8 @@ class Rules:
     """One protocol: prompts and background. Source: evaluation card sections 4, 6 and 9.
 
     A mapping is read at the most special of its keys `<method>/<benchmark>`, `<method>`, `<benchmark>`, `default`,
-    where a method is named as its metrics folder: `sseg`, `sseg-untrained`, `baseline-clip_patches`.
+    where a method is named as its metrics folder: `sseg`, `sseg-untrained`, `baseline-clip_patches`. What no key names
+    goes by the part of its name before the last hyphen: `sseg-untrained` has the rules of `sseg`.
 
     Attributes:
         templates: template set.
@@ -114,8 +115,10 @@ class Config:
 
 
 def pick(values: Mapping[str, T], method: str, benchmark: str) -> T:
-    """The value at the most special key that is there."""
-    keys = (f"{method}/{benchmark}", method, benchmark, DEFAULT)
+    """The value at the most special key that is there; see `Rules`."""
+    parts = method.split("-")
+    names = ["-".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    keys = [*(key for name in names for key in (f"{name}/{benchmark}", name)), benchmark, DEFAULT]
     return next(values[key] for key in keys if key in values)
 
 

@@ -44,10 +44,12 @@ def benchmark_root(project: Project, name: str, root: str) -> Path:
     raise BadInput(project.manifest_path("scenes"), f"has no shard {VALIDATION!r} for {name}", remedy)
 
 
-def open_pair(spec: str, entry: BenchmarkConfig, root: Path, protocol: Protocol, config: Config, device: str) -> Pair:
+def open_pair(
+    spec: str, entry: BenchmarkConfig, root: Path, protocol: Protocol, config: Config, project: Project
+) -> Pair:
     """Open the benchmark, list its images, and resolve the protocol's rules for this candidate."""
     benchmark = open_benchmark(entry.name, root, protocol)
-    method, rules = candidates.folder_name(spec), config.rules(protocol)
+    method, rules = candidates.rules_name(spec, project), config.rules(protocol)
     tune_ids = benchmark.ids("tune", entry.tune_limit) if rules.tune else []
     settings = Settings(
         templates=templates(pick(rules.templates, method, entry.name)),
@@ -57,7 +59,7 @@ def open_pair(spec: str, entry: BenchmarkConfig, root: Path, protocol: Protocol,
         tune_ids=tuple(tune_ids),
         grid=tuple(thresholds(config.sweep_step)),
         geometry=config.geometry,
-        device=device,
+        device=project.machine.device,
     )
     return Pair(spec=spec, benchmark=benchmark, ids=benchmark.ids("test", entry.limit), settings=settings)
 

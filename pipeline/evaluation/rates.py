@@ -7,14 +7,15 @@ from pipeline.datasets.benchmarks import Benchmark
 from pipeline.metrics import ConfusionMatrix, ThresholdSweep
 
 DIGITS = 6  # of a stored fraction: below what one pixel of a small benchmark weighs
-CURVE_POINTS = 20  # intervals of the stored sweep; its maximum is exact
+CURVE_POINTS = 20  # intervals of the stored sweep, unless it has few more thresholds; its maximum is exact
 
 
 def curve(sweep: ThresholdSweep) -> dict[str, Any]:
     """The test split's own best threshold, never used for the score, and the curve around it."""
     value, miou = sweep.best()
     scores = sweep.miou().tolist()
-    shown = sorted({round(index * (len(scores) - 1) / CURVE_POINTS) for index in range(CURVE_POINTS + 1)})
+    intervals = len(scores) - 1 if len(scores) <= 2 * CURVE_POINTS else CURVE_POINTS
+    shown = sorted({round(index * (len(scores) - 1) / max(intervals, 1)) for index in range(intervals + 1)})
     return {
         "best_miou": fraction(miou),
         "best_threshold": value,

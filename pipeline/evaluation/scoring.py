@@ -29,6 +29,7 @@ from pipeline.inference import (
 )
 from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_classes, region_counts
 
+GROUP_INTERVALS = 20  # of a rule by group's thresholds: 0, 0.05 ... 1, so that the papers' are among them
 CONFUSION_CLASSES = 32  # a larger matrix is left out of the report
 Answer = Callable[[Sample], Int64[Tensor, "height width"]]
 Regions = Callable[[UInt8[np.ndarray, "height width 3"]], Int64[Tensor, "height width"]]
@@ -57,7 +58,7 @@ class Settings:
 
     Attributes:
         tune_ids: images that choose the threshold; empty to take `threshold`.
-        grid: thresholds that are tried.
+        grid: thresholds that are tried, ascending; rules by group have `group_grid`.
     """
 
     templates: tuple[str, ...]
@@ -170,6 +171,7 @@ def _run_rule(
     background = BACKGROUNDS[rule]
     words = (*benchmark.foreground, *(benchmark.stuff if background.stuff_words else ()))
     embeddings, order = class_embeddings(model, words, settings.templates, settings.prompt_order)
+    grid = group_grid(settings.threshold) if background.by_group else settings.grid
     segmenter = Segmenter(
         model,
         embeddings.to(settings.device),
@@ -178,12 +180,13 @@ def _run_rule(
         geometry=settings.geometry,
         background=background,
         device=settings.device,
+        thresholds=grid,
     )
     threshold = {"value": None, "chosen_on": "no threshold"}
     sweep = None
     if background.thresholded:
-        threshold = choose_threshold(segmenter, benchmark, settings, step)
-        sweep = ThresholdSweep(settings.grid, len(benchmark.classes), benchmark.ignore_index)
+        threshold = choose_threshold(segmenter, benchmark, settings, grid, step)
+        sweep = ThresholdSweep(grid, len(benchmark.classes), benchmark.ignore_index)
 
     def answer(sample: Sample) -> Int64[Tensor, "height width"]:
         best, labels = segmenter(sample.image)
@@ -210,13 +213,22 @@ def _run_rule(
     return described, counts, answer
 
 
+def group_grid(threshold: float) -> tuple[float, ...]:
+    """Thresholds of a rule by group, ascending: each costs a channel, so they are few; the given one is among them."""
+    return tuple(sorted({*(index / GROUP_INTERVALS for index in range(GROUP_INTERVALS + 1)), threshold}))
+
+
 def choose_threshold(
-    segmenter: Segmenter, benchmark: Benchmark, settings: Settings, step: Callable[[], object]
+    segmenter: Segmenter,
+    benchmark: Benchmark,
+    settings: Settings,
+    grid: tuple[float, ...],
+    step: Callable[[], object],
 ) -> dict[str, Any]:
-    """The threshold and where it comes from: best on the tune images, or the parameter where there are none."""
+    """The threshold and where it comes from: the grid's best on the tune images, the parameter where there are none."""
     if not settings.tune_ids:
         return {"value": settings.threshold, "chosen_on": "params.yaml"}
-    sweep = ThresholdSweep(settings.grid, len(benchmark.classes), benchmark.ignore_index)
+    sweep = ThresholdSweep(grid, len(benchmark.classes), benchmark.ignore_index)
     for image_id in settings.tune_ids:
         sample = benchmark.sample(image_id)
         best, labels = segmenter(sample.image)

@@ -41,7 +41,7 @@ def evaluate_all(project: Project) -> None:
     torch.set_num_threads(project.machine.threads)
     roots = [(entry, benchmark_root(project, entry.name, entry.root)) for entry in config.benchmarks]
     pairs = [
-        open_pair(spec, entry, root, config.protocol, config, project.machine.device)
+        open_pair(spec, entry, root, config.protocol, config, project)
         for entry, root in roots
         for spec in config.models
     ]
