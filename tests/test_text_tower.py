@@ -103,3 +103,68 @@ def test_too_long_and_impossible_settings_are_refused():
         tower()(torch.ones(1, 13, dtype=torch.int64))
     with pytest.raises(ValueError, match="at least one layer"):
         tower("eos", 0)
+
+
+def clip_tower(**changes) -> TextTransformer:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "context_length": 12, "width": 64, "layers": 6, "heads": 2, "out_dim": None}
+    return TextTransformer(**sizes | changes, pooling="eos", end_token=END, block="clip").eval()
+
+
+def test_clip_blocks_equal_transformers():
+    """QuickGELU, eps 1e-5 and no projection: transformers' CLIP text model with the same weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = clip_tower(layers=2)
+    theirs = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=100,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            eos_token_id=END,
+            hidden_act="quick_gelu",
+        )
+    ).eval()
+    body = getattr(theirs, "text_model", theirs)
+    pairs = [
+        (body.embeddings.token_embedding.weight, model.embedding.weight),
+        (body.embeddings.position_embedding.weight, model.position),
+    ]
+    for layer, block in zip(body.encoder.layers, model.blocks, strict=True):
+        for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            part, rows = getattr(layer.self_attn, name), slice(64 * index, 64 * (index + 1))
+            pairs += [(part.weight, block.attn.qkv.weight[rows]), (part.bias, block.attn.qkv.bias[rows])]
+        modules = (
+            (layer.self_attn.out_proj, block.attn.proj),
+            (layer.mlp.fc1, block.mlp[0]),
+            (layer.mlp.fc2, block.mlp[2]),
+        )
+        for their, our in modules:
+            pairs += [(their.weight, our.weight), (their.bias, our.bias)]
+    with torch.no_grad():
+        for their, our in pairs:
+            their.copy_(our)
+        text = ids([98, 5, 6, END], [98, 7, END])
+        torch.testing.assert_close(model(text), body(input_ids=text).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_clip_blocks_start_as_clip():
+    """Spread by width and depth. Source: card groupvit.md section 3."""
+    model = clip_tower()
+    residual = (2 * 64 * 6) ** -0.5
+    for block in model.blocks:
+        assert block.norm1.eps == block.norm2.eps == 1e-5
+        assert block.attn.qkv.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+        assert block.attn.proj.weight.std().item() == pytest.approx(residual, rel=0.1)
+        assert block.mlp[0].weight.std().item() == pytest.approx(128**-0.5, rel=0.1)
+        assert block.mlp[2].weight.std().item() == pytest.approx(residual, rel=0.1)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.position.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_without_a_projection_the_width_comes_out():
+    assert clip_tower()(ids([98, 5, END])).shape == (1, 64)
+    assert not any("projection" in name for name in clip_tower().state_dict())

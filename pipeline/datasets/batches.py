@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
+from pipeline.datasets.augmentation import Erased, draw_erased, rand_augment
 from pipeline.datasets.pairs import PairShard, Sample, captions
 from pipeline.datasets.transforms import ViewConfig, move_labels, normalise, render
 from pipeline.interfaces import TrainBatch
@@ -41,6 +42,7 @@ class Prepared:
     caption: str
     regions: UInt8[ndarray, "grid_h grid_w"] | None
     prompts: list[str]
+    erased: Erased | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,8 @@ class PairTransform:
     """One random view of pixels and pseudo-masks, one of the captions, and prompts made of its nouns.
 
     `grid`: side of the moved label grid. `num_prompts` nouns are filled into drawn `templates` (GroupViT 3.3).
+    `rand_augment` operations and a rectangle erased with `erase_chance` are for pixels alone: they move them, and
+    pseudo-masks would stay behind.
     """
 
     views: ViewConfig
@@ -55,6 +59,8 @@ class PairTransform:
     caption_form: CaptionForm = "caption"
     num_prompts: int = 0
     templates: tuple[str, ...] = ()
+    rand_augment: int = 0
+    erase_chance: float = 0.0
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Prepared:
         view = self.views.draw(sample.image, rng)
@@ -63,7 +69,11 @@ class PairTransform:
         words = prompts.noun_prompts(caption, sample.nouns, self.num_prompts, self.templates, rng)
         if self.caption_form == "nouns" and sample.nouns:
             caption = " ".join(sample.nouns)
-        return Prepared(render(sample.image, view, self.views.image_size), caption, regions, words)
+        pixels = render(sample.image, view, self.views.image_size)
+        if self.rand_augment:
+            pixels = rand_augment(pixels, self.rand_augment, rng)
+        erased = draw_erased(self.views.image_size, self.erase_chance, rng) if self.erase_chance else None
+        return Prepared(pixels, caption, regions, words, erased)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,7 @@ class PairCollate:
         regions = [item.regions for item in prepared if item.regions is not None]
         rows = [self.tokenizer(list(texts)) for texts in zip(*(item.prompts for item in prepared), strict=True)]
         return TrainBatch(
-            pixels=stack_pixels([item.pixels for item in prepared]),
+            pixels=stack_pixels([item.pixels for item in prepared], [item.erased for item in prepared]),
             captions=captions,
             token_ids=self.tokenizer(captions),
             regions=torch.from_numpy(np.stack(regions)) if regions else None,
@@ -86,10 +96,17 @@ class PairCollate:
         )
 
 
-def stack_pixels(images: list[UInt8[ndarray, "side side 3"]]) -> Float[Tensor, "batch 3 side side"]:
+def stack_pixels(
+    images: list[UInt8[ndarray, "side side 3"]], erased: Sequence[Erased | None] = ()
+) -> Float[Tensor, "batch 3 side side"]:
     """ImageNet-normalised pixels, the channels last in memory, which convolutions on a CPU prefer."""
     # numpy, not torch: torch would start a set of threads of its own in each of the loader's threads.
-    return torch.from_numpy(normalise(np.stack(images))).permute(0, 3, 1, 2)
+    pixels = normalise(np.stack(images))
+    for image, box in zip(pixels, erased, strict=False):
+        if box is not None:
+            height, width = box.values.shape[:2]
+            image[box.top : box.top + height, box.left : box.left + width] = box.values
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def seen_tokens(

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from pipeline.nn.attention import Block, causal_mask, initialise
+from pipeline.nn.attention import Block, QuickGELU, causal_mask, initialise
 
 Pooling = Literal["eos", "mean"]
+BlockKind = Literal["timm", "clip"]
 
 
 class Vocabulary(nn.Module):
@@ -48,13 +49,40 @@ def inside_text(token_ids: Int64[Tensor, "batch length"], end_token: int) -> Boo
     return ends.cumsum(dim=1) - ends == 0
 
 
+def _block(width: int, heads: int, kind: BlockKind) -> Block:
+    if kind == "clip":
+        return Block(width, heads, 4.0, eps=1e-5, activation=QuickGELU)
+    return Block(width, heads, 4.0)
+
+
+def _initialise_as_clip(blocks: nn.ModuleList) -> None:
+    """Normal weights whose spread falls with the width and, on the residual path, with the depth.
+
+    The MLP's biases keep PyTorch's draw. Source: CLIP's release; card groupvit.md section 3.
+    """
+    for block in blocks:
+        assert isinstance(block, Block)
+        into, out_of = block.mlp[0], block.mlp[2]
+        assert isinstance(into, nn.Linear) and isinstance(out_of, nn.Linear)
+        width = into.in_features
+        residual = (2 * width * len(blocks)) ** -0.5
+        nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+        nn.init.normal_(block.attn.proj.weight, std=residual)
+        nn.init.normal_(into.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(out_of.weight, std=residual)
+        nn.init.zeros_(block.attn.qkv.bias)
+        nn.init.zeros_(block.attn.proj.bias)
+
+
 class TextTransformer(nn.Module):
     """Token ids to one vector per text: embedding + position -> blocks -> LayerNorm -> pooling -> linear projection.
 
     `eos` takes the vector at the end token under a causal mask; `mean` averages the text's tokens, which see one
     another but no padding. With `layers` = 0 there are no positions either, so word order plays no part.
-    `vocabulary` shrinks the table; None gives every id its own row.
-    Source: GroupViT and S-Seg 3.5 (12 layers, width 256, heads of 64, [EOS]); initialisation as CLIP's text tower.
+    `out_dim` None leaves the projection out. `vocabulary` shrinks the table; None gives every id its own row.
+    `block`: "timm" has GELU, norms of eps 1e-6 and truncated normal weights; "clip" has QuickGELU, eps 1e-5 and CLIP's
+    initialisation by width and depth, which is GroupViT's tower.
+    Source: GroupViT and S-Seg 3.5 (12 layers, width 256, heads of 64, [EOS]); card groupvit.md section 3.
     """
 
     mask: Tensor
@@ -67,10 +95,11 @@ class TextTransformer(nn.Module):
         width: int,
         layers: int,
         heads: int,
-        out_dim: int,
+        out_dim: int | None,
         pooling: Pooling,
         end_token: int,
         vocabulary: Vocabulary | None = None,
+        block: BlockKind = "timm",
     ) -> None:
         super().__init__()
         if pooling == "eos" and layers == 0:
@@ -79,20 +108,24 @@ class TextTransformer(nn.Module):
         self.vocabulary = vocabulary
         self.embedding = nn.Embedding(vocab_size if vocabulary is None else vocabulary.size, width)
         self.position = nn.Parameter(torch.empty(context_length, width)) if layers else None
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=4.0) for _ in range(layers))
+        self.blocks = nn.ModuleList(_block(width, heads, block) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, out_dim, bias=False)
+        self.projection = nn.Identity() if out_dim is None else nn.Linear(width, out_dim, bias=False)
         # NOTE float and additive: a boolean mask is read as +1/0 by some attention modules.
         mask = causal_mask(context_length) if pooling == "eos" else torch.zeros(context_length, context_length)
         self.register_buffer("mask", mask, persistent=False)
-        self._initialise()
+        self._initialise(block)
 
-    def _initialise(self) -> None:
-        initialise(self)
+    def _initialise(self, block: BlockKind) -> None:
+        if block == "timm":
+            initialise(self)
+        else:
+            _initialise_as_clip(self.blocks)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.01)
-        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+        if isinstance(self.projection, nn.Linear):
+            nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
     def forward(self, token_ids: Int64[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
         """One vector per text, not normalised.

@@ -1,0 +1,296 @@
+"""GroupViT: a vision transformer that gathers patches into segments, trained on captions alone.
+
+Learned group tokens collect the image's tokens stage by stage (`pipeline.nn.grouping`); the mean of the last segments
+is the image's vector, contrasted with its caption and with prompts made of the caption's nouns. At test each segment
+is classified against the class names, and the product of the stages' soft assignments says where it lies.
+
+Source: "GroupViT: Semantic Segmentation Emerges from Text Supervision" (CVPR 2022, arXiv 2202.11094) and its release;
+card methods/groupvit.md, whose section 12 lists where the two differ. The release is followed; the print's loss is
+`loss.halved: false` with `loss.form: print`.
+Deviates: the nouns are those of the filter stage, where the release also takes verb forms. The patch stem may be
+convolutional, the text a bag of words and the positions a sine code, none of which the paper's configuration uses.
+
+Axes: batch, prompts (noun prompts of an image), groups (segments of the last stage), tokens (patches, row-major),
+rows x columns (the patch grid), dim, classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, TemplateSet, seen_tokens
+from pipeline.datasets.pairs import Shuffle
+from pipeline.interfaces import TrainBatch
+from pipeline.losses.contrastive import ContrastiveLoss, ContrastiveTerms, MultiLabelForm, Temperature, multi_label
+from pipeline.nn.group_scores import GroupScores, group_confidence, hard_groups, paint
+from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig
+from pipeline.nn.projector import Projector
+from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
+from pipeline.params import ParamsError, Range
+from pipeline.text.prompts import templates
+from pipeline.text.tokenizers import BytePairTokenizer, tokenizer
+from pipeline.training import Optimisation
+from pipeline.training.distributed import gather_rows
+from pipeline.training.phases import Phase, TrainingData
+
+Count = Annotated[int, Range(1)]
+Weight = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """CLIP's text tower. `vocabulary`: `full` BPE table, or `seen` = only the ids of captions, nouns and templates."""
+
+    context_length: Count
+    width: Count
+    layers: Annotated[int, Range(0)]
+    heads: Count
+    pooling: Pooling
+    vocabulary: Literal["full", "seen"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The contrast with captions (Eq. 6) and with noun prompts (Eq. 7).
+
+    Attributes:
+        caption, multi_label: weights; 0 leaves the term out.
+        num_prompts: noun prompts of an image; 0 where there is no multi-label loss.
+        templates: the set that prompts are made of.
+        form: of the multi-label loss, as released or as printed.
+        halved: mean of the two directions (release) instead of their sum (print).
+        share_scale: one temperature for both losses, or each its own.
+        temperature, max_scale: initial temperature, cap of its inverse.
+    """
+
+    caption: Weight
+    multi_label: Weight
+    num_prompts: Annotated[int, Range(0)]
+    templates: TemplateSet
+    form: MultiLabelForm
+    halved: bool
+    share_scale: bool
+    temperature: Annotated[float, Range(0, low_open=True)]
+    max_scale: Annotated[float, Range(0, low_open=True)]
+
+    def __post_init__(self) -> None:
+        if (self.num_prompts > 0) != (self.multi_label > 0):
+            raise ParamsError("groupvit loss: num_prompts and multi_label must both be 0 or both be above it")
+        if self.caption == 0 and not (self.multi_label and self.share_scale):
+            raise ParamsError(
+                "groupvit loss: without the caption term the temperature used at test is untrained; "
+                "set multi_label above 0 and share_scale: true"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Views(Augmentation):
+    """Views of images and captions, and what the release does to the pixels after the crop.
+
+    Attributes:
+        rand_augment: operations of timm's policy rand-m9-mstd0.5-inc1; 0 for none.
+        erase_chance: of a rectangle of noise.
+    """
+
+    rand_augment: Annotated[int, Range(0)]
+    erase_chance: Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The block train.groupvit.
+
+    Attributes:
+        projector_hidden: width inside both projectors.
+        embed_dim: of the space that image and text share.
+    """
+
+    patches: PatchConfig
+    grouping: GroupingConfig
+    text: TextConfig
+    projector_hidden: Count
+    embed_dim: Count
+    loss: LossConfig
+    augmentation: Views
+    shuffle: Shuffle
+    optimisation: Optimisation
+
+    @property
+    def seed(self) -> int:
+        """Of the fresh weights."""
+        return self.optimisation.seed
+
+
+def effective_groups(maps: Float[Tensor, "batch groups tokens"]) -> Float[Tensor, ""]:
+    """How many groups an image uses: exponential of the entropy of the groups' sizes, averaged over images.
+
+    A token counts for its strongest group. 1: one group takes the whole picture.
+    """
+    sizes = F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
+    return torch.special.entr(sizes).sum(dim=1).exp().mean()
+
+
+class GroupViT(nn.Module):
+    """Grouping encoder, text tower, and the projector of each into the shared space."""
+
+    def __init__(self, config: Config, vocabulary: Vocabulary | None) -> None:
+        super().__init__()
+        text, loss = config.text, config.loss
+        self.settings = loss
+        self.image = GroupingEncoder(config.patches, config.grouping)
+        self.tokenizer = tokenizer("bpe", text.context_length)
+        self.text = TextTransformer(
+            vocab_size=self.tokenizer.vocab_size,
+            context_length=text.context_length,
+            width=text.width,
+            layers=text.layers,
+            heads=text.heads,
+            out_dim=None,
+            pooling=text.pooling,
+            end_token=self.tokenizer.eot,
+            vocabulary=vocabulary,
+            block="clip",
+        )
+        self.image_projector = Projector(config.grouping.dim, config.embed_dim, hidden=config.projector_hidden)
+        self.text_projector = Projector(text.width, config.embed_dim, hidden=config.projector_hidden)
+        scale = {"temperature": loss.temperature, "max_scale": loss.max_scale}
+        self.contrast = ContrastiveLoss(**scale, cap="forward", gather=gather_rows)
+        self.multi_label_temperature = None
+        if loss.multi_label and not loss.share_scale:
+            self.multi_label_temperature = Temperature(**scale, cap="forward")
+
+    def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit vector of the whole image."""
+        return self._embed_image(self.image(pixels))
+
+    def project_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
+        """Text vectors in the shared space before they are normalised."""
+        return self.text_projector(self.text(self.tokenizer(texts).to(self.contrast.log_scale.device)))
+
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
+        """Unit vectors."""
+        return F.normalize(self.project_text(texts).float(), dim=-1)
+
+    def loss(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Named terms and `total`.
+
+        `caption` and `multi_label` are unweighted, zero where switched off. `groups` is not optimised: the effective
+        number of groups that an image uses (`effective_groups`).
+        """
+        settings = self.settings
+        grouped = self.image(batch.pixels)
+        image = self._embed_image(grouped)
+        captions, prompts = self._embed_batch(batch)
+        caption = multi = image.new_zeros(())
+        if settings.caption:
+            caption = self.contrast(image, captions).loss(halved=settings.halved)
+        if prompts is not None:
+            multi = self._multi_label(image, prompts).loss(halved=settings.halved)
+        return {
+            "total": settings.caption * caption + settings.multi_label * multi,
+            "caption": caption,
+            "multi_label": multi,
+            "groups": effective_groups(grouped.soft_maps().detach()),
+        }
+
+    def groups(
+        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
+    ) -> GroupScores:
+        """The classes of each segment (among the image's five best) and where it lies, on the patch grid.
+
+        The projector saw only mean segments in training; its BatchNorm uses their statistics here.
+        Source: card groupvit.md section 9, steps 1-5.
+        """
+        grouped = self.image(pixels)
+        confidence = group_confidence(
+            F.normalize(self.image_projector(grouped.segments[0]).float(), dim=-1),
+            self._embed_image(grouped)[0],
+            class_embeddings.float(),
+            scale=float(self.contrast.scale),
+        )
+        return GroupScores(confidence, self._maps(grouped, pixels))
+
+    def segment(
+        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
+    ) -> Float[Tensor, "classes rows columns"]:
+        """Class scores in [0, 1] per pixel: those of the group it belongs to."""
+        return paint(self.groups(pixels, class_embeddings), (pixels.shape[-2], pixels.shape[-1]))
+
+    def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "rows columns"]:
+        """The group of each pixel."""
+        return hard_groups(self._maps(self.image(pixels), pixels), (pixels.shape[-2], pixels.shape[-1]))
+
+    def _maps(
+        self, grouped: Grouped, pixels: Float[Tensor, "1 3 height width"]
+    ) -> Float[Tensor, "groups rows columns"]:
+        return grouped.soft_maps()[0].unflatten(1, self.image.grid(pixels))
+
+    def _embed_image(self, grouped: Grouped) -> Float[Tensor, "batch dim"]:
+        return F.normalize(self.image_projector(grouped.segments.mean(dim=1)).float(), dim=-1)
+
+    def _embed_batch(
+        self, batch: TrainBatch
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch prompts dim"] | None]:
+        """Captions and prompts in one pass: the projector's BatchNorm sees them mixed (card section 4)."""
+        rows, token_ids = len(batch.token_ids), batch.token_ids
+        if self.settings.num_prompts:
+            if batch.prompt_ids is None or len(batch.prompt_ids) != self.settings.num_prompts:
+                raise ValueError(f"GroupViT's multi-label loss needs {self.settings.num_prompts} prompts per image")
+            token_ids = torch.cat([token_ids, batch.prompt_ids.flatten(0, 1)])
+        vectors = F.normalize(self.text_projector(self.text(token_ids)).float(), dim=-1)
+        if not self.settings.num_prompts:
+            return vectors, None
+        return vectors[:rows], vectors[rows:].unflatten(0, (-1, rows)).transpose(0, 1)
+
+    def _multi_label(
+        self, image: Float[Tensor, "batch dim"], prompts: Float[Tensor, "batch prompts dim"]
+    ) -> ContrastiveTerms:
+        temperature = self.multi_label_temperature or self.contrast
+        return multi_label(image, prompts, temperature.scale, form=self.settings.form, gather=gather_rows)
+
+
+TARGETS = ()
+ENCODERS = ()
+
+
+def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
+    """The tokens of captions, nouns and templates where `text.vocabulary` is `seen`."""
+    if config.text.vocabulary == "full":
+        return None
+    words = BytePairTokenizer(config.text.context_length)
+    return seen_tokens(data.shards, words, templates=templates(config.loss.templates))
+
+
+def build(config: Config, vocabulary: Vocabulary | None) -> GroupViT:
+    """The model with fresh weights; `vocabulary` None gives every BPE id its own embedding."""
+    return GroupViT(config, vocabulary)
+
+
+def phases(model: GroupViT, config: Config, data: TrainingData) -> list[Phase]:
+    """The only one."""
+    views = config.augmentation
+    prepare = PairTransform(
+        views=views,
+        caption_form=views.caption_form,
+        num_prompts=config.loss.num_prompts,
+        templates=templates(config.loss.templates),
+        rand_augment=views.rand_augment,
+        erase_chance=views.erase_chance,
+    )
+    return [
+        Phase(
+            optimisation=config.optimisation,
+            prepare=prepare,
+            collate=PairCollate(model.tokenizer),
+            loss=lambda batch, _: model.loss(batch),
+        )
+    ]
+
+
+def start(model: GroupViT, config: Config, encoders: Path) -> None:
+    """Everything starts from fresh weights."""

@@ -1,0 +1,427 @@
+"""GroupViT: parity with transformers, its losses and inference by hand, the trained folder."""
+
+import csv
+from dataclasses import replace
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from pipeline import methods, params
+from pipeline.artifacts.weights import save_model
+from pipeline.inference import ScoreModel
+from pipeline.interfaces import TrainBatch
+from pipeline.losses.contrastive import info_nce, multi_label
+from pipeline.methods import groupvit
+from pipeline.nn.group_scores import group_confidence
+from pipeline.nn.text import Vocabulary
+from pipeline.training import Loaded, Run, fit
+
+GOLDEN = Path(__file__).parent / "golden" / "groupvit.csv"
+CONFIG = yaml.safe_load("""
+patches: {image_size: 32, first_stride: 8, widths: [], norm: true, position: noise}
+grouping: {dim: 16, heads: 2, depths: [1, 1, 1], group_tokens: [6, 3, 0], output_groups: [5, 3], assignment: hard,
+           gumbel: true, drop_path: 0.0}
+text: {context_length: 12, width: 16, layers: 1, heads: 2, pooling: eos, vocabulary: full}
+projector_hidden: 24
+embed_dim: 12
+loss: {caption: 1.0, multi_label: 1.0, num_prompts: 2, templates: single, form: released, halved: true,
+       share_scale: false, temperature: 0.07, max_scale: 100.0}
+augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, caption_form: caption,
+               rand_augment: 0, erase_chance: 0.0}
+shuffle: {block_rows: 4, window_blocks: 2}
+optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
+               warmup_images: 16, weight_decay: 0.05, betas: [0.9, 0.98], clip_norm: 5.0, precision: fp32,
+               checkpoint_images: 1000, log_images: 8, seed: 0}
+""")
+ONE_STAGE = {"depths": [2, 1], "group_tokens": [6, 0], "output_groups": [3]}
+# Source: card groupvit.md sections 1, 3 and 4.
+RELEASED = {
+    "patches": {"image_size": 224, "first_stride": 16},
+    "grouping": {"dim": 384, "heads": 6, "depths": [6, 3, 3], "group_tokens": [64, 8, 0], "output_groups": [64, 8]},
+    "text": {"context_length": 77, "width": 256, "layers": 12, "heads": 4},
+    "projector_hidden": 4096,
+    "embed_dim": 256,
+}
+WORDS = ("red", "green", "blue", "grey", "white", "black", "pink", "brown")
+
+
+def config(**changes) -> groupvit.Config:
+    """The tests' config; `loss={...}` and the like replace keys of a block."""
+    values = {
+        name: {**block, **changes.get(name, {})} if isinstance(block, dict) else changes.get(name, block)
+        for name, block in CONFIG.items()
+    }
+    return params.build(groupvit.Config, values, "train.groupvit")
+
+
+def model(**changes) -> groupvit.GroupViT:
+    torch.manual_seed(0)
+    return groupvit.build(config(**changes), None)
+
+
+def batch(tower: groupvit.GroupViT, size: int = 8, prompts: int = 2) -> TrainBatch:
+    """Pictures of a coloured rectangle each on a dull ground, the colour in caption and prompts."""
+    generator = torch.Generator().manual_seed(1)
+    colours = torch.randn(8, 3, generator=generator)
+    pixels = torch.randn(size, 3, 32, 32, generator=generator) * 0.3
+    for i in range(size):
+        top, left = (8 * torch.randint(0, 3, (2,), generator=generator)).tolist()
+        pixels[i, :, top : top + 16, left : left + 16] += 2 * colours[i % 8, :, None, None]
+    captions = [f"a {WORDS[i % 8]} box" for i in range(size)]
+    rows = [tower.tokenizer([f"a photo of a {WORDS[(i + k) % 8]}." for i in range(size)]) for k in range(prompts)]
+    return TrainBatch(
+        pixels=pixels,
+        captions=captions,
+        token_ids=tower.tokenizer(captions),
+        regions=None,
+        uids=[f"uid{i}" for i in range(size)],
+        prompt_ids=torch.stack(rows) if prompts else None,
+    )
+
+
+def from_transformers(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' weights under our names. Source: card groupvit.md section 11.2."""
+    names = (
+        ("vision_model.embeddings.position_embeddings", "image.position"),
+        ("vision_model.embeddings.patch_embeddings.projection", "image.stem.layers"),
+        ("vision_model.embeddings.layernorm", "image.patch_norm"),
+        ("vision_model.encoder.stages.", "image.grouping.stages."),
+        ("vision_model.layernorm", "image.grouping.norm"),
+        ("text_model.embeddings.token_embedding", "text.embedding"),
+        ("text_model.embeddings.position_embedding.weight", "text.position"),
+        ("text_model.encoder.layers.", "text.blocks."),
+        ("text_model.final_layer_norm", "text.norm"),
+        ("visual_projection.", "image_projector."),
+        ("text_projection.", "text_projector."),
+        ("logit_scale", "contrast.log_scale"),
+        (".downsample.pre_assign_attn.attn.out_proj", ".grouping.pre_assign.attn.out"),
+        (".downsample.pre_assign_attn", ".grouping.pre_assign"),
+        (".downsample.mlp_inter", ".grouping.mixer.mlp"),
+        (".downsample.mlp_channels", ".grouping.mlp"),
+        (".downsample.assign.proj", ".grouping.assign.out"),
+        (".downsample.", ".grouping."),
+        (".group_projector.0", ".project_tokens.0"),
+        (".group_projector.1", ".project_tokens.1.mlp"),
+        (".layers.", ".blocks."),
+        (".layer_norm", ".norm"),
+        (".self_attn.out_proj", ".attn.proj"),
+        (".fc1", ".0"),
+        (".fc2", ".2"),
+        ("_projector.0.", "_projector.hidden."),
+        ("_projector.1.", "_projector.norm."),
+        ("_projector.3.", "_projector.out."),
+    )
+    ours: dict[str, torch.Tensor] = {}
+    for theirs_name, value in theirs.items():
+        name = theirs_name
+        for before, after in names:
+            name = name.replace(before, after)
+        if ".self_attn.q_proj" in name:
+            parts = [theirs[theirs_name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            ours[name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(parts)
+        elif ".self_attn." not in name:
+            for before, after in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+                name = name.replace(before, after)
+            ours[name] = value
+    position = ours["image.position"]
+    side = round(position.shape[1] ** 0.5)
+    ours["image.position"] = position.transpose(1, 2).unflatten(2, (side, side))
+    # In the patch stem `layers` is ours, not a renamed list of blocks.
+    return {name.replace("stem.blocks.", "stem.layers."): value for name, value in ours.items()}
+
+
+SMALL = {
+    "vision": {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4, "depths": [2, 1, 1]}
+    | {"num_hidden_layers": 4, "num_group_tokens": [12, 5, 0], "num_output_groups": [12, 5, 0]},
+    "text": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "projection": {"projection_dim": 20, "projection_intermediate_dim": 40},
+    "ours": {
+        "patches": {"image_size": 224, "first_stride": 16},
+        "grouping": {"dim": 32, "heads": 4, "depths": [2, 1, 1], "group_tokens": [12, 5, 0], "output_groups": [12, 5]},
+        "text": {"context_length": 77, "width": 16, "layers": 2, "heads": 2},
+        "projector_hidden": 40,
+        "embed_dim": 20,
+    },
+}
+FULL = {"vision": {}, "text": {}, "projection": {}, "ours": RELEASED}
+
+
+def transformers_model(sizes):
+    """transformers' GroupViT with weights in which every part counts: its own start has zero tokens and biases."""
+    from transformers import GroupViTConfig, GroupViTModel
+
+    torch.manual_seed(1)
+    theirs = GroupViTModel(
+        GroupViTConfig(vision_config=sizes["vision"], text_config=sizes["text"], **sizes["projection"])
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.3)
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
+    return theirs
+
+
+@pytest.mark.parametrize("sizes", [SMALL, FULL], ids=["small", "released"])
+@torch.inference_mode()
+def test_equals_transformers(sizes):
+    """Embeddings of images and texts and the soft assignments of both stages, from the same weights."""
+    theirs = transformers_model(sizes)
+    # One temperature: transformers leaves that of the multi-label loss out.
+    ours = model(**sizes["ours"], loss={"multi_label": 0.0, "num_prompts": 0}).eval()
+    ours.load_state_dict(from_transformers(theirs.state_dict()))
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    texts = ["a photo of a cat.", "two dogs on a couch under a red blanket"]
+    ids = ours.tokenizer(texts)
+    ends = ids.argmax(dim=1)
+    mask = (torch.arange(77)[None] <= ends[:, None]).long()
+    found = theirs(input_ids=ids, attention_mask=mask, pixel_values=pixels, output_attentions=True)
+    torch.testing.assert_close(ours.encode_image(pixels), found.image_embeds, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.encode_text(texts), found.text_embeds, atol=1e-4, rtol=0)
+    padded = theirs(input_ids=torch.where(mask == 1, ids, ours.tokenizer.eot), attention_mask=None, pixel_values=pixels)
+    torch.testing.assert_close(padded.text_embeds, found.text_embeds, atol=1e-5, rtol=0, msg="padding must not count")
+    soft = [attention for attention in found.vision_model_output.attentions if attention is not None]
+    assignments = ours.image(pixels).assignments
+    assert len(soft) == len(assignments) == 2
+    for our, their in zip(assignments, soft, strict=True):
+        assert our.soft.std() > 1e-3, "the comparison needs assignments that are not flat"
+        torch.testing.assert_close(our.soft, their.reshape(our.soft.shape), atol=1e-4, rtol=0)
+    assert ours.contrast.scale.item() == pytest.approx(theirs.logit_scale.exp().item(), rel=1e-5)
+
+
+def test_released_sizes():
+    """Source: card groupvit.md section 1."""
+    released = model(**RELEASED)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in released.named_children()}
+    assert parts == {
+        "image": 28_837_136,
+        "text": 22_145_792,
+        "image_projector": 2_633_984,
+        "text_projector": 2_109_696,
+        "contrast": 1,
+        "multi_label_temperature": 1,
+    }
+    assert sum(parts.values()) == 55_726_610
+
+
+def test_without_multi_label_there_is_one_temperature():
+    alone = {"multi_label": 0.0, "num_prompts": 0}
+    assert model().multi_label_temperature is not None
+    assert (
+        model(loss=alone).multi_label_temperature is model(loss={"share_scale": True}).multi_label_temperature is None
+    )
+    terms = model(loss=alone).loss(batch(model(), prompts=0))
+    assert terms["multi_label"] == 0 and terms["total"] == terms["caption"]
+
+
+@pytest.mark.parametrize("halved", [True, False])
+@pytest.mark.parametrize("form", ["released", "print"])
+def test_total_is_both_losses(form, halved):
+    """Caption and prompts go through the text tower in one pass; prompt k of image i is prompt_ids[k, i]."""
+    tower = model(loss={"form": form, "halved": halved, "caption": 0.5, "multi_label": 2.0}).eval()
+    with torch.no_grad():
+        tower.multi_label_temperature.log_scale.fill_(log(3.0))
+    data = batch(tower)
+    terms = tower.loss(data)
+    image = tower.encode_image(data.pixels)
+    words = [[f"a photo of a {WORDS[(i + k) % 8]}." for k in range(2)] for i in range(8)]
+    prompts = torch.stack([tower.encode_text(own) for own in words])
+    factor = 0.5 if halved else 1.0
+    caption = factor * sum(info_nce(image, tower.encode_text(data.captions), torch.tensor(1 / 0.07)))
+    multi = factor * sum(multi_label(image, prompts, torch.tensor(3.0), form=form))
+    torch.testing.assert_close(terms["caption"], caption)
+    torch.testing.assert_close(terms["multi_label"], multi)
+    torch.testing.assert_close(terms["total"], 0.5 * caption + 2 * multi)
+
+
+def test_batch_norm_sees_captions_and_prompts_together():
+    tower = model().train()
+    tower.loss(batch(tower))
+    together = tower.text_projector.norm.running_mean.clone()
+    data, other = batch(tower), model().train()
+    vectors = other.text_projector.hidden(other.text(torch.cat([data.token_ids, *data.prompt_ids])))
+    assert len(vectors) == 8 * 3
+    torch.testing.assert_close(together, 0.1 * vectors.mean(0), atol=1e-6, rtol=1e-4)
+
+
+CHANGES = [
+    {},
+    {"grouping": ONE_STAGE, "loss": {"form": "print", "share_scale": True}},
+    {"grouping": {"assignment": "soft", "gumbel": False}, "loss": {"caption": 0.0, "share_scale": True}},
+    {"loss": {"multi_label": 0.0, "num_prompts": 0}, "text": {"layers": 0, "pooling": "mean"}},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_every_parameter_gets_a_gradient(changes):
+    """All switches of tables T1 to T4; biases that a softmax or BatchNorm cancels have none."""
+    tower = model(**changes).train()
+    # A fifth of the temperature's start: at 14 most gradients of eight random pairs are below float32's resolution.
+    with torch.no_grad():
+        tower.contrast.log_scale.fill_(1.0)
+    tower.loss(batch(tower, prompts=tower.settings.num_prompts))["total"].backward()
+    idle = {name for name, p in tower.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9}
+    cancelled = ("attn.key.bias", "assign.query.bias", "projector.hidden.bias")
+    assert {name for name in idle if not name.endswith(cancelled)} == set()
+
+
+def test_no_gradient_into_a_temperature_above_the_cap():
+    tower = model()
+    with torch.no_grad():
+        tower.contrast.log_scale.fill_(5.0)
+    tower.loss(batch(tower))["total"].backward()
+    assert tower.contrast.log_scale.grad == 0 and tower.contrast.log_scale == 5
+    assert tower.multi_label_temperature.log_scale.grad.abs() > 0
+    assert tower.contrast.scale == 100, "what scores are multiplied with at test"
+
+
+def test_a_training_step_under_bf16():
+    tower = model(grouping=ONE_STAGE).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = tower.loss(batch(tower))
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
+    terms["total"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in tower.parameters())
+
+
+def test_effective_groups_by_hand():
+    maps = torch.zeros(3, 4, 6)
+    maps[0, 2] = 1  # one group has all
+    maps[1, 0, :3] = maps[1, 1, 3:] = 1  # two share evenly
+    maps[2, 0, :2] = maps[2, 1, 2:4] = maps[2, 3, 4:] = 1
+    assert groupvit.effective_groups(maps).item() == pytest.approx((1 + 2 + 3) / 3, abs=1e-5)
+    terms = model().loss(batch(model()))
+    assert 1 <= terms["groups"].item() <= 3 and not terms["groups"].requires_grad
+
+
+@pytest.mark.parametrize("changes", [{}, {"grouping": ONE_STAGE}])
+@torch.inference_mode()
+def test_groups_and_segment(changes):
+    """Segments through the projector, the mean segment's image vector as the gate, maps argmaxed after upsampling."""
+    tower = model(**changes).eval()
+    pixels = torch.randn(1, 3, 32, 72, generator=torch.Generator().manual_seed(2))
+    classes = tower.encode_text([f"a {word} box" for word in WORDS])
+    grouped = tower.image(pixels)
+    segments = F.normalize(torch.stack([tower.image_projector(s[None])[0] for s in grouped.segments[0]]), dim=-1)
+    confidence = group_confidence(segments, tower.encode_image(pixels)[0], classes, scale=1 / 0.07)
+    found = tower.groups(pixels, classes)
+    torch.testing.assert_close(found.confidence, confidence)
+    assert found.maps.shape == (3, 4, 9) and (found.confidence > 0).any(0).sum() == 5
+    torch.testing.assert_close(found.maps.sum(0), torch.ones(4, 9))
+    torch.testing.assert_close(found.maps[:, 1, 2], grouped.soft_maps()[0, :, 1 * 9 + 2])
+    regions, scores = tower.regions(pixels), tower.segment(pixels, classes)
+    maps = F.interpolate(found.maps[None], (32, 72), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(regions, maps.argmax(0))
+    for row, column in ((0, 0), (9, 33), (31, 71)):
+        torch.testing.assert_close(scores[:, row, column], confidence[regions[row, column]])
+
+
+def test_embeddings_are_unit_vectors_and_eval_is_deterministic():
+    tower = model().eval()
+    assert isinstance(tower, ScoreModel)
+    pixels = torch.randn(3, 3, 32, 32)
+    for vectors in (tower.encode_image(pixels), tower.encode_text(["a red box", "nothing"])):
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(len(vectors)))
+    torch.testing.assert_close(tower.encode_image(pixels), tower.encode_image(pixels), rtol=0, atol=0)
+    torch.testing.assert_close(F.normalize(tower.project_text(["a red box"]), dim=-1), tower.encode_text(["a red box"]))
+
+
+def test_permuting_pairs_changes_no_loss():
+    tower = model().eval()
+    data, order = batch(tower), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    moved = replace(
+        data, pixels=data.pixels[order], token_ids=data.token_ids[order], prompt_ids=data.prompt_ids[:, order]
+    )
+    before, after = tower.loss(data), tower.loss(moved)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_without_prompts_is_refused():
+    tower = model()
+    with pytest.raises(ValueError, match="2 prompts per image"):
+        tower.loss(batch(tower, prompts=0))
+
+
+def test_hard_assignments_learn():
+    tower = model(grouping=ONE_STAGE).train()
+    optimiser = torch.optim.AdamW(tower.parameters(), lr=3e-3)
+    data, totals = batch(tower), []
+    for _ in range(20):
+        optimiser.zero_grad()
+        total = tower.loss(data)["total"]
+        total.backward()
+        optimiser.step()
+        totals.append(total.item())
+    assert totals[-1] < 0.8 * totals[0]
+
+
+def test_trained_folder_round_trip(tmp_path):
+    chosen = config(text={"vocabulary": "seen"})
+    torch.manual_seed(0)
+    tower = groupvit.build(chosen, Vocabulary.of(torch.tensor([5, 9, 9, 320]), vocab_size=49408)).eval()
+    save_model(tmp_path / "groupvit", tower.state_dict(), {"method": "groupvit", "config": params.plain(chosen)})
+    loaded = methods.load(tmp_path / "groupvit", tmp_path)
+    pixels = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(loaded.encode_image(pixels), tower.encode_image(pixels))
+    torch.testing.assert_close(loaded.encode_text(["a red box"]), tower.encode_text(["a red box"]))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_impossible_losses_are_refused():
+    with pytest.raises(params.ParamsError, match="num_prompts and multi_label"):
+        config(loss={"multi_label": 0.0})
+    with pytest.raises(params.ParamsError, match="share_scale"):
+        config(loss={"caption": 0.0})
+    with pytest.raises(params.ParamsError, match=r"train\.groupvit\.loss\.form"):
+        config(loss={"form": "paper"})
+
+
+class Eight:
+    """The same eight pairs at every step."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def batches(self, position):
+        while True:
+            position += 8
+            yield Loaded(self.data, position, [])
+
+
+def golden_curve(folder: Path) -> list[dict[str, str]]:
+    """Twenty steps on eight pairs, float32, one thread. Soft: a hard choice flips with the last bit of a CPU's sums."""
+    torch.set_num_threads(1)
+    tower = model(grouping={"assignment": "soft"})
+    run = Run(
+        name="groupvit", key="golden", checkpoints=folder / "c", curve=folder / "c.csv", log=folder / "l", live=None
+    )
+    fit(tower, lambda data, _: tower.loss(data), Eight(batch(tower)), config().optimisation, run=run)
+    return list(csv.DictReader((folder / "c.csv").read_text().splitlines()))
+
+
+def test_golden_curve(tmp_path):
+    """`python -m tests.test_groupvit` writes the stored curve anew."""
+    found = golden_curve(tmp_path)
+    stored = list(csv.DictReader(GOLDEN.read_text().splitlines()))
+    assert len(found) == len(stored) == 20
+    for ours, golden in zip(found, stored, strict=True):
+        for name in ("total", "caption", "multi_label", "lr"):
+            assert float(ours[name]) == pytest.approx(float(golden[name]), rel=5e-3)
+    assert float(found[-1]["total"]) < 0.8 * float(found[0]["total"])
+
+
+if __name__ == "__main__":
+    # The one command that writes the golden curve: python -m tests.test_groupvit
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        golden_curve(Path(scratch))
+        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())
