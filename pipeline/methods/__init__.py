@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline import params
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.weights import CONFIG, REMEDY, load_model
+from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, load_model, model_digest
 from pipeline.nn.text import Vocabulary
 
 
@@ -50,6 +50,8 @@ def load(folder: Path, encoders: Path) -> Any:
         BadInput: not a method's folder, or weights that do not fit its config.
     """
     method, config, state, vocabulary = _read(folder)
+    if hasattr(method, "attach"):
+        _demand_same_towers(method, folder, encoders)
     model = method.build(config, vocabulary)
     try:
         model.load_state_dict(state)
@@ -81,6 +83,14 @@ def attach(method: ModuleType, model: Any, encoders: Path) -> None:
     """Lend the model the frozen towers that it reads but does not save."""
     if hasattr(method, "attach"):
         method.attach(model, encoders)
+
+
+def _demand_same_towers(method: ModuleType, folder: Path, encoders: Path) -> None:
+    """A lent tower must be the one that the method was trained with. Raises BadInput."""
+    trained = load_config(folder).get("inputs", {})
+    for tower in method.ENCODERS:
+        if trained.get(tower) not in (None, model_digest(encoders / tower)):
+            raise BadInput(encoders / tower, f"is not the tower that {folder.name} was trained with", REMEDY)
 
 
 def _ready(method: ModuleType, model: Any, encoders: Path) -> Any:

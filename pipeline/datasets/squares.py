@@ -1,0 +1,96 @@
+"""Training inputs for a student of cached views: each image's centre square, exactly as the teacher saw it.
+
+A random crop or flip would move tiles away from the vectors that are cached for them, so nothing here is random.
+Source: ZeroSeg 4.1 (centre crop and no other augmentation).
+
+Axes: side (pixels), views, dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from numpy import ndarray
+from PIL import Image
+
+from pipeline.artifacts.arrays import open_array
+from pipeline.artifacts.files import BadInput, read_json
+from pipeline.caching.teacher import ARRAY, VIEWS, boxes, describe
+from pipeline.datasets.batches import stack_pixels
+from pipeline.datasets.pairs import PairShard, Sample
+from pipeline.interfaces import TrainBatch
+
+REMEDY = "Run `dvc repro teacher`"
+
+
+@dataclass(frozen=True, slots=True)
+class Square:
+    """One sample's centre square and the views that are learned from."""
+
+    pixels: UInt8[ndarray, "side side 3"]
+    views: Float32[ndarray, "views dim"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SquareTransform:
+    """The square that the teacher saw.
+
+    `chosen`: places of the wanted views among the cached ones. Bicubic, antialiased, as the teacher's views are.
+    """
+
+    image_size: int
+    chosen: tuple[int, ...]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Square:
+        if sample.views is None:
+            raise ValueError(f"{sample.uid} has no views")
+        height, width, _ = sample.image.shape
+        shown = Image.fromarray(sample.image).crop(boxes(height, width, (1,))[0])
+        if shown.size != (self.image_size, self.image_size):
+            shown = shown.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return Square(np.asarray(shown), sample.views[list(self.chosen)].astype(np.float32))
+
+
+def collate(squares: list[Square], uids: list[str]) -> TrainBatch:
+    """Stack and normalise; there are no texts."""
+    return TrainBatch(
+        pixels=stack_pixels([square.pixels for square in squares]),
+        captions=[""] * len(squares),
+        token_ids=torch.zeros(len(squares), 0, dtype=torch.int64),
+        regions=None,
+        uids=uids,
+        views=torch.from_numpy(np.stack([square.views for square in squares])),
+    )
+
+
+def choose_views(shards: Sequence[PairShard], scales: tuple[int, ...], embed_dim: int) -> tuple[int, ...]:
+    """Places of the wanted scales' views among the cached ones, found by their boxes.
+
+    Raises:
+        BadInput: a cache lacks a scale, was cut by another rule than `pipeline.caching.teacher`'s, differs from the
+            others, or has vectors of another width.
+    """
+    wanted: Any = describe(scales, 1)["boxes"]
+    chosen: tuple[int, ...] | None = None
+    for shard in shards:
+        if shard.views is None:
+            raise BadInput(f"shard {shard.name}", "has no teacher views", REMEDY)
+        stored = read_json(shard.views / VIEWS, REMEDY)
+        if stored != describe(tuple(stored.get("scales", ())), stored.get("resized_to", 0)):
+            raise BadInput(shard.views / VIEWS, "describes views that are not cut as this version cuts them", REMEDY)
+        absent = sorted(set(scales) - set(stored["scales"]))
+        if absent:
+            remedy = "Add it to teacher.scales, or take it from train.zeroseg.scales"
+            raise BadInput(shard.views / VIEWS, f"has scales {stored['scales']} and not {absent[0]}", remedy)
+        places = tuple(stored["boxes"].index(box) for box in wanted)
+        if chosen not in (None, places):
+            raise BadInput(shard.views / VIEWS, "has its views in another order than the shard before", REMEDY)
+        chosen = places
+        shape = open_array(shard.views / ARRAY).shape
+        if tuple(shape[1:]) != (len(stored["boxes"]), embed_dim):
+            problem = f"holds {shape[1]} views of {shape[2]}, not {len(stored['boxes'])} of {embed_dim}"
+            raise BadInput(shard.views / ARRAY, problem, "Set train.zeroseg.embed_dim to the CLIP's width")
+    return chosen or ()
