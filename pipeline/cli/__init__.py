@@ -14,6 +14,7 @@ COMMANDS = {
     "why": ("pipeline.cli.why", "which key field of a shard changed"),
     "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),
     "doctor": ("pipeline.cli.doctor", "weights, corpora, data sets, device, disk: what is there, what is missing"),
+    "import": ("pipeline.cli.import_", "make a model folder of released weights: GroupViT, OVSegmentor, DINO, CLIP"),
     "evaluate": ("pipeline.evaluation", "score a model on a benchmark"),
     "predict": ("pipeline.prediction", "segment a photograph with any labels"),
 }
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             import_module(module).add_arguments(command)
     arguments = parser.parse_args(argv)
     try:
-        project = None if arguments.command == "profile" else open_project(arguments.root)
+        project = None if arguments.command in ("profile", "import") else open_project(arguments.root)
         return arguments.run(arguments, project) or 0
     except (BadInput, ParamsError) as error:
         print(f"error: {error}", file=sys.stderr)

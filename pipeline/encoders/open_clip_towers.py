@@ -136,7 +136,7 @@ def read_released(path: Path, name: str | None) -> tuple[dict[str, Tensor], dict
         remedy = "Name it behind the path (`source: file:<path>#ViT-B-16-quickgelu`) or give open_clip's hub folder"
         raise BadInput(path, "the file does not say which CLIP it is", remedy)
     else:
-        config = _known_config(name, str(path))
+        config = known_config(name, str(path))
     return _checked(read_weights(weights), config, card, weights)
 
 
@@ -150,7 +150,7 @@ def download(name: str, tag: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     where = f"open_clip:{name}/{tag}"
     card = pretrained.get_pretrained_cfg(name, tag)
-    config = _known_config(name, where)
+    config = known_config(name, where)
     if not card:
         raise BadInput(where, "open_clip knows no such weights", "Try open_clip.list_pretrained()")
     try:
@@ -172,7 +172,7 @@ def how_to_bring(name: str, tag: str, card: Mapping[str, Any]) -> str:
     )
 
 
-def _known_config(name: str, where: str) -> dict[str, Any]:
+def known_config(name: str, where: str) -> dict[str, Any]:
     import open_clip
 
     config = open_clip.get_model_config(name)

@@ -99,7 +99,7 @@ def read_released(path: Path, name: str | None) -> tuple[dict[str, Tensor], dict
         card = hub.get("pretrained_cfg", {})
         mean, std = card.get("mean", mean), card.get("std", std)
     state = {k: v for k, v in read_weights(weights).items() if not k.startswith("head.")}
-    architecture = {"name": name} if name else _architecture_of(state, weights)
+    architecture = {"name": name} if name else architecture_of(state, weights)
     try:
         fit_weights(build_model(architecture), state, weights)
     except ValueError as error:
@@ -136,7 +136,7 @@ def how_to_bring(name: str) -> str:
     )
 
 
-def _architecture_of(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+def architecture_of(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """The five numbers of a plain ViT, read off its tensors."""
     try:
         dim, _, patch, _ = state["patch_embed.proj.weight"].shape
