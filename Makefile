@@ -10,7 +10,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup repro test lint format bench lock seeds clean
+.PHONY: setup repro test lint format bench lock seeds ablations clean
 
 repro: setup  ## rebuild whatever is not up to date, then see reports/index.html
 	dvc repro
@@ -59,6 +59,9 @@ lock: setup  ## resolve requirements*.in again; `make lock UPGRADE=--upgrade` ta
 
 seeds: setup  ## the default run's figures over three seeds, into reports/seeds.json
 	python -m benchmarks.seeds
+
+ablations: setup  ## a paper's ablation tables, small, from the caches that are there: `make ablations METHOD=groupvit`
+	python -m benchmarks.ablate $(METHOD)
 
 clean:  ## remove everything that can be made again
 	rm -rf data/store data/checkpoints logs models/encoders reports/index.html reports/figures

@@ -10,16 +10,23 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from pipeline import params
 from pipeline.artifacts.files import atomic_json
 
 REPO = Path(__file__).resolve().parent.parent
-SEEDED = (
-    "encoders.dino.train.optimisation.seed",
-    "encoders.clip.train.optimisation.seed",
-    "train.sseg.optimisation.seed",
-)
+
+
+def seeded(block: Mapping[str, Any], where: str = "") -> list[str]:
+    """Dotted names of every training's seed: whatever has a `seed` beside a budget of `images`."""
+    found = [f"{where}seed"] if {"seed", "images"} <= set(block) else []
+    for name, value in block.items():
+        if isinstance(value, Mapping):
+            found += seeded(value, f"{where}{name}.")
+    return found
 
 
 def metrics_of(seed: int, work: Path) -> dict[str, dict]:
@@ -27,7 +34,8 @@ def metrics_of(seed: int, work: Path) -> dict[str, dict]:
     clone = work / f"seed-{seed}"
     if not clone.exists():
         subprocess.run(["git", "clone", "--quiet", str(REPO), str(clone)], check=True)
-    settings = [argument for name in SEEDED for argument in ("-S", f"{name}={seed}")]
+    trainings = params.read(REPO / "profiles" / "base.yaml")
+    settings = [word for name in seeded(trainings) for word in ("-S", f"{name}={seed}")]
     subprocess.run([sys.executable, "-m", "pipeline.cli", "profile", "use", "scenes", *settings], cwd=clone, check=True)
     subprocess.run(["dvc", "repro", "evaluate"], cwd=clone, check=True)
     folder = clone / "reports" / "metrics"

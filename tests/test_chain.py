@@ -77,11 +77,14 @@ def test_every_stage_leaves_what_it_promises(checkout):
     assert manifests == {"scenes", "download", "filter", "index", "features", "pseudo_masks", "teacher"}
     download = json.loads((checkout / "data/manifests/download.json").read_text())["totals"]
     assert download["failed"] >= 3, "a dead link, a page and half a JPEG end as failed rows"
-    for method in ("sseg", "baseline-oracle", "baseline-clip_patches", "baseline-constant", "sseg-untrained"):
+    trained = ("groupvit", "ovsegmentor", "sseg", "zeroseg")
+    untrained = tuple(f"{name}-untrained" for name in trained)
+    for method in (*trained, *untrained, "baseline-oracle", "baseline-clip_patches", "baseline-constant"):
         metrics = json.loads((checkout / f"reports/metrics/{method}/scenes.json").read_text())
         assert 0 <= metrics["miou"] <= 1 and metrics["num_images"] > 0
     page = (checkout / "reports/index.html").read_text()
     assert "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert all(f"reports/curves/{name}.csv" in call(checkout, "git", "ls-files") for name in trained)
     assert "S-Seg" in (checkout / "reports/results.md").read_text()
 
 
@@ -127,6 +130,7 @@ def test_a_clone_without_payloads_ends_with_the_committed_manifests(checkout, tm
     clone = tmp_path / "clone"
     call(tmp_path, "git", "clone", "--quiet", str(checkout), str(clone))
     ran = stages_run(call(clone, "dvc", "repro"))
-    assert {"scenes", "download", "filter", "encoders", "features", "pseudo_masks", "teacher", "train@sseg"} <= ran
+    trainings = {f"train@{name}" for name in ("groupvit", "ovsegmentor", "sseg", "zeroseg")}
+    assert {"scenes", "download", "filter", "encoders", "features", "pseudo_masks", "teacher"} | trainings <= ran
     assert call(clone, "git", "status", "--porcelain") == "", call(clone, "git", "diff")
     assert (clone / "reports/index.html").exists()

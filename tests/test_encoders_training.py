@@ -37,6 +37,7 @@ OPTIMISATION = {
     "final_lr_fraction": 0.1,
     "warmup_images": 0,
     "weight_decay": 0.0,
+    "decayed": "weights",
     "betas": [0.9, 0.98],
     "clip_norm": 1.0,
     "precision": "fp32",

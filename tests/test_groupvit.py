@@ -17,6 +17,7 @@ from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import info_nce, multi_label
 from pipeline.methods import groupvit
 from pipeline.nn.group_scores import group_confidence
+from pipeline.nn.grouping import Assignment, Grouped
 from pipeline.nn.text import Vocabulary
 from pipeline.training import Loaded, Run, fit
 
@@ -30,12 +31,12 @@ projector_hidden: 24
 embed_dim: 12
 loss: {caption: 1.0, multi_label: 1.0, num_prompts: 2, templates: single, form: released, halved: true,
        share_scale: false, temperature: 0.07, max_scale: 100.0}
-augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, caption_form: caption,
+augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5,
                rand_augment: 0, erase_chance: 0.0}
 shuffle: {block_rows: 4, window_blocks: 2}
 optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
-               warmup_images: 16, weight_decay: 0.05, betas: [0.9, 0.98], clip_norm: 5.0, precision: fp32,
-               checkpoint_images: 1000, log_images: 8, seed: 0}
+               warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
+               clip_norm: 5.0, precision: fp32, checkpoint_images: 1000, log_images: 8, seed: 0}
 """)
 ONE_STAGE = {"depths": [2, 1], "group_tokens": [6, 0], "output_groups": [3]}
 # Source: card groupvit.md sections 1, 3 and 4.
@@ -296,7 +297,8 @@ def test_effective_groups_by_hand():
     maps[0, 2] = 1  # one group has all
     maps[1, 0, :3] = maps[1, 1, 3:] = 1  # two share evenly
     maps[2, 0, :2] = maps[2, 1, 2:4] = maps[2, 3, 4:] = 1
-    assert groupvit.effective_groups(maps).item() == pytest.approx((1 + 2 + 3) / 3, abs=1e-5)
+    grouped = Grouped(maps, [Assignment(maps, maps, maps, maps)])
+    assert grouped.effective_groups().item() == pytest.approx((1 + 2 + 3) / 3, abs=1e-5)
     terms = model().loss(batch(model()))
     assert 1 <= terms["groups"].item() <= 3 and not terms["groups"].requires_grad
 

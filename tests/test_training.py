@@ -23,6 +23,7 @@ OPTIMISATION = Optimisation(
     final_lr_fraction=0.1,
     warmup_images=16,
     weight_decay=0.1,
+    decayed="weights",
     betas=(0.9, 0.99),
     clip_norm=1.0,
     precision="fp32",
@@ -110,6 +111,22 @@ def train(folder, loader=None, optimisation=OPTIMISATION, key="k" * 8):
 
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_everything_but_vectors_decays_where_the_release_does():
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.zeros(()))
+    model.tokens = torch.nn.Parameter(torch.zeros(1, 4, 2))
+    model.table = torch.nn.Embedding(5, 2)
+    model.layer = torch.nn.Linear(2, 3)
+    model.norm = torch.nn.LayerNorm(2)
+    settings = {"lr": 1.0, "weight_decay": 0.5, "lr_multipliers": {}}
+    for decayed, expected in (
+        ("all_but_vectors", {"scale", "tokens", "table.weight", "layer.weight"}),
+        ("weights", {"layer.weight"}),
+    ):
+        groups = parameter_groups(model, **settings, decayed=decayed)
+        assert {name for group in groups if group["weight_decay"] for name in group["names"]} == expected
 
 
 def test_learning_rate_by_hand():

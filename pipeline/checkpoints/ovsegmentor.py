@@ -58,6 +58,7 @@ RULES = (
 _OPTIMISATION = {
     "lr_multipliers": {},
     "weight_decay": 0.05,
+    "decayed": "all_but_vectors",
     "betas": [0.9, 0.999],
     "clip_norm": 5.0,
     "precision": "fp32",

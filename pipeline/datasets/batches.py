@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -15,12 +15,26 @@ from pipeline.datasets.pairs import PairShard, Sample, captions
 from pipeline.datasets.transforms import ViewConfig, move_labels, normalise, render
 from pipeline.interfaces import TrainBatch
 from pipeline.nn.text import Vocabulary
+from pipeline.params import Range
 from pipeline.text import prompts
 from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.text.verdicts import kept
 
 CaptionForm = Literal["caption", "nouns"]
 TemplateSet = Literal["single", "subset", "imagenet", "tcl"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrongViews(ViewConfig):
+    """Views whose pixels change as well; a block of params.yaml. For methods without pseudo-masks.
+
+    Attributes:
+        rand_augment: operations of timm's policy rand-m9-mstd0.5-inc1; 0 for none.
+        erase_chance: of a rectangle of noise.
+    """
+
+    rand_augment: Annotated[int, Range(0)]
+    erase_chance: Annotated[float, Range(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

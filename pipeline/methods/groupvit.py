@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, TemplateSet, seen_tokens
+from pipeline.datasets.batches import PairCollate, PairTransform, StrongViews, TemplateSet, seen_tokens
 from pipeline.datasets.pairs import Shuffle
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss, ContrastiveTerms, MultiLabelForm, Temperature, multi_label
@@ -89,19 +89,6 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Views(Augmentation):
-    """Views of images and captions, and what the release does to the pixels after the crop.
-
-    Attributes:
-        rand_augment: operations of timm's policy rand-m9-mstd0.5-inc1; 0 for none.
-        erase_chance: of a rectangle of noise.
-    """
-
-    rand_augment: Annotated[int, Range(0)]
-    erase_chance: Annotated[float, Range(0, 1)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The block train.groupvit.
 
@@ -116,7 +103,7 @@ class Config:
     projector_hidden: Count
     embed_dim: Count
     loss: LossConfig
-    augmentation: Views
+    augmentation: StrongViews
     shuffle: Shuffle
     optimisation: Optimisation
 
@@ -124,15 +111,6 @@ class Config:
     def seed(self) -> int:
         """Of the fresh weights."""
         return self.optimisation.seed
-
-
-def effective_groups(maps: Float[Tensor, "batch groups tokens"]) -> Float[Tensor, ""]:
-    """How many groups an image uses: exponential of the entropy of the groups' sizes, averaged over images.
-
-    A token counts for its strongest group. 1: one group takes the whole picture.
-    """
-    sizes = F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
-    return torch.special.entr(sizes).sum(dim=1).exp().mean()
 
 
 class GroupViT(nn.Module):
@@ -180,7 +158,7 @@ class GroupViT(nn.Module):
         """Named terms and `total`.
 
         `caption` and `multi_label` are unweighted, zero where switched off. `groups` is not optimised: the effective
-        number of groups that an image uses (`effective_groups`).
+        number of groups that an image uses.
         """
         settings = self.settings
         grouped = self.image(batch.pixels)
@@ -195,7 +173,7 @@ class GroupViT(nn.Module):
             "total": settings.caption * caption + settings.multi_label * multi,
             "caption": caption,
             "multi_label": multi,
-            "groups": effective_groups(grouped.soft_maps().detach()),
+            "groups": grouped.effective_groups(),
         }
 
     def groups(
@@ -276,7 +254,6 @@ def phases(model: GroupViT, config: Config, data: TrainingData) -> list[Phase]:
     views = config.augmentation
     prepare = PairTransform(
         views=views,
-        caption_form=views.caption_form,
         num_prompts=config.loss.num_prompts,
         templates=templates(config.loss.templates),
         rand_augment=views.rand_augment,

@@ -241,7 +241,7 @@ class ZeroSeg(nn.Module):
             "multi_scale": multi_scale,
             "match": match,
             "tiles": tiles,
-            "groups": effective_groups(grouped),
+            "groups": grouped.effective_groups(),
         }
 
     def _multi_scale(
@@ -282,15 +282,6 @@ class ZeroSeg(nn.Module):
             return self.projector(pooled)[:, 0], self.segment_projector(segments)
         both = self.projector(torch.cat([pooled, segments], dim=1))
         return both[:, 0], both[:, 1:]
-
-
-@torch.no_grad()
-def effective_groups(grouped: Grouped) -> Float[Tensor, ""]:
-    """Groups that share an image's tokens: the exponential of the shares' entropy, mean over the batch."""
-    maps = grouped.assignments[0].used.float()
-    for assignment in grouped.assignments[1:]:
-        maps = assignment.used.float() @ maps
-    return torch.special.entr(maps.mean(dim=2).clamp(min=0)).sum(dim=1).exp().mean()
 
 
 def _unit(vectors: Float[Tensor, "*shape"], wanted: bool) -> Float[Tensor, "*shape"]:

@@ -112,6 +112,16 @@ class Grouped(NamedTuple):
             maps = assignment.soft @ maps
         return maps
 
+    @torch.no_grad()
+    def effective_groups(self) -> Float[Tensor, ""]:
+        """How many groups an image uses: exponential of the entropy of their sizes, mean over images.
+
+        A token counts for its strongest group. 1: one group takes the whole picture.
+        """
+        maps = self.soft_maps()
+        sizes = F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
+        return torch.special.entr(sizes).sum(dim=1).exp().mean()
+
 
 class TokenMixer(nn.Module):
     """MLP along the token axis: `inside` tokens -> half the width -> `outside` tokens. Source: MLP-Mixer."""
@@ -292,7 +302,7 @@ class GroupingStages(nn.Module):
 
     def __init__(self, config: GroupingConfig, *, eps: float = NORM_EPS) -> None:
         super().__init__()
-        chances = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        chances = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
         stages = []
         for stage, depth in enumerate(config.depths):
             before = sum(config.depths[:stage])

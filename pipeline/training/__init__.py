@@ -28,7 +28,15 @@ from pipeline.engine import SIGNAL_EXIT, Interrupted
 from pipeline.params import Range
 from pipeline.training.curve import Clock, Curve, LivePlot, Log, say
 from pipeline.training.interrupts import stop_requests
-from pipeline.training.optimiser import Positive, Precision, adamw, lr_factor, parameter_groups, resolve_precision
+from pipeline.training.optimiser import (
+    Decayed,
+    Positive,
+    Precision,
+    adamw,
+    lr_factor,
+    parameter_groups,
+    resolve_precision,
+)
 from pipeline.training.state import RunState, restore_state, save_state
 
 __all__ = ["FitResult", "Loaded", "NonFiniteLoss", "Optimisation", "Progress", "Run", "fit"]
@@ -45,7 +53,8 @@ class Optimisation:
         lr_multipliers: factor on `lr` by prefix of parameter name.
         final_lr_fraction: share of `lr` at the end of the cosine.
         warmup_images: images of linear warm-up.
-        weight_decay: on matrices and filters only.
+        weight_decay: of AdamW.
+        decayed: what it acts on, see `parameter_groups`.
         betas: AdamW's moment decays.
         clip_norm: largest gradient norm of the whole model.
         precision: bf16 = autocast with losses in fp32; falls back to fp32 on a CPU without bf16 instructions.
@@ -61,6 +70,7 @@ class Optimisation:
     final_lr_fraction: Annotated[float, Range(0, 1)]
     warmup_images: Annotated[int, Range(0)]
     weight_decay: Annotated[float, Range(0)]
+    decayed: Decayed
     betas: tuple[float, float]
     clip_norm: Annotated[float, Range(0, low_open=True)]
     precision: Precision
@@ -168,6 +178,7 @@ def fit(
         lr=optimisation.lr,
         weight_decay=optimisation.weight_decay,
         lr_multipliers=optimisation.lr_multipliers,
+        decayed=optimisation.decayed,
     )
     optimiser = adamw(groups, optimisation.betas)
     torch.manual_seed(optimisation.seed)

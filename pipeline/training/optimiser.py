@@ -13,21 +13,24 @@ from pipeline.params import Range
 
 Precision = Literal["fp32", "bf16"]
 Positive = Annotated[int, Range(1)]
+Decayed = Literal["weights", "all_but_vectors"]
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, lr_multipliers: dict[str, float]
+    model: nn.Module, *, lr: float, weight_decay: float, lr_multipliers: dict[str, float], decayed: Decayed = "weights"
 ) -> list[dict]:
     """Groups of trainable parameters for AdamW; each holds `names` beside `params`, and `peak_lr` (its lr at the peak).
 
-    Only matrices and filters called `weight` decay: not vectors and scalars (biases, norms, temperatures), embedding
-    tables, or parameters under another name (position embeddings, tokens, queries). `lr_multipliers` maps a prefix of
-    parameter names to a factor; the longest prefix that fits wins. Source: GroupViT and CLIP recipes.
+    `decayed` "weights": only matrices and filters called `weight`, not vectors and scalars (biases, norms,
+    temperatures), embedding tables, or parameters under another name (position embeddings, tokens, queries); CLIP's
+    recipe. "all_but_vectors": all but biases and what has just one axis; GroupViT's and OVSegmentor's releases, whose
+    temperatures, position tables, group tokens and token embeddings decay (card groupvit.md section 8).
+    `lr_multipliers` maps a prefix of parameter names to a factor; the longest prefix that fits wins.
 
     Raises:
         ValueError: a prefix fits no trainable parameter, or nothing is trainable.
     """
-    decayed = _decayed(model)
+    decaying = _weights(model) if decayed == "weights" else _all_but_vectors(model)
     groups: dict[tuple[float, float], dict] = {}
     used: set[str] = set()
     for name, parameter in model.named_parameters():
@@ -37,7 +40,7 @@ def parameter_groups(
         if prefix is not None:
             used.add(prefix)
         peak = lr * (1.0 if prefix is None else lr_multipliers[prefix])
-        decay = weight_decay if name in decayed else 0.0
+        decay = weight_decay if name in decaying else 0.0
         group = groups.setdefault((peak, decay), {"params": [], "names": [], "peak_lr": peak, "weight_decay": decay})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -53,7 +56,11 @@ def _starts(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def _decayed(model: nn.Module) -> set[str]:
+def _all_but_vectors(model: nn.Module) -> set[str]:
+    return {name for name, value in model.named_parameters() if value.ndim != 1 and not name.endswith(".bias")}
+
+
+def _weights(model: nn.Module) -> set[str]:
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()

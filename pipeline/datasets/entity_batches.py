@@ -1,0 +1,174 @@
+"""OVSegmentor's batches: an image with its caption in up to three forms, and a partner image that shares an entity.
+
+`EntityTransform` runs in the loader's threads, `EntityCollate` over its results.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from numpy import ndarray
+from torch import Tensor
+
+from pipeline.datasets.augmentation import Erased, draw_erased, rand_augment
+from pipeline.datasets.batches import StrongViews, stack_pixels
+from pipeline.datasets.joined import Sample
+from pipeline.datasets.partners import Partner, Partners
+from pipeline.datasets.transforms import render
+from pipeline.interfaces import on_device
+from pipeline.nn.text import inside_text
+from pipeline.text.entities import Vocabulary
+from pipeline.text.mask_tokens import MaskTokenizer
+from pipeline.text.masking import Masked, Strip, Target, mask_caption
+from pipeline.text.prompts import entity_answer, entity_prompt, noun_prompts
+
+# What the text side learns beside the caption's contrast; Table 4 of OVSegmentor.
+Completion = Literal["all", "one", "nouns", "multi_label", "mlm", "mlm_without_groups", "none"]
+_TARGETS: dict[str, Target] = {"all": "all", "one": "one", "nouns": "nouns", "mlm": "all", "mlm_without_groups": "all"}
+
+
+@dataclass
+class EntityBatch:
+    """Row i of every field is the same sample; what a setting does not need is None.
+
+    pixels, partner_pixels: ImageNet-normalised. token_ids: the caption; masked_ids: with masks; answer_ids: the
+    sentence that names what is behind them. mask_classes: the class behind each mask token, -1 elsewhere. prompt_ids:
+    the k-th entity prompt of image i at [k, i]. entity_ids: "A photo of <the shared entity>". paired: False where there
+    is no partner; the row's own image stands there.
+    """
+
+    pixels: Float[Tensor, "batch 3 height width"]
+    token_ids: Int64[Tensor, "batch length"]
+    uids: list[str]
+    masked_ids: Int64[Tensor, "batch masked"] | None = None
+    answer_ids: Int64[Tensor, "batch answer"] | None = None
+    mask_classes: Int64[Tensor, "batch masked"] | None = None
+    prompt_ids: Int64[Tensor, "prompts batch prompt"] | None = None
+    partner_pixels: Float[Tensor, "batch 3 height width"] | None = None
+    entity_ids: Int64[Tensor, "batch entity"] | None = None
+    paired: Bool[Tensor, " batch"] | None = None
+
+    def to(self, device: torch.device | str) -> "EntityBatch":
+        """The same batch on `device`."""
+        return on_device(self, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A view of an image, before it is stacked."""
+
+    pixels: UInt8[ndarray, "side side 3"]
+    erased: Erased | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedEntities:
+    """One sample's view. `partner`: its picture and the shared entity's name; `answer` is a sentence."""
+
+    picture: Picture
+    caption: str
+    masked: Masked | None
+    answer: str
+    prompts: list[str]
+    partner: tuple[Picture, str] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntityTransform:
+    """An image's view, a caption, its masked form with the answer, and where `partners` is given a partner's view.
+
+    The answer is the text of a drawn template before its slot and the names joined by "and"; without a mask it is the
+    template's beginning alone (card section 3.3). `num_prompts` prompts are for completion `multi_label`.
+    """
+
+    views: StrongViews
+    vocabulary: Vocabulary
+    completion: Completion
+    strip: Strip
+    templates: tuple[str, ...]
+    num_prompts: int
+    partners: Partners | None = None
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> PreparedEntities:
+        picture = self._view(sample.image, rng)
+        caption = sample.caption(rng)
+        masked, answer, words = None, "", []
+        if self.completion in _TARGETS:
+            target = _TARGETS[self.completion]
+            masked = mask_caption(caption, self.vocabulary, sample.entities, sample.nouns, target, self.strip, rng)
+            answer = entity_answer(masked.answer, self.templates[int(rng.integers(len(self.templates)))])
+        elif self.completion == "multi_label":
+            names = [self.vocabulary.classes[entity] for entity in sample.entities]
+            words = noun_prompts(caption, names, self.num_prompts, self.templates, rng)
+        partner = None if self.partners is None else self.partners.draw(sample, rng)
+        return PreparedEntities(picture, caption, masked, answer, words, partner and self._partner(partner, rng))
+
+    def _partner(self, partner: Partner, rng: np.random.Generator) -> tuple[Picture, str]:
+        return self._view(partner.image, rng), self.vocabulary.classes[partner.entity]
+
+    def _view(self, image: UInt8[ndarray, "height width 3"], rng: np.random.Generator) -> Picture:
+        side = self.views.image_size
+        pixels = render(image, self.views.draw(image, rng), side)
+        if self.views.rand_augment:
+            pixels = rand_augment(pixels, self.views.rand_augment, rng)
+        erased = draw_erased(side, self.views.erase_chance, rng) if self.views.erase_chance else None
+        return Picture(pixels, erased)
+
+
+@dataclass(frozen=True, slots=True)
+class EntityCollate:
+    """Stack, normalise and tokenise. `partners`: whether the transform draws partners.
+
+    `longest` cuts every form to its longest text in the batch, as the authors' own runs did; the release pads to the
+    context length, and its decoder has no padding mask.
+    """
+
+    tokenizer: MaskTokenizer
+    completion: Completion
+    partners: bool
+    longest: bool
+
+    def __call__(self, prepared: list[PreparedEntities], uids: list[str]) -> EntityBatch:
+        batch = EntityBatch(
+            pixels=_stack([item.picture for item in prepared]),
+            token_ids=self._ids([item.caption for item in prepared]),
+            uids=uids,
+        )
+        masked = [item.masked for item in prepared if item.masked is not None]
+        if masked:
+            batch.masked_ids = self._ids([item.text for item in masked])
+        if self.completion in ("all", "one", "nouns"):
+            batch.answer_ids = self._ids([item.answer for item in prepared])
+        elif batch.masked_ids is not None:
+            batch.mask_classes = _mask_classes(batch.masked_ids, masked, self.tokenizer.mask)
+        if self.completion == "multi_label":
+            count = len(prepared[0].prompts)
+            flat = self._ids([item.prompts[number] for number in range(count) for item in prepared])
+            batch.prompt_ids = flat.unflatten(0, (count, len(prepared)))
+        if self.partners:
+            partners = [item.partner or (item.picture, "") for item in prepared]
+            batch.partner_pixels = _stack([picture for picture, _ in partners])
+            batch.entity_ids = self._ids([entity_prompt(name) for _, name in partners])
+            batch.paired = torch.tensor([item.partner is not None for item in prepared])
+        return batch
+
+    def _ids(self, texts: list[str]) -> Int64[Tensor, "batch length"]:
+        ids = self.tokenizer(texts)
+        return ids[:, : int(inside_text(ids, self.tokenizer.eot).sum(1).max())] if self.longest else ids
+
+
+def _stack(pictures: list[Picture]) -> Float[Tensor, "batch 3 side side"]:
+    return stack_pixels([picture.pixels for picture in pictures], [picture.erased for picture in pictures])
+
+
+def _mask_classes(
+    masked_ids: Int64[Tensor, "batch length"], masked: list[Masked], mask: int
+) -> Int64[Tensor, "batch length"]:
+    """Classes at the mask tokens; masks beyond the context length are lost."""
+    classes = torch.full_like(masked_ids, -1)
+    for row, item in enumerate(masked):
+        positions = torch.nonzero(masked_ids[row] == mask)[:, 0]
+        classes[row, positions] = torch.tensor(item.classes[: len(positions)], dtype=torch.int64)
+    return classes
