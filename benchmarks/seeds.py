@@ -6,11 +6,13 @@ small data says little about a difference of two points.
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def seeded(block: Mapping[str, Any], where: str = "") -> list[str]:
     return found
 
 
-def metrics_of(seed: int, work: Path) -> dict[str, dict]:
+def metrics_of(seed: int, work: Path, environment: Mapping[str, str]) -> dict[str, dict]:
     """Metrics by `method/benchmark` of a full run with that seed, in a clone below `work`."""
     clone = work / f"seed-{seed}"
     if not clone.exists():
@@ -37,7 +39,7 @@ def metrics_of(seed: int, work: Path) -> dict[str, dict]:
     trainings = params.read(REPO / "profiles" / "base.yaml")
     settings = [word for name in seeded(trainings) for word in ("-S", f"{name}={seed}")]
     subprocess.run([sys.executable, "-m", "pipeline.cli", "profile", "use", "scenes", *settings], cwd=clone, check=True)
-    subprocess.run(["dvc", "repro", "evaluate"], cwd=clone, check=True)
+    subprocess.run(["dvc", "repro", "evaluate"], cwd=clone, check=True, env=environment)
     folder = clone / "reports" / "metrics"
     return {str(p.relative_to(folder).with_suffix("")): json.loads(p.read_text()) for p in folder.rglob("*.json")}
 
@@ -47,8 +49,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=REPO.parent / "tessera-seeds", help="folder for the clones; kept")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at once; with more than one, a thread each")
     arguments = parser.parse_args()
-    runs = [metrics_of(seed, arguments.work) for seed in arguments.seeds]
+    # Two runs of two threads each on two cores would wait for one another at every barrier.
+    environment = {**os.environ} if arguments.jobs == 1 else {**os.environ, "TESSERA_THREADS": "1"}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = list(pool.map(lambda seed: metrics_of(seed, arguments.work, environment), arguments.seeds))
     table: dict[str, dict[str, dict]] = {}
     for name in sorted(runs[0]):
         method, benchmark = name.split("/")
