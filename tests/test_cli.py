@@ -36,6 +36,14 @@ def test_settings_change_a_value_and_keep_the_comments(tmp_path):
     assert target.read_text().count("#") == base.count("#")
 
 
+def test_an_empty_mapping_of_the_base_takes_any_keys(tmp_path):
+    target = tmp_path / "params.yaml"
+    setting = "train.sseg.optimisation.lr_multipliers={text: 2.0, maskformer.backbone: 0.1}"
+    profile.write(REPO / "profiles", "scenes", [setting], target)
+    found = params.read(target)["train"]["sseg"]["optimisation"]["lr_multipliers"]
+    assert found == {"text": 2.0, "maskformer.backbone": 0.1}
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -70,7 +70,9 @@ def _overlay(values: MutableMapping, changes: Mapping, where: str) -> None:
         name = f"{where}{key}"
         if key not in values:
             raise params.ParamsError(f"{name}: unknown key; known keys here are {', '.join(map(str, values))}")
-        if isinstance(value, Mapping) and isinstance(values[key], Mapping):
+        if (
+            isinstance(value, Mapping) and isinstance(values[key], Mapping) and values[key]
+        ):  # an empty one takes any keys
             _overlay(values[key], value, f"{name}.")
         else:
             values[key] = value
