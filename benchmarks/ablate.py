@@ -43,14 +43,15 @@ def read_list(method: str) -> list[dict[str, Any]]:
     return [{"set": {}, **row} for row in rows]
 
 
-def shortened(block: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """Every `optimisation` inside a train block, with `share` of its images and warm-up, as settings by dotted name."""
+def shortened(block: Mapping[str, Any], share: float, seed: int) -> dict[str, Any]:
+    """Settings by dotted name that give every training inside a train block `share` of its budget, and the seed."""
     found: dict[str, Any] = {}
     for key, value in block.items():
         if isinstance(value, Mapping) and {"images", "batch_size"} <= set(value):
             found |= {f"{key}.{name}": math.ceil(value[name] * share) for name in ("images", "warmup_images")}
+            found[f"{key}.seed"] = seed
         elif isinstance(value, Mapping):
-            found |= {f"{key}.{name}": number for name, number in shortened(value, share).items()}
+            found |= {f"{key}.{name}": number for name, number in shortened(value, share, seed).items()}
     return found
 
 
@@ -65,9 +66,9 @@ def prepare(root: Path, method: str, settings: Mapping[str, Any]) -> None:
     write(REPO / "profiles", "scenes", words, root / "params.yaml")
 
 
-def measure(method: str, row: Mapping[str, Any], base: Mapping[str, Any], seed: int, limit: int, work: Path) -> dict:
-    """Train and score one row; its figures in percent."""
-    settings = {**base, **row["set"], "optimisation.seed": seed}
+def measure(method: str, row: Mapping[str, Any], base: Mapping[str, Any], limit: int, work: Path) -> dict:
+    """Train and score one row; its figures in percent, or under `refused` why it cannot be run."""
+    settings = {**base, **row["set"]}
     key = digest({"set": settings, "code": code_digest(f"pipeline.methods.{method}"), "limit": limit})
     root = work / method / key[:16]
     result = root / "result.json"
@@ -75,11 +76,12 @@ def measure(method: str, row: Mapping[str, Any], base: Mapping[str, Any], seed: 
         prepare(root, method, settings)
         environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "TESSERA_THREADS": "1"}
         score = ["-m", "pipeline.cli", "evaluate", "--model", method, "--benchmark", BENCHMARK, "--limit", str(limit)]
-        for command in (["-m", "stages.train", method], [*score, "--out", str(result)]):
+        for arguments in (["-m", "stages.train", method], [*score, "--out", str(result)]):
             with (root / "log.txt").open("a") as log:
-                subprocess.run(
-                    [sys.executable, *command], cwd=root, env=environment, check=True, stderr=log, stdout=log
-                )
+                command = [sys.executable, *arguments]
+                status = subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=log).returncode
+            if status:
+                return {"refused": (root / "log.txt").read_text().strip().splitlines()[-1]}
     report = read_json(result, "Delete it and run again")
     columns = ("miou", "oracle_majority", "fg_accuracy")
     return {column: 100 * report[column] for column in columns if report.get(column) is not None}
@@ -111,13 +113,16 @@ def markdown(method: str, rows: list[dict[str, Any]], share: float, limit: int) 
         members = list(group)
         header = ["Setting", f"Paper ({members[0]['benchmark']})", "Ours", "Region oracle", "Foreground accuracy"]
         cells = [
-            [escape(row["name"]), _figure(row["paper"]), _figure(row["miou"])]
-            + [_figure(row.get(column)) for column in ("oracle_majority", "fg_accuracy")]
+            [escape(row["name"]), _figure(row["paper"])]
+            + [_figure(row.get(column)) for column in ("miou", "oracle_majority", "fg_accuracy")]
             for row in members
         ]
-        same, other, tied = agreement([row for row in members if row["paper"] is not None])
+        same, other, tied = agreement([row for row in members if row["paper"] is not None and "miou" in row])
         line = f"{same} pairs in the paper's order, {other} in the other order, {tied} less than {NOISE:g} point apart."
-        parts += [f"## {name}", table(header, cells), line]
+        refused = [
+            f"{escape(row['name'])} did not run: {escape(row['refused'])}" for row in members if "refused" in row
+        ]
+        parts += [f"## {name}", table(header, cells), line, *refused]
     return "\n\n".join(parts) + "\n"
 
 
@@ -139,11 +144,12 @@ def main() -> None:
     method = arguments.method
     rows = [row for row in read_list(method) if not arguments.tables or row["table"] in arguments.tables]
     project: Project = open_project(REPO)
-    base = shortened(project.params["train"][method], arguments.share)
+    base = shortened(project.params["train"][method], arguments.share, arguments.seed)
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        figures = measure(method, row, base, arguments.seed, arguments.limit, arguments.work.resolve())
-        print(f"{row['table']}, {row['name']}: mIoU {figures['miou']:.1f}", file=sys.stderr, flush=True)
+        figures = measure(method, row, base, arguments.limit, arguments.work.resolve())
+        told = figures.get("refused") or f"mIoU {figures['miou']:.1f}"
+        print(f"{row['table']}, {row['name']}: {told}", file=sys.stderr, flush=True)
         benchmark, paper = next(iter(row["paper"].items())) if row.get("paper") else ("-", None)
         return {"table": row["table"], "name": row["name"], "benchmark": benchmark, "paper": paper, **figures}
 

@@ -36,11 +36,13 @@ def test_budgets_shrink_in_every_phase():
         "inner": {"second": {"images": 10, "warmup_images": 0, "batch_size": 8}},
         "augmentation": {"image_size": 64},
     }
-    assert ablate.shortened(block, 0.25) == {
+    assert ablate.shortened(block, 0.25, 7) == {
         "first.images": 250,
         "first.warmup_images": 23,
+        "first.seed": 7,
         "inner.second.images": 3,
         "inner.second.warmup_images": 0,
+        "inner.second.seed": 7,
     }
 
 
@@ -53,7 +55,9 @@ def test_orders_are_counted_pair_by_pair():
 
 def test_the_table_shows_both_figures_and_marks_what_is_missing():
     rows = [row("hard | soft", 39.3, 8.26), row("none", None, 7.0), row("alone", 1.0, 2.0, table="T2")]
+    rows.insert(1, {"table": "T1", "name": "big", "benchmark": "voc", "paper": 50.0, "refused": "error: no such views"})
     text = ablate.markdown("groupvit", rows, 0.25, 200)
     assert "## T1" in text and "## T2" in text and "25%" in text and "200 pictures" in text
     assert "| hard \\| soft | 39.3 | 8.3 | 20.0 | – |" in text and "| none | – | 7.0 | 20.0 | – |" in text
+    assert "| big | 50.0 | – | – | – |" in text and "big did not run: error: no such views" in text
     assert "0 pairs in the paper's order, 0 in the other order" in text
