@@ -81,7 +81,8 @@ def measure(method: str, row: Mapping[str, Any], base: Mapping[str, Any], limit:
                 command = [sys.executable, *arguments]
                 status = subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=log).returncode
             if status:
-                return {"refused": (root / "log.txt").read_text().strip().splitlines()[-1]}
+                last = (root / "log.txt").read_text().strip().splitlines()[-1]
+                return {"refused": last.replace(f"{root}/", "")}
     report = read_json(result, "Delete it and run again")
     columns = ("miou", "oracle_majority", "fg_accuracy")
     return {column: 100 * report[column] for column in columns if report.get(column) is not None}
