@@ -1,9 +1,11 @@
 """What the layers hand to each other: the frozen towers and the training batch.
 
 Axes: batch, height/width in pixels, grid_h/grid_w in patches (height // patch_size, width // patch_size),
-tokens = grid_h * grid_w row-major, dim, texts.
+tokens = grid_h * grid_w row-major, length (class token, then the patches), width (of a tower), dim (of the joint
+space of images and texts, or of a tower's output), texts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
@@ -13,6 +15,10 @@ from torch import Tensor
 
 Facet = Literal["tokens", "keys"]
 T = TypeVar("T")
+# Queries, keys and values, heads concatenated.
+Projected = tuple[
+    Float[Tensor, "batch length inner"], Float[Tensor, "batch length inner"], Float[Tensor, "batch length inner"]
+]
 Triple = tuple[float, float, float]
 
 # Source: DINO and timm (`IMAGENET_DEFAULT_MEAN/STD`), RGB in [0, 1]. What every TrainBatch is normalised with.
@@ -45,6 +51,53 @@ class PatchEncoder(Protocol):
 
 
 @runtime_checkable
+class Layer(Protocol):
+    """A pre-norm block in two halves: what it attends with, and what follows the attention."""
+
+    heads: int
+
+    def qkv(self, x: Float[Tensor, "batch length inner"]) -> Projected:
+        """Queries, keys and values of the normed tokens, heads concatenated."""
+        ...
+
+    def attended(self, mixed: Float[Tensor, "batch length inner"]) -> Float[Tensor, "batch length inner"]:
+        """What the attention adds to the tokens for what it mixed: the out-projection."""
+        ...
+
+    def finish(
+        self, x: Float[Tensor, "batch length inner"], mixed: Float[Tensor, "batch length inner"]
+    ) -> Float[Tensor, "batch length inner"]:
+        """The block's output for what the attention mixed: out-projection, both residuals, MLP."""
+        ...
+
+
+@runtime_checkable
+class VisualTower(Protocol):
+    """A ViT with a class token.
+
+    Attributes:
+        patch_size: pixels.
+        class_start: the class token as it enters the first layer.
+    """
+
+    patch_size: int
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    @property
+    def class_start(self) -> Float[Tensor, " inner"]: ...
+
+    def embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch length inner"]:
+        """Tokens as they enter the first layer, for any size of whole patches (else ValueError)."""
+        ...
+
+    def project(self, x: Float[Tensor, "batch length inner"]) -> Float[Tensor, "batch length dim"]:
+        """Final norm and projection of tokens that have left the last layer; not normalised to unit length."""
+        ...
+
+
+@runtime_checkable
 class ClipEncoder(Protocol):
     """A frozen image and text tower; an `nn.Module` in eval mode without gradients. All outputs are unit vectors."""
 
@@ -63,6 +116,10 @@ class ClipEncoder(Protocol):
     ) -> Float[Tensor, "batch grid_h grid_w dim"]: ...
 
     def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]: ...
+
+    def visual_tower(self) -> VisualTower:
+        """The image tower taken apart. Raises ValueError when it has no class token trained against texts."""
+        ...
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The small towers that are trained here: losses against loops, views against geometry, and that training trains."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ from pipeline.interfaces import ClipEncoder, PatchEncoder, TrainBatch
 from pipeline.losses.distillation import DistillationLoss
 from pipeline.machine import Machine
 from pipeline.nn.text import Vocabulary
+from pipeline.nn.visual_tower import run, value_tokens
 from pipeline.params import ParamsError
 from pipeline.text.tokenizers import tokenizer
 from pipeline.training import Progress, Run
 
 MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
-TOWER = {"image_size": 16, "first_stride": 4, "widths": [8], "dim": 16, "layers": 1, "heads": 2}
+TOWER = {"image_size": 16, "first_stride": 4, "widths": [8], "dim": 16, "layers": 1, "heads": 2, "class_token": False}
 SHUFFLE = {"block_rows": 4, "window_blocks": 2}
 OPTIMISATION = {
     "images": 24,
@@ -77,12 +79,15 @@ CLIP = {
         "image": TOWER,
         "text": {"context_length": 12, "width": 16, "layers": 0, "heads": 2, "pooling": "mean"},
         "embed_dim": 8,
+        "projection": "linear",
+        "pooling": "smooth_maximum",
         "sharpness": 5.0,
     },
     "num_prompts": 1,
     "templates": "single",
     "temperature": 0.07,
     "max_scale": 100.0,
+    "second_reading_from": 0.0,
     "views": {"image_size": 16, "crop_scale": [0.5, 1.0], "crop_ratio": [0.75, 1.33], "flip_chance": 0.5},
     "shuffle": SHUFFLE,
     "optimisation": OPTIMISATION,
@@ -93,8 +98,15 @@ def dino_config(**changes) -> DinoConfig:
     return params.build(DinoConfig, DINO | changes, "dino")
 
 
-def clip_config(tower: str = "scratch", **changes) -> ClipConfig:
-    architecture = CLIP["architecture"] | {"tower": tower}
+def clip_config(tower: str = "scratch", pooling: str = "smooth_maximum", **changes) -> ClipConfig:
+    image = TOWER | {"class_token": pooling != "smooth_maximum"}
+    projection = "mlp" if tower == "lit" else "linear"
+    architecture = CLIP["architecture"] | {
+        "tower": tower,
+        "image": image,
+        "pooling": pooling,
+        "projection": projection,
+    }
     return params.build(ClipConfig, CLIP | {"architecture": architecture} | changes, "clip")
 
 
@@ -268,6 +280,21 @@ def test_dino_every_student_parameter_learns_and_the_teacher_follows():
     torch.testing.assert_close(teacher, torch.full_like(teacher, 1.1))
 
 
+def test_a_class_token_is_the_image_of_self_distillation():
+    tower = TOWER | {"class_token": True}
+    model = SelfDistillation(dino_config(tower=tower))
+    views = torch.randn(2, 3, 16, 16)
+    tokens = model.student.tower.all_tokens(views)
+    assert tokens.shape == (2, 17, 16) and model.student.tower(views).shape == (2, 16, 16)
+    changed = tokens.clone()
+    changed[:, 1:] = 0
+    torch.testing.assert_close(model.student.image_logits(changed, 1), model.student.image_logits(tokens, 1))
+    points = torch.rand(2, 1, 3, 2) * 2 - 1
+    changed = tokens.clone()
+    changed[:, 0] = 0
+    torch.testing.assert_close(model.student.patch_logits(changed, points), model.student.patch_logits(tokens, points))
+
+
 def test_patch_logits_read_the_right_patch():
     """At a patch's centre the sampled vector is that patch's own."""
     torch.manual_seed(0)
@@ -287,22 +314,24 @@ def prompted_batch() -> TrainBatch:
     return TrainBatch(pixels, captions, tokenise(captions), None, list("abcd"), tokenise(prompts)[None])
 
 
-def small_clip(tower: str = "scratch", frozen=None) -> ClipTraining:
+def small_clip(tower: str = "scratch", frozen=None, pooling: str = "smooth_maximum") -> ClipTraining:
     torch.manual_seed(0)
     batch = prompted_batch()
     seen = torch.cat([batch.token_ids.flatten(), batch.prompt_ids.flatten()])
-    config = clip_config(tower)
+    config = clip_config(tower, pooling)
     return ClipTraining(SmallClip(config.architecture, Vocabulary.of(seen, vocab_size=49408), frozen), config)
 
 
-def frozen_dino() -> TrainedPatchEncoder:
+def frozen_dino(class_token: bool = False) -> TrainedPatchEncoder:
     torch.manual_seed(1)
-    return TrainedPatchEncoder(params.build(TowerConfig, TOWER, "tower").build())
+    return TrainedPatchEncoder(params.build(TowerConfig, TOWER | {"class_token": class_token}, "tower").build())
 
 
+@pytest.mark.parametrize("pooling", ["smooth_maximum", "class_token", "both"])
 @pytest.mark.parametrize("tower", ["scratch", "lit"])
-def test_clip_fits_four_pairs(tower):
-    model = small_clip(tower, frozen_dino() if tower == "lit" else None).train()
+def test_clip_fits_four_pairs(tower, pooling):
+    frozen = frozen_dino(pooling != "smooth_maximum") if tower == "lit" else None
+    model = small_clip(tower, frozen, pooling).train()
     batch, progress = prompted_batch(), Progress(0, 8, 24)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     fixed = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -314,12 +343,15 @@ def test_clip_fits_four_pairs(tower):
         terms = model.loss(batch, progress)
         terms["total"].backward()
         if not step:
-            torch.testing.assert_close(terms["total"], terms["captions"] + terms["prompts"])
+            torch.testing.assert_close(terms["total"], sum(value for name, value in terms.items() if name != "total"))
+            readings = 2 if pooling == "both" else 1
+            assert {"captions", "prompts"} < set(terms) and len(terms) == 1 + 2 * readings
             unseen = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
             assert unseen == []
         optimiser.step()
         losses.append(terms["total"].item())
-    assert losses[-1] < 0.3 * losses[0]
+    # patches are trained through a maximum, a class token through attention, which takes longer
+    assert losses[-1] < (0.3 if pooling == "smooth_maximum" else 0.7) * losses[0]
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in fixed.items())
     assert not any(torch.equal(now[name], value) for name, value in trained.items())
@@ -337,6 +369,54 @@ def test_clip_speaks_the_interface():
     assert patches.shape == (2, 4, 6, 8) and image.shape == (2, 8) and text.shape == (3, 8)
     for found in (patches, image, text):
         torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]))
+
+
+def test_the_second_reading_counts_from_its_share_of_the_budget_on():
+    model = small_clip(pooling="both")
+    model.second_from = 0.5
+    batch = prompted_batch()
+    early, late = model.loss(batch, Progress(0, 11, 24)), model.loss(batch, Progress(1, 12, 24))
+    torch.testing.assert_close(early["total"], early["captions"] + early["prompts"])
+    torch.testing.assert_close(late["total"], sum(value for name, value in late.items() if name != "total"))
+    assert set(early) == set(late)
+
+
+@pytest.mark.parametrize("tower", ["scratch", "lit"])
+def test_a_class_token_is_read_through_the_tower_taken_apart(tower):
+    for pooling in ("class_token", "both"):
+        frozen = frozen_dino(True) if tower == "lit" else None
+        clip = small_clip(tower, frozen, pooling).finished().eval()
+        pixels = torch.randn(2, 3, 16, 16)
+        apart = clip.visual_tower()
+        with torch.no_grad():
+            tokens = apart.project(run(apart, apart.embed(pixels)))
+            readings = clip.readings(pixels)
+            torch.testing.assert_close(readings["class_token"], torch.nn.functional.normalize(tokens[:, 0], dim=-1))
+            torch.testing.assert_close(clip.encode_image(pixels), readings[next(iter(readings))])
+            patches = tokens[:, 1:] if pooling == "both" else value_tokens(apart, pixels)[0]
+            found = clip.encode_patches(pixels).flatten(1, 2)
+            torch.testing.assert_close(found, torch.nn.functional.normalize(patches, dim=-1))
+
+
+def test_a_class_token_that_was_not_trained_is_refused():
+    with pytest.raises(ValueError, match="trained no class token"):
+        small_clip().clip.visual_tower()
+    with pytest.raises(ValueError, match="needs an image tower with one class token"):
+        small_clip("lit", frozen_dino(), "both")
+
+
+def test_lit_without_a_projection_puts_texts_into_the_towers_space():
+    """SCG's appendix: nothing is learned on the image side, whose vector is DINO's own unit class token."""
+    config = clip_config("lit", "class_token").architecture
+    frozen = frozen_dino(True)
+    seen = Vocabulary.of(prompted_batch().token_ids.flatten(), vocab_size=49408)
+    with pytest.raises(ValueError, match="width 16 is not the joint space's 8"):
+        SmallClip(replace(config, projection="none"), seen, frozen)
+    clip = SmallClip(replace(config, projection="none", embed_dim=16), seen, frozen).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = torch.nn.functional.normalize(frozen.all_tokens(pixels)[:, 0], dim=-1)
+    torch.testing.assert_close(clip.encode_image(pixels), expected)
+    assert {name.split(".")[0] for name, p in clip.named_parameters() if p.requires_grad} == {"text", "text_head"}
 
 
 def test_lit_needs_its_tower():
@@ -370,12 +450,12 @@ def test_trained_dino_is_deterministic_and_loads(tmp_path):
 @pytest.mark.parametrize("tower", ["scratch", "lit"])
 def test_trained_clip_is_deterministic_and_loads(tmp_path, tower):
     shards, found = pairs(tmp_path), []
-    encoder = frozen_dino()
-    dino = {"family": "trained_dino", "architecture": TOWER}
+    encoder = frozen_dino(class_token=True)
+    dino = {"family": "trained_dino", "architecture": TOWER | {"class_token": True}}
     save_model(tmp_path / "dino", encoder.state_dict(), dino)
     for attempt in ("one", "two"):
         state, config = runs.train_clip(
-            clip_config(tower), shards, tmp_path / "dino", run_in(tmp_path / attempt), MACHINE
+            clip_config(tower, "both"), shards, tmp_path / "dino", run_in(tmp_path / attempt), MACHINE
         )
         found.append(save_model(tmp_path / attempt / "clip", state, config))
     assert found[0] == found[1]

@@ -210,7 +210,15 @@ def test_dino_with_12_heads_loads_into_8(tmp_path):
 
 
 def test_a_tower_of_another_shape_is_refused(tmp_path):
-    sizes = {"image_size": 32, "first_stride": 8, "widths": [], "dim": 24, "layers": 2, "heads": 2}
+    sizes = {
+        "image_size": 32,
+        "first_stride": 8,
+        "widths": [],
+        "dim": 24,
+        "layers": 2,
+        "heads": 2,
+        "class_token": False,
+    }
     tower = TrainedPatchEncoder(params.build(TowerConfig, sizes, "tower").build())
     save_model(tmp_path / "dino", tower.state_dict(), {"family": "trained_dino", "architecture": sizes})
     fits = model(init="dino")

@@ -14,12 +14,12 @@ import yaml
 from pipeline import methods, params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import save_model
+from pipeline.encoders.small_vit import TowerConfig
 from pipeline.interfaces import OUTSIDE, TrainBatch
 from pipeline.losses.masks import dice_loss, focal_loss, matching_cost, split_regions
 from pipeline.methods import sseg
 from pipeline.nn.matching import assign
 from pipeline.nn.text import Vocabulary
-from pipeline.nn.vit import VisionTransformer
 from pipeline.training import Loaded, Run, fit
 
 GOLDEN = Path(__file__).parent / "golden" / "sseg.csv"
@@ -262,7 +262,9 @@ def test_a_batch_without_pseudo_masks_is_refused():
 
 def test_selfsup_takes_the_dino_stem(tmp_path):
     torch.manual_seed(3)
-    dino = VisionTransformer(first_stride=4, widths=(8, 16), dim=24, layers=1, heads=2, image_size=32)
+    dino = TowerConfig(
+        image_size=32, first_stride=4, widths=(8, 16), dim=24, layers=1, heads=2, class_token=False
+    ).build()
     save_model(tmp_path / "dino", {f"tower.{name}": value for name, value in dino.state_dict().items()}, {})
     chosen = config(backbone={"init": "selfsup"})
     tower = model(backbone={"init": "selfsup"})

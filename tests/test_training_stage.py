@@ -19,7 +19,7 @@ from pipeline import methods
 from pipeline.artifacts.files import digest
 from pipeline.artifacts.manifest import Manifest
 from pipeline.artifacts.weights import save_model
-from pipeline.nn.vit import VisionTransformer
+from pipeline.encoders.small_vit import TowerConfig
 from pipeline.project import MissingPayload
 from pipeline.store import Store
 from stages import open_project
@@ -47,7 +47,9 @@ def make_project(root: Path, **optimisation) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Manifest(stage, rows).write(path)
     torch.manual_seed(0)
-    dino = VisionTransformer(first_stride=4, widths=(8, 16), dim=24, layers=1, heads=2, image_size=32)
+    dino = TowerConfig(
+        image_size=32, first_stride=4, widths=(8, 16), dim=24, layers=1, heads=2, class_token=False
+    ).build()
     save_model(root / "models/encoders/dino", dino.state_dict(), {})
     steps = {"images": 240, "checkpoint_images": 40, "log_images": 16} | optimisation
     block = CONFIG | {"optimisation": CONFIG["optimisation"] | steps}

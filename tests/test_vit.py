@@ -9,7 +9,7 @@ from pipeline.nn.vit import VisionTransformer, resize_position, sine_code
 
 def small(**changes) -> VisionTransformer:
     torch.manual_seed(0)
-    settings = dict(first_stride=4, widths=(8, 16), dim=16, layers=2, heads=2, image_size=32)
+    settings = dict(first_stride=4, widths=(8, 16), dim=16, layers=2, heads=2, image_size=32, class_token=False)
     return VisionTransformer(**(settings | changes)).eval()
 
 
@@ -24,7 +24,7 @@ def test_patch_size_and_row_major_tokens(first_stride, widths, patch):
         # A marked square moves the tokens that stand on it.
         blank, marked = torch.zeros(1, 3, 32, 64), torch.zeros(1, 3, 32, 64)
         marked[:, :, 16:24, 40:48] = 1
-        change = (model._embed(marked) - model._embed(blank)).norm(dim=-1).view(32 // patch, 64 // patch) ** 4
+        change = (model.embed(marked) - model.embed(blank)).norm(dim=-1).view(32 // patch, 64 // patch) ** 4
     weight = change / change.sum()
     row = (weight.sum(dim=1) * (torch.arange(32 // patch) + 0.5) * patch).sum().item()
     column = (weight.sum(dim=0) * (torch.arange(64 // patch) + 0.5) * patch).sum().item()

@@ -90,9 +90,11 @@ def clip(embed_dim: int = 10) -> small_clip.SmallClip:
     torch.manual_seed(2)
     settings = small_clip.ClipArchitecture(
         tower="scratch",
-        image=TowerConfig(image_size=16, first_stride=8, widths=(), dim=8, layers=0, heads=1),
+        image=TowerConfig(image_size=16, first_stride=8, widths=(), dim=8, layers=0, heads=1, class_token=False),
         text=small_clip.TextConfig(context_length=8, width=8, layers=0, heads=1, pooling="mean"),
         embed_dim=embed_dim,
+        projection="linear",
+        pooling="smooth_maximum",
         sharpness=5.0,
     )
     tower = small_clip.SmallClip(settings, Vocabulary.of(torch.tensor([5, 9, 320]), vocab_size=49408), None)

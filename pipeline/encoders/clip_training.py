@@ -35,6 +35,7 @@ class ClipConfig:
         templates: the set they are filled into.
         temperature: initial.
         max_scale: cap of the inverse temperature.
+        second_reading_from: share of the budget after which the second of two readings (pooling "both") is learned too.
         views: crops of the images.
         shuffle: order of the pairs.
         optimisation: budget and AdamW.
@@ -45,6 +46,7 @@ class ClipConfig:
     templates: TemplateSet
     temperature: Positive
     max_scale: Positive
+    second_reading_from: Annotated[float, Range(0, 1)]
     views: ViewConfig
     shuffle: Shuffle
     optimisation: Optimisation
@@ -57,20 +59,38 @@ class ClipTraining(nn.Module):
         super().__init__()
         self.clip = clip
         self.contrast = ContrastiveLoss(temperature=config.temperature, max_scale=config.max_scale)
+        self.second_from = config.second_reading_from
 
-    def loss(self, batch: TrainBatch, _progress: Progress) -> dict[str, Tensor]:
-        """`captions`, `prompts` (sums of both directions, the latter a mean over prompts) and `total`, in nats."""
-        image = self.clip.encode_image(batch.pixels)
-        captions = self._contrast(image, batch.token_ids)
-        if batch.prompt_ids is None:
-            return {"captions": captions, "total": captions}
-        prompts = torch.stack([self._contrast(image, ids) for ids in batch.prompt_ids]).mean()
-        return {"captions": captions, "prompts": prompts, "total": captions + prompts}
+    def loss(self, batch: TrainBatch, progress: Progress) -> dict[str, Tensor]:
+        """`captions`, `prompts` (sums of both directions, the latter a mean over prompts) and `total`, in nats.
+
+        A CLIP that reads images in two ways has one of each for either, and `total` is their sum; the second reading
+        counts from `second_reading_from` on, since both from the start learn names later (reports/log.md).
+        """
+        readings = self.clip.readings(batch.pixels)
+        captions = self._texts(batch.token_ids)
+        prompts = [] if batch.prompt_ids is None else [self._texts(ids) for ids in batch.prompt_ids]
+        terms: dict[str, Tensor] = {}
+        total = torch.zeros((), device=batch.pixels.device)
+        for number, (name, image) in enumerate(readings.items()):
+            found = {"captions": self._contrast(image, *captions)}
+            if prompts:
+                found["prompts"] = torch.stack([self._contrast(image, *texts) for texts in prompts]).mean()
+            counts = not number or progress.fraction >= self.second_from
+            total = total + float(counts) * torch.stack(list(found.values())).sum()
+            terms |= {f"{name}_{key}" if number else key: value for key, value in found.items()}
+        return {**terms, "total": total}
+
+    def _texts(
+        self, token_ids: Int64[Tensor, "batch length"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch batch"]]:
+        """Unit vectors of the texts, and which of them are equal."""
+        return self.clip.embed_ids(token_ids), same_text(token_ids)
 
     def _contrast(
-        self, image: Float[Tensor, "batch dim"], token_ids: Int64[Tensor, "batch length"]
+        self, image: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"], equal: Float[Tensor, "batch batch"]
     ) -> Float[Tensor, ""]:
-        terms = self.contrast(image, self.clip.embed_ids(token_ids), same_text(token_ids))
+        terms = self.contrast(image, texts, equal)
         return terms.image_to_text + terms.text_to_image
 
     @torch.no_grad()

@@ -97,16 +97,18 @@ class Network(nn.Module):
         self.patch_head = ProjectionHead(config.tower.dim, config.head) if config.patch_weight else None
 
     def image_logits(
-        self, tokens: Float[Tensor, "rows tokens dim"], views: int
+        self, tokens: Float[Tensor, "rows length dim"], views: int
     ) -> Float[Tensor, "{views} batch prototypes"]:
-        """Of the mean patch of every view."""
-        return self.image_head(tokens.mean(dim=1)).unflatten(0, (views, -1))
+        """Of the class token of every view, or of its mean patch where there is none."""
+        image = tokens[:, 0] if self.tower.prefix else tokens.mean(dim=1)
+        return self.image_head(image).unflatten(0, (views, -1))
 
     def patch_logits(
-        self, tokens: Float[Tensor, "rows tokens dim"], points: Float[Tensor, "views batch points 2"]
+        self, tokens: Float[Tensor, "rows length dim"], points: Float[Tensor, "views batch points 2"]
     ) -> Float[Tensor, "views places prototypes"]:
         """Of the tokens at `points`, bilinear between patches."""
         assert self.patch_head is not None
+        tokens = tokens[:, self.tower.prefix :]
         side = math.isqrt(tokens.shape[1])
         grid = tokens.transpose(1, 2).unflatten(2, (side, side)).float()
         sampled = F.grid_sample(grid, points.flatten(0, 1)[:, None], align_corners=False, padding_mode="border")
@@ -133,12 +135,12 @@ class SelfDistillation(nn.Module):
         num_global, num_local = len(batch.global_views), len(batch.local_views)
         large = batch.global_views.flatten(0, 1)
         with torch.no_grad():
-            teacher_tokens = self.teacher.tower(large)
+            teacher_tokens = self.teacher.tower.all_tokens(large)
             teacher = self.teacher.image_logits(teacher_tokens, num_global)
-        student_tokens = self.student.tower(large)
+        student_tokens = self.student.tower.all_tokens(large)
         student = self.student.image_logits(student_tokens, num_global)
         if num_local:
-            local_tokens = self.student.tower(batch.local_views.flatten(0, 1))
+            local_tokens = self.student.tower.all_tokens(batch.local_views.flatten(0, 1))
             student = torch.cat([student, self.student.image_logits(local_tokens, num_local)])
         image = self.image_loss(student, teacher, temperature)
         if not self.config.patch_weight:

@@ -1,7 +1,8 @@
 """Released CLIP towers through open_clip: the ViTs of OpenAI, LAION, DataComp and others of the same layout.
 
-Axes: batch, height/width (pixels), grid_h/grid_w (patches), length (CLS and patches), width (of the vision tower), dim
-(of the joint space), texts. A model folder's config holds open_clip's own model config, so nothing is looked up later.
+Axes: batch, height/width (pixels), grid_h/grid_w (patches), length (class token and patches), width (of the vision
+tower), dim (of the joint space), texts. A model folder's config holds open_clip's own model config: nothing is looked
+up later.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from pipeline.artifacts.files import BadInput
 from pipeline.encoders.files import find_weights, first_line, fit_weights, read_hub_config, read_weights
-from pipeline.interfaces import Triple
+from pipeline.interfaces import Projected, Triple, VisualTower
+from pipeline.nn.visual_tower import value_tokens, whole_patches
+from pipeline.nn.vit import resize_position
 from pipeline.text.tokenizers import tokenizer
 
 FAMILY = "open_clip"
@@ -52,46 +55,72 @@ class OpenClipEncoder(nn.Module):
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
     def encode_patches(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch grid_h grid_w dim"]:
-        """Patches in the joint space: in the last block every token attends to itself alone, then ln_post and proj.
+        """Patches in the joint space, see `value_tokens`. Any size of whole patches; positions are resized (bicubic).
 
-        So each patch keeps its own value vector (residual and MLP kept) instead of what CLS gathers. Any size of whole
-        patches; positions are resized (bicubic). Source: MaskCLIP (Zhou et al. 2022) 3.2 and its release.
-        Deviates: the release runs GELU, LayerNorm eps 1e-6 and ImageNet mean/std; here the tower's own.
+        Deviates: MaskCLIP's release runs GELU, LayerNorm eps 1e-6 and ImageNet mean/std; here the tower's own.
         """
-        visual = self.model.visual
-        rows, columns = self._grid(pixels)
-        x = visual.conv1(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        x = visual.ln_pre(x + self._positions(rows, columns).to(x.dtype))
-        for block in visual.transformer.resblocks[:-1]:
-            x = block(x)
-        last = visual.transformer.resblocks[-1]
-        x = x + last.ls_1(_values(last.attn, last.ln_1(x)))
-        x = x + last.ls_2(last.mlp(last.ln_2(x)))
-        patches = visual.ln_post(x[:, 1:]) @ visual.proj
-        return F.normalize(patches.float(), dim=-1).unflatten(1, (rows, columns))
+        patches, _ = value_tokens(self.visual_tower(), pixels)
+        height, width = (side // self.patch_size for side in pixels.shape[-2:])
+        return F.normalize(patches.float(), dim=-1).unflatten(1, (height, width))
 
-    def _grid(self, pixels: Tensor) -> tuple[int, int]:
-        height, width = pixels.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"an image of {height}x{width} is not a whole number of {self.patch_size}-pixel patches")
-        return height // self.patch_size, width // self.patch_size
+    def visual_tower(self) -> VisualTower:
+        """The image tower taken apart."""
+        return OpenClipTower(self.model.visual)
 
-    def _positions(self, rows: int, columns: int) -> Float[Tensor, "length width"]:
-        visual = self.model.visual
-        table = visual.positional_embedding
-        if (rows, columns) == tuple(visual.grid_size):
+
+class OpenClipLayer:
+    """A `Layer` around open_clip's residual attention block."""
+
+    def __init__(self, block: Any) -> None:
+        self.block, self.heads = block, block.attn.num_heads
+
+    def qkv(self, x: Float[Tensor, "batch length inner"]) -> Projected:
+        """See `Layer`."""
+        attention = self.block.attn
+        query, key, value = F.linear(self.block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+        return query, key, value
+
+    def attended(self, mixed: Float[Tensor, "batch length inner"]) -> Float[Tensor, "batch length inner"]:
+        """See `Layer`."""
+        return self.block.ls_1(self.block.attn.out_proj(mixed))
+
+    def finish(
+        self, x: Float[Tensor, "batch length inner"], mixed: Float[Tensor, "batch length inner"]
+    ) -> Float[Tensor, "batch length inner"]:
+        """See `Layer`."""
+        x = x + self.attended(mixed)
+        return x + self.block.ls_2(self.block.mlp(self.block.ln_2(x)))
+
+
+class OpenClipTower:
+    """A `VisualTower` around open_clip's ViT."""
+
+    def __init__(self, visual: Any) -> None:
+        self.visual, self.patch_size = visual, visual.patch_size[0]
+        self.layers = [OpenClipLayer(block) for block in visual.transformer.resblocks]
+
+    @property
+    def class_start(self) -> Float[Tensor, " inner"]:
+        """See `VisualTower`."""
+        return self.visual.ln_pre(self.visual.class_embedding + self.visual.positional_embedding[0])
+
+    def embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch length inner"]:
+        """See `VisualTower`."""
+        rows, columns = whole_patches(pixels, self.patch_size)
+        x = self.visual.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return self.visual.ln_pre(x + self._positions(rows, columns).to(x.dtype))
+
+    def project(self, x: Float[Tensor, "batch length inner"]) -> Float[Tensor, "batch length dim"]:
+        """See `VisualTower`."""
+        return self.visual.ln_post(x) @ self.visual.proj
+
+    def _positions(self, rows: int, columns: int) -> Float[Tensor, "length inner"]:
+        table = self.visual.positional_embedding
+        if (rows, columns) == tuple(self.visual.grid_size):
             return table
-        grid = table[1:].unflatten(0, visual.grid_size).permute(2, 0, 1)[None]
-        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=True)
-        return torch.cat([table[:1], grid[0].flatten(1).T])
-
-
-def _values(attention: Any, x: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
-    """out_proj(W_v x + b_v): attention whose every token sees only itself."""
-    width = x.shape[-1]
-    value = F.linear(x, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
-    return attention.out_proj(value)
+        grid = table[1:].unflatten(0, self.visual.grid_size).permute(2, 0, 1)[None]
+        return torch.cat([table[:1], resize_position(grid, rows, columns)[0].flatten(1).T])
 
 
 def build_model(architecture: Mapping[str, Any]) -> nn.Module:

@@ -1,7 +1,8 @@
 """Released self-supervised ViTs through timm: DINO ViT-S/8, S/16, B/8, B/16 and any other timm ViT.
 
-Axes: batch, height/width (pixels), tokens (patches, row-major), dim. A model folder's config names the architecture:
-`{"name": "vit_small_patch8_224"}` or, read off a bare file's shapes, the five numbers of a plain ViT.
+Axes: batch, height/width (pixels), tokens (patches, row-major), length (with the tokens before them), dim. A model
+folder's config names the architecture: `{"name": "vit_small_patch8_224"}` or, read off a bare file's shapes, the five
+numbers of a plain ViT.
 """
 
 import math
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.artifacts.files import BadInput
 from pipeline.encoders.files import find_weights, first_line, fit_weights, read_hub_config, read_weights
-from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, Facet, Triple
+from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, Facet, Projected, Triple, VisualTower
+from pipeline.nn.visual_tower import whole_patches
 
 FAMILY = "timm"
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -41,11 +43,9 @@ class TimmPatchEncoder(nn.Module):
         self, pixels: Float[Tensor, "batch 3 height width"], facet: Facet
     ) -> Float[Tensor, "batch tokens dim"]:
         """See `pipeline.interfaces.PatchEncoder`. Source: DINO (tokens); Amir et al. 2022 (keys)."""
-        height, width = pixels.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"an image of {height}x{width} is not a whole number of {self.patch_size}-pixel patches")
+        whole_patches(pixels, self.patch_size)
         if facet == "tokens":
-            return self.model.forward_features(pixels)[:, self.model.num_prefix_tokens :]
+            return self.all_tokens(pixels)[:, self.prefix :]
         caught: list[Tensor] = []
         hook = self.model.blocks[-1].attn.qkv.register_forward_hook(lambda _module, _inputs, out: caught.append(out))
         try:
@@ -53,7 +53,72 @@ class TimmPatchEncoder(nn.Module):
         finally:
             hook.remove()
         # One Linear makes queries, keys and values, in this order.
-        return caught[0][:, self.model.num_prefix_tokens :, self.embed_dim : 2 * self.embed_dim]
+        return caught[0][:, self.prefix :, self.embed_dim : 2 * self.embed_dim]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return self.model.num_prefix_tokens
+
+    def all_tokens(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch length dim"]:
+        """Prefix tokens and patch tokens after the final LayerNorm."""
+        return self.model.forward_features(pixels)
+
+    def visual_tower(self, head: nn.Module) -> VisualTower:
+        """The transformer taken apart, with `head` after its final norm.
+
+        Raises:
+            ValueError: it has other tokens before its patches than one class token, or normed queries.
+        """
+        return TimmTower(self.model, head)
+
+
+class TimmLayer:
+    """A `Layer` around timm's block."""
+
+    def __init__(self, block: Any) -> None:
+        self.block, self.heads = block, block.attn.num_heads
+
+    def qkv(self, x: Float[Tensor, "batch length dim"]) -> Projected:
+        """See `Layer`."""
+        query, key, value = self.block.attn.qkv(self.block.norm1(x)).chunk(3, dim=-1)
+        return query, key, value
+
+    def attended(self, mixed: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
+        """See `Layer`."""
+        return self.block.ls1(self.block.attn.proj(mixed))
+
+    def finish(
+        self, x: Float[Tensor, "batch length dim"], mixed: Float[Tensor, "batch length dim"]
+    ) -> Float[Tensor, "batch length dim"]:
+        """See `Layer`."""
+        x = x + self.attended(mixed)
+        return x + self.block.ls2(self.block.mlp(self.block.norm2(x)))
+
+
+class TimmTower:
+    """A `VisualTower` around timm's plain ViT and a head."""
+
+    def __init__(self, model: Any, head: nn.Module) -> None:
+        normed = any(not isinstance(block.attn.q_norm, nn.Identity) for block in model.blocks)
+        if model.num_prefix_tokens != 1 or model.no_embed_class or normed:
+            raise ValueError("only a plain ViT with one class token and unnormed queries can be taken apart")
+        self.model, self.head, self.patch_size = model, head, model.patch_embed.patch_size[0]
+        self.layers = [TimmLayer(block) for block in model.blocks]
+
+    @property
+    def class_start(self) -> Float[Tensor, " dim"]:
+        """See `VisualTower`."""
+        return self.model.norm_pre(self.model.cls_token[0, 0] + self.model.pos_embed[0, 0])
+
+    def embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch length dim"]:
+        """See `VisualTower`."""
+        whole_patches(pixels, self.patch_size)
+        return self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(pixels)))
+
+    def project(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length out"]:
+        """See `VisualTower`."""
+        return self.head(self.model.norm(x))
 
 
 def build_model(architecture: Mapping[str, Any]) -> nn.Module:

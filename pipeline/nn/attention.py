@@ -103,6 +103,29 @@ class Block(nn.Module):
         self.mlp = mlp(dim, int(dim * mlp_ratio), activation=activation)
         self.drop_path = DropPath(drop_path)
 
+    @property
+    def heads(self) -> int:
+        """Of the attention."""
+        return self.attn.heads
+
+    def qkv(
+        self, x: Float[Tensor, "batch length dim"]
+    ) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"]]:
+        """Queries, keys and values of the normed tokens, heads concatenated (`nn.visual_tower.Layer`)."""
+        query, key, value = self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)
+        return query, key, value
+
+    def attended(self, mixed: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
+        """What the attention adds to the tokens (`nn.visual_tower.Layer`)."""
+        return self.attn.proj(mixed)
+
+    def finish(
+        self, x: Float[Tensor, "batch length dim"], mixed: Float[Tensor, "batch length dim"]
+    ) -> Float[Tensor, "batch length dim"]:
+        """What follows the attention, at test (`nn.visual_tower.Layer`)."""
+        x = x + self.attended(mixed)
+        return x + self.mlp(self.norm2(x))
+
     def forward(
         self, x: Float[Tensor, "batch length dim"], mask: Float[Tensor, "..."] | None = None
     ) -> Float[Tensor, "batch length dim"]:

@@ -1,6 +1,7 @@
 """A small vision transformer with a convolutional or a plain patch stem, for towers that must learn in minutes.
 
-Axes: batch, height/width (pixels), grid_h/grid_w (patches), tokens = grid_h * grid_w row-major, dim.
+Axes: batch, height/width (pixels), grid_h/grid_w (patches), tokens = grid_h * grid_w row-major, length (tokens with the
+class token before them, where there is one), dim.
 """
 
 import math
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.nn.attention import Block, initialise
+from pipeline.nn.attention import INIT_STD, Block, initialise
+from pipeline.nn.visual_tower import whole_patches
 
 # Source: MAE and MoCo v3 (2-D sine code).
 SINE_TEMPERATURE = 10_000.0
@@ -82,14 +84,22 @@ def resize_position(
 
 
 class VisionTransformer(nn.Module):
-    """Stem + learned positions (started from a sine code) -> pre-norm blocks -> LayerNorm; patch tokens only.
+    """Stem + learned positions (started from a sine code) -> pre-norm blocks -> LayerNorm.
 
-    There is no CLS token: what a picture is as a whole is pooled from its patches by the user, so that training signals
-    reach the patches directly. Source: the offline trial (max-pooled patches localise better than CLS or mean).
+    The class token is optional: what a picture is as a whole can be pooled from its patches too, which then learn to
+    localise several times faster (reports/log.md). It has no position.
     """
 
     def __init__(
-        self, *, first_stride: int, widths: tuple[int, ...], dim: int, layers: int, heads: int, image_size: int
+        self,
+        *,
+        first_stride: int,
+        widths: tuple[int, ...],
+        dim: int,
+        layers: int,
+        heads: int,
+        image_size: int,
+        class_token: bool,
     ) -> None:
         super().__init__()
         self.stem = ConvStem(first_stride=first_stride, widths=widths, dim=dim)
@@ -99,21 +109,37 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio=4.0) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         initialise(self.blocks)
+        self.class_token = nn.Parameter(INIT_STD * torch.randn(dim)) if class_token else None
 
-    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
-        height, width = pixels.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"an image of {height}x{width} is not a whole number of {self.patch_size}-pixel patches")
+    def embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch length dim"]:
+        """Tokens as they enter the first block: the class token, where there is one, then the patches.
+
+        Raises:
+            ValueError: the sides are no whole number of patches.
+        """
+        whole_patches(pixels, self.patch_size)
         x = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         x = x + resize_position(self.position, x.shape[-2], x.shape[-1])
-        return x.flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2)
+        if self.class_token is None:
+            return x
+        return torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
-    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
-        """Patch tokens after the final LayerNorm."""
-        x = self._embed(pixels)
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: 1 or 0."""
+        return int(self.class_token is not None)
+
+    def all_tokens(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch length dim"]:
+        """Class token, where there is one, and patch tokens after the final LayerNorm."""
+        x = self.embed(pixels)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+        """Patch tokens after the final LayerNorm."""
+        return self.all_tokens(pixels)[:, self.prefix :]
 
     def keys(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
         """The last block's attention keys, heads concatenated.
@@ -123,8 +149,8 @@ class VisionTransformer(nn.Module):
         """
         if not self.blocks:
             raise ValueError("keys were asked of a tower without transformer blocks; use facet tokens")
-        x = self._embed(pixels)
+        x = self.embed(pixels)
         for block in self.blocks[:-1]:
             x = block(x)
         last: Any = self.blocks[-1]
-        return last.attn.keys(last.norm1(x))
+        return last.attn.keys(last.norm1(x))[:, self.prefix :]
