@@ -1,7 +1,7 @@
-"""Region maps of every image with features: per-image k-means."""
+"""Region maps of every image with features: per-image k-means, and the clusters of one codebook for the whole data set."""
 
-from pipeline.caching.pseudo_masks import STAGE
+from pipeline.caching import codebook, pseudo_masks
 from stages import run_shards
 
 if __name__ == "__main__":
-    run_shards(STAGE)
+    run_shards(pseudo_masks.STAGE, codebook.STAGE, codebook.GROUPS)

@@ -19,11 +19,12 @@ from pipeline.training.phases import Phase, TrainingData
 from stages import open_project, report_errors
 
 INPUTS = ("download", "filter")
+SINGLE = ("index", "codebook")  # targets that are one payload, not one per shard
 
 
 def read_data(project: Project, targets: tuple[str, ...]) -> TrainingData:
     """The payload folders, each checked for existence and size."""
-    stages = (*INPUTS, *(target for target in targets if target != "index"))
+    stages = (*INPUTS, *(target for target in targets if target not in SINGLE))
     found = {stage: {row.shard: folder for row, folder in project.inputs(stage)} for stage in stages}
     shards = [
         PairShard(
@@ -32,10 +33,12 @@ def read_data(project: Project, targets: tuple[str, ...]) -> TrainingData:
             filtered=folder,
             masks=found.get("pseudo_masks", {}).get(name),
             views=found.get("teacher", {}).get(name),
+            groups=found.get("groups", {}).get(name),
         )
         for name, folder in found["filter"].items()
     ]
-    return TrainingData(shards=shards, index=project.inputs("index")[0][1] if "index" in targets else None)
+    single = {target: project.inputs(target)[0][1] if target in targets else None for target in SINGLE}
+    return TrainingData(shards=shards, **single)
 
 
 def train(project: Project, name: str) -> None:
@@ -54,7 +57,7 @@ def train(project: Project, name: str) -> None:
     trained = {
         "images": sum(result.images for result in results),
         "failed": sum(result.failed for result in results),
-        "precision": results[-1].precision,
+        "precision": results[-1].precision if results else "fp32",
     }
     save_model(project.model(name), model.state_dict(), {**decided, "trained": trained})
 
@@ -64,7 +67,7 @@ def fit_phases(
 ) -> list[FitResult]:
     """Every phase of the method in turn; their curves make one."""
     name = method.__name__.rsplit(".", 1)[1]
-    before, results = "", []
+    before, results = "", []  # a method that learns nothing has no phase
     for phase in method.phases(model, config, data):
         label = f"{name}-{phase.name}" if phase.name else name
         run = Run(

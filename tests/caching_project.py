@@ -28,6 +28,7 @@ PARAMS = {
         "precision": "float32",
         "chunk_rows": 4,
     },
+    "codebook": {"clusters": 5, "sample_images": 8, "iters": 10, "redo": 2, "seed": 0, "chunk_rows": 4},
     "teacher": {"scales": [1, 2], "precision": "float32", "batch_size": 12, "chunk_rows": 2},
 }
 MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
@@ -62,7 +63,7 @@ class TinyClip(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return nn.functional.normalize(self.project(pixels.flatten(1)), dim=1)
 
-    encode_patches = encode_text = encode_image  # only there to make it a ClipEncoder
+    encode_patches = encode_text = visual_tower = encode_image  # only there to make it a ClipEncoder
 
 
 def key(row: int) -> str:

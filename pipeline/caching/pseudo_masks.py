@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.artifacts.arrays import ArrayWriter, map_array, open_array
 from pipeline.artifacts.files import BadInput, CorruptPayload
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table, write_table
-from pipeline.caching.payloads import FEATURES, Precision, check_rows
+from pipeline.caching.payloads import FEATURES, MASKS, Precision, check_rows
 from pipeline.clustering import Init, Metric, kmeans
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import OUTSIDE
@@ -34,7 +34,7 @@ from pipeline.machine import Machine
 from pipeline.params import Range
 from pipeline.project import Project
 
-MASKS, CENTROIDS = "masks.zarr", "centroids.zarr"
+CENTROIDS = "centroids.zarr"
 STEP_BYTES = 64 << 20  # of features read at a time; decides memory, not results
 
 

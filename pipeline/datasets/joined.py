@@ -1,4 +1,4 @@
-"""One shard of image-caption pairs, joined over the payloads of the stages: download, filter, pseudo-masks.
+"""One shard of image-caption pairs, joined over the payloads of the stages: download, filter, cached targets.
 
 Tables are joined by key, and the uids on both sides are compared: row i of a mask array belongs to row i here.
 """
@@ -30,6 +30,7 @@ class PairShard:
         filtered: the filter's payload; its kept rows are used.
         masks: the pseudo-masks' payload, or None; with it only rows that have a mask are used.
         views: the teacher's payload, or None; with it only rows that have views are used.
+        groups: the codebook clusters' payload, or None; with it only rows that have them are used.
     """
 
     name: str
@@ -37,11 +38,16 @@ class PairShard:
     filtered: Path
     masks: Path | None = None
     views: Path | None = None
+    groups: Path | None = None
 
     @property
     def cached(self) -> dict[str, Path]:
         """Arrays of cached targets by the name of the sample's field."""
-        found = {"regions": (self.masks, "masks.zarr"), "views": (self.views, "views.zarr")}
+        found = {
+            "regions": (self.masks, "masks.zarr"),
+            "views": (self.views, "views.zarr"),
+            "groups": (self.groups, "masks.zarr"),
+        }
         return {field: folder / array for field, (folder, array) in found.items() if folder is not None}
 
 
@@ -50,7 +56,7 @@ class Sample:
     """One pair as stored.
 
     `captions`: the lines of the row's caption. `entities`: classes of the filter's vocabulary. `regions`: labels over
-    the whole image. `views`: unit vectors of the teacher's views of its centre square.
+    the whole image, `groups` the codebook's clusters. `views`: unit vectors of the teacher's views of its centre square.
     """
 
     uid: str
@@ -60,6 +66,7 @@ class Sample:
     image: UInt8[ndarray, "height width 3"]
     regions: UInt8[ndarray, "grid_h grid_w"] | None = None
     views: Float16[ndarray, "views dim"] | None = None
+    groups: UInt8[ndarray, "grid_h grid_w"] | None = None
 
     def caption(self, rng: np.random.Generator) -> str:
         """One of the captions."""

@@ -8,6 +8,7 @@ A method module exposes
 - `build(config, vocabulary)`: the model with fresh weights;
 - `start(model, config, encoders)`: puts in weights of the frozen towers where the config asks for it;
 - `attach(model, encoders)`, if it has one: lends it a frozen tower that is not saved with it, whenever it is used;
+- `GIVEN`, if it has one: names of the state that `phases` takes from the data and training leaves as it is;
 - `phases(model, config, data)`: its trainings, one after the other (`pipeline.training.Phase`).
 The model has `encode_image`, `encode_text`, `segment` and `regions` (`pipeline.inference`), and `loss(batch)`.
 """
@@ -66,9 +67,12 @@ def load_untrained(folder: Path, encoders: Path) -> Any:
     Raises:
         BadInput: not a method's folder.
     """
-    method, config, _, vocabulary = _read(folder)
+    method, config, state, vocabulary = _read(folder)
     with torch.random.fork_rng():
-        return _ready(method, fresh(method, config, vocabulary, encoders), encoders)
+        model = fresh(method, config, vocabulary, encoders)
+    given = {name: state[name] for name in getattr(method, "GIVEN", ())}
+    model.load_state_dict({**model.state_dict(), **given})
+    return _ready(method, model, encoders)
 
 
 def fresh(method: ModuleType, config: Any, vocabulary: Vocabulary | None, encoders: Path) -> Any:

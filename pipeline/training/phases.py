@@ -45,7 +45,9 @@ class TrainingData:
     Attributes:
         shards: payload folders of the pairs and of the targets that the method asked for.
         index: payload of the entity -> rows index, or None where the method did not ask for it.
+        codebook: payload of the data set's clusters, or None where the method did not ask for it.
     """
 
     shards: list[Any]
     index: Path | None
+    codebook: Path | None = None

@@ -1,0 +1,405 @@
+"""SCG: regions from clustered self-supervised features, named by a frozen CLIP with one learned token per cluster.
+
+A frozen DINO's tokens are assigned to the clusters of one codebook for the whole data set; each cluster of a picture is
+a region, and a token beside CLIP's class token reads it. What is learned, from the nouns of captions, is an offset per
+cluster to CLIP's class token, and the temperature. At test a region has the name that its vector is nearest to.
+
+Source: "Associating Spatially-Consistent Grouping with Text-supervised Semantic Segmentation" (arXiv 2304.01114); card
+methods/scg.md. No code of it is public; what the paper leaves open follows the card (section 17), mostly as parameters.
+Deviates: clusters come from k-means of the tower's tokens, without STEGO's head (`pipeline.caching.codebook`).
+
+Axes: batch, clusters (regions of a picture), rows x columns (DINO's tokens; low: CLIP's), tokens (of CLIP), width (of
+CLIP's tower), dim (of the joint space), nouns, classes.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from pipeline.artifacts.files import BadInput
+from pipeline.caching.codebook import read_codebook
+from pipeline.clustering import kmeans
+from pipeline.datasets.batches import TemplateSet
+from pipeline.datasets.pairs import Shuffle
+from pipeline.datasets.region_batches import RegionBatch, RegionTransform, collate
+from pipeline.datasets.transforms import ViewConfig
+from pipeline.encoders import load_clip, load_dino
+from pipeline.interfaces import ClipEncoder, PatchEncoder, VisualTower
+from pipeline.losses import noun_region
+from pipeline.losses.contrastive import Temperature
+from pipeline.nn.codebook import pixel_groups, similarities
+from pipeline.nn.region_tokens import (
+    ExtraKey,
+    context_vectors,
+    downsample_majority,
+    image_vectors,
+    members,
+    token_vectors,
+)
+from pipeline.nn.text import Vocabulary
+from pipeline.nn.visual_tower import renormalised, run
+from pipeline.params import ParamsError, Range
+from pipeline.text.prompts import class_prompts, templates
+from pipeline.training import Optimisation
+from pipeline.training.phases import Phase, TrainingData
+
+Count = Annotated[int, Range(1)]
+# Parameters of a ClipEncoder that belong to its image side, in open_clip's layout and the small one's.
+IMAGE_SIDE = ("model.visual.", "tower.", "image_head.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupingConfig:
+    """Where regions come from.
+
+    Attributes:
+        kind: "codebook" (clusters of the data set, a token each; card section 2, reading A) or "image_kmeans" (of each
+            picture on its own, one token for all; reading B).
+        clusters: of the codebook, which must have as many.
+        image_clusters: of "image_kmeans".
+        iters: of "image_kmeans".
+        feature_dim: width of DINO's tokens.
+    """
+
+    kind: Literal["codebook", "image_kmeans"]
+    clusters: Count
+    image_clusters: Count
+    iters: Count
+    feature_dim: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionConfig:
+    """How CLIP reads a region.
+
+    Attributes:
+        strategy: "context" (the paper's c), "tokens" (b) or "image" (a); the latter two know no offsets.
+        extra_key: see `nn.region_tokens`.
+        width: of CLIP's image tower.
+        offset_layers: 1 adds offsets at the input only; as many as CLIP has layers, before each of them.
+        tune: "tokens" (the offsets), "all" (CLIP's image side beside them; Table 4) or "none".
+    """
+
+    strategy: Literal["context", "tokens", "image"]
+    extra_key: ExtraKey
+    width: Count
+    offset_layers: Count
+    tune: Literal["tokens", "all", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NounConfig:
+    """What is read of a caption.
+
+    Attributes:
+        max_nouns: of a caption; more are drawn from.
+        stop_nouns: words that name no region.
+        templates: sentences that a noun is put in; its vector is their normalised mean.
+    """
+
+    max_nouns: Count
+    stop_nouns: tuple[str, ...]
+    templates: TemplateSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Eq. 1 to 3 and Table 5; max_scale caps the inverse temperature, which starts at CLIP's."""
+
+    direction: noun_region.Direction
+    form: noun_region.Form
+    max_scale: Annotated[float, Range(0, low_open=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The block train.scg."""
+
+    grouping: GroupingConfig
+    regions: RegionConfig
+    nouns: NounConfig
+    loss: LossConfig
+    views: ViewConfig
+    shuffle: Shuffle
+    optimisation: Optimisation
+
+    def __post_init__(self) -> None:
+        if self.regions.tune != "none" and self.regions.strategy != "context":
+            raise ParamsError(f"train.scg.regions: strategy {self.regions.strategy} has nothing to tune: set tune none")
+
+    @property
+    def seed(self) -> int:
+        """Of the fresh weights."""
+        return self.optimisation.seed
+
+
+class SCG(nn.Module):
+    """Offsets per cluster and a temperature, between two frozen towers that are lent (SCG 3)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        grouping, regions = config.grouping, config.regions
+        self.config = config
+        shared = grouping.kind == "image_kmeans"
+        self.clusters = grouping.image_clusters if shared else grouping.clusters
+        self.offsets = nn.Parameter(torch.zeros(regions.offset_layers, 1 if shared else self.clusters, regions.width))
+        self.temperature = Temperature(temperature=1.0, max_scale=config.loss.max_scale)
+        self.tuned = nn.ParameterDict()
+        self.register_buffer("centroids", torch.zeros(grouping.clusters, grouping.feature_dim))
+        self.centroids: Float[Tensor, "clusters feature"]
+        self.register_buffer("hits", torch.zeros(self.clusters, dtype=torch.int64))
+        self.hits: Int64[Tensor, " clusters"]
+        """How often each cluster's token was a noun's best region in its own picture; the others learn nothing."""
+        self._lent: tuple[Any, ...] = ()
+        self._nouns: dict[str, Tensor] = {}
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in state:
+            if name.startswith(f"{prefix}tuned."):
+                self.tuned[name.removeprefix(f"{prefix}tuned.")] = nn.Parameter(torch.empty_like(state[name]))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def lend(self, clip: Any, dino: Any) -> None:
+        """Use these towers. They are neither among the parameters nor in the state, but for a tuned image side.
+
+        Raises:
+            ValueError: CLIP's patches are no whole number of DINO's, or a width is not the config's.
+        """
+        if clip.patch_size % dino.patch_size:
+            raise ValueError(f"CLIP's patches of {clip.patch_size} px are no whole number of DINO's {dino.patch_size}")
+        reader = clip
+        if self.tuned:
+            reader = copy.deepcopy(clip)
+            for name, value in self.tuned.items():
+                path, _, leaf = name.replace("/", ".").rpartition(".")
+                setattr(reader.get_submodule(path), leaf, value)
+        width, regions = reader.visual_tower().class_start.shape[0], self.config.regions
+        if width != regions.width or dino.embed_dim != self.config.grouping.feature_dim:
+            found = f"width {width} and feature_dim {dino.embed_dim}"
+            raise ValueError(f"the towers have {found}: set train.scg.regions.width and grouping.feature_dim to them")
+        if regions.offset_layers not in (1, len(reader.visual_tower().layers)):
+            raise ValueError(f"offset_layers is neither 1 nor CLIP's {len(reader.visual_tower().layers)} layers")
+        self._lent = (clip, dino, reader)
+
+    @property
+    def clip(self) -> ClipEncoder:
+        """CLIP as it was lent; its text side names regions."""
+        return self._towers()[0]
+
+    @property
+    def dino(self) -> PatchEncoder:
+        """The encoder whose tokens are clustered."""
+        return self._towers()[1]
+
+    @property
+    def visual(self) -> VisualTower:
+        """CLIP's image tower, tuned where it was."""
+        return self._towers()[2].visual_tower()
+
+    def _towers(self) -> tuple[Any, ...]:
+        if not self._lent:
+            raise ValueError("SCG has no tower of its own: `attach` lends it CLIP and DINO")
+        return tuple(tower.to(str(self.offsets.device)) for tower in self._lent)
+
+    def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """CLIP's unit vector of the class token; regions have no part in it."""
+        x = self.visual.embed(renormalised(pixels, self.clip.mean, self.clip.std))
+        return F.normalize(self.visual.project(run(self.visual, x))[:, 0].float(), dim=-1)
+
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
+        """CLIP's unit vectors."""
+        return self.clip.encode_text(texts).to(self.offsets.device)
+
+    def segment(
+        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
+    ) -> Float[Tensor, "classes height width"]:
+        """Class probabilities of every pixel's region: softmax over the given classes.
+
+        Source: SCG 3.3 (arg max of cosines); the softmax is for rules with a threshold, and keeps the arg max.
+        """
+        high, low = self._regions(pixels)
+        vectors = self.region_vectors(pixels, low, high)[0]
+        probabilities = (self.temperature.scale * vectors @ class_embeddings.float().T).softmax(-1)
+        return probabilities[high[0]].permute(2, 0, 1)
+
+    def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "height width"]:
+        """The cluster of every pixel."""
+        return self._regions(pixels)[0][0]
+
+    @torch.no_grad()
+    def _regions(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Int64[Tensor, "batch height width"], Int64[Tensor, "batch low_rows low_columns"]]:
+        """Clusters by pixel and by CLIP's patches, from the same similarities.
+
+        A cluster that owns no patch of CLIP has no vector: its pixels go to the next most similar one that has.
+        Source: card scg.md section 2.
+        """
+        size = (pixels.shape[2], pixels.shape[3])
+        grid = (size[0] // self.dino.patch_size, size[1] // self.dino.patch_size)
+        tokens = self.dino.patch_tokens(renormalised(pixels, self.dino.mean, self.dino.std), "tokens").float()
+        found = similarities(tokens, self._centroids(tokens))
+        low = self._downsample(found.argmax(-1).unflatten(1, grid))
+        absent = ~members(low.flatten(1), self.clusters).any(-1)
+        maps = pixel_groups(found, grid, size).masked_fill(absent[:, :, None, None], -torch.inf)
+        return maps.argmax(1), low
+
+    def _centroids(self, tokens: Float[Tensor, "batch tokens feature"]) -> Float[Tensor, "..."]:
+        """The codebook, or each picture's own means."""
+        if self.config.grouping.kind == "codebook":
+            return self.centroids
+        unit = F.normalize(tokens, dim=-1)
+        seeds = torch.zeros(len(unit), dtype=torch.int64, device=unit.device)
+        iters = self.config.grouping.iters
+        _, means = kmeans(unit, self.clusters, iters=iters, metric="cosine", seeds=seeds, init="k-means++")
+        return F.normalize(means.float(), dim=-1)
+
+    def _downsample(self, labels: Int64[Tensor, "batch rows columns"]) -> Int64[Tensor, "batch low_rows low_columns"]:
+        return downsample_majority(labels, self.visual.patch_size // self.dino.patch_size)
+
+    def region_vectors(
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        low: Int64[Tensor, "batch low_rows low_columns"],
+        high: Int64[Tensor, "batch height width"] | None,
+    ) -> Float[Tensor, "batch clusters dim"]:
+        """Unit vectors of all clusters' regions; of those that own no patch they mean nothing.
+
+        Strategy "image" needs the clusters by pixel, the others read those by CLIP's patches.
+        """
+        regions, tower = self.config.regions, self.visual
+        pixels = renormalised(pixels, self.clip.mean, self.clip.std)
+        if regions.strategy == "image":
+            assert high is not None
+            found = image_vectors(tower, pixels, high, self.clusters, fill=(0.0, 0.0, 0.0))
+        elif regions.strategy == "tokens":
+            found = token_vectors(tower, pixels, low.flatten(1), self.clusters)
+        else:
+            offsets = self.offsets.expand(-1, self.clusters, -1)
+            frozen = not self.tuned
+            found = context_vectors(tower, pixels, low.flatten(1), offsets, extra_key=regions.extra_key, frozen=frozen)
+        return F.normalize(found.float(), dim=-1)
+
+    def loss(self, batch: RegionBatch) -> dict[str, Tensor]:
+        """`total` (Eq. 3) and, not optimised, `tokens`: the effective number of clusters that nouns found.
+
+        Pictures whose caption has no noun are left out.
+        """
+        named = torch.bincount(batch.owner, minlength=len(batch.groups)) > 0
+        if not named.any():
+            nothing = 0 * (self.offsets.sum() + self.temperature.scale)
+            return {"total": nothing, "tokens": nothing.detach()}
+        pixels, owner = batch.pixels[named], named.cumsum(0)[batch.owner] - 1
+        if self.config.grouping.kind == "codebook":
+            low = self._downsample(batch.groups[named])
+        else:
+            _, low = self._regions(pixels)
+        vectors = self.region_vectors(pixels, low, None)
+        present = members(low.flatten(1), self.clusters).any(-1)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self._contrast(self.noun_vectors(batch.nouns), owner, vectors, present)
+
+    def _contrast(
+        self,
+        nouns: Float[Tensor, "nouns dim"],
+        owner: Int64[Tensor, " nouns"],
+        vectors: Float[Tensor, "batch clusters dim"],
+        present: Tensor,
+    ) -> dict[str, Tensor]:
+        settings, scale, captions = self.config.loss, self.temperature.capped(), len(vectors)
+        forward = noun_region.noun_to_region(nouns, owner, vectors, present, captions)
+        hits = torch.bincount(forward.best.gather(1, owner[:, None])[:, 0], minlength=self.clusters)
+        self.hits += hits
+        scores = []
+        if settings.direction != "region_to_noun":
+            scores.append(forward.scores)
+        if settings.direction != "noun_to_region":
+            scores.append(noun_region.region_to_noun(nouns, owner, vectors, present, captions))
+        total = torch.stack([noun_region.contrast(found, scale, settings.form) for found in scores]).mean()
+        return {"total": total, "tokens": torch.special.entr(hits / hits.sum()).sum().exp()}
+
+    @torch.no_grad()
+    def noun_vectors(self, nouns: list[str]) -> Float[Tensor, "nouns dim"]:
+        """Unit vectors of nouns, each encoded once: the normalised mean over templates. Card section 5."""
+        fresh = [noun for noun in dict.fromkeys(nouns) if noun not in self._nouns]
+        if fresh:
+            sentences = class_prompts(fresh, templates(self.config.nouns.templates))
+            vectors = self.clip.encode_text([text for texts in sentences for text in texts]).float()
+            means = F.normalize(vectors.unflatten(0, (len(fresh), -1)).mean(1), dim=-1).cpu()
+            self._nouns |= dict(zip(fresh, means, strict=True))
+        return torch.stack([self._nouns[noun] for noun in nouns]).to(self.offsets.device)
+
+
+TARGETS = ("groups", "codebook")
+ENCODERS = ("dino", "clip")
+GIVEN = ("centroids",)
+
+
+def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
+    """There is no text tower to shrink."""
+    return None
+
+
+def build(config: Config, vocabulary: Vocabulary | None) -> SCG:
+    """The model with offsets of zero, without towers."""
+    return SCG(config)
+
+
+def start(model: SCG, config: Config, encoders: Path) -> None:
+    """The temperature starts at CLIP's; where all of its image side is tuned, a copy of that is taken."""
+    clip: Any = load_clip(encoders / "clip")
+    with torch.no_grad():
+        model.temperature.log_scale.fill_(math.log(clip.logit_scale))
+    if config.regions.tune == "all":
+        for name, value in clip.named_parameters():
+            if name.startswith(IMAGE_SIDE):
+                model.tuned[name.replace(".", "/")] = nn.Parameter(value.detach().clone())
+
+
+def attach(model: SCG, encoders: Path) -> None:
+    """Lend the towers.
+
+    Raises:
+        BadInput: they do not fit each other or the config.
+    """
+    clip, dino = load_clip(encoders / "clip"), load_dino(encoders / "dino")
+    try:
+        model.lend(clip, dino)
+    except ValueError as error:
+        raise BadInput(
+            encoders, str(error), "Change params.yaml, or obtain other towers: `dvc repro encoders`"
+        ) from error
+
+
+def phases(model: SCG, config: Config, data: TrainingData) -> list[Phase]:
+    """The only one, or none where nothing is tuned. The codebook goes into the model.
+
+    Raises:
+        BadInput: the codebook has another shape than the config says.
+    """
+    assert data.codebook is not None
+    centroids = torch.from_numpy(read_codebook(data.codebook))
+    if centroids.shape != model.centroids.shape:
+        found = f"has {centroids.shape[0]} clusters of width {centroids.shape[1]}"
+        raise BadInput(data.codebook, found, "Set train.scg.grouping.clusters and feature_dim to them")
+    model.centroids.copy_(centroids)
+    if config.regions.tune == "none":
+        return []
+    grid = config.views.image_size // model.dino.patch_size
+    stop = frozenset(config.nouns.stop_nouns)
+    prepare = RegionTransform(views=config.views, grid=grid, max_nouns=config.nouns.max_nouns, stop_nouns=stop)
+    return [
+        Phase(
+            optimisation=config.optimisation,
+            prepare=prepare,
+            collate=collate,
+            loss=lambda batch, _: model.loss(batch),
+        )
+    ]

@@ -1,0 +1,344 @@
+"""SCG between two small frozen towers: what is learned, what is read, and what a region without patches may do."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pair_shards import write_masks, write_pairs
+
+from pipeline import methods, params
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.weights import save_model
+from pipeline.datasets.pairs import PairLoader, Sample
+from pipeline.datasets.region_batches import Named, RegionBatch, RegionTransform, collate
+from pipeline.encoders import small_clip
+from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
+from pipeline.interfaces import OUTSIDE
+from pipeline.methods import scg
+from pipeline.nn.text import Vocabulary
+from pipeline.nn.visual_tower import run
+from pipeline.params import ParamsError
+from pipeline.source_code import REPO
+from pipeline.text.tokenizers import tokenizer
+from pipeline.text.verdicts import kept
+from pipeline.training.phases import TrainingData
+
+CLUSTERS, SIDE = 5, 16
+NOUNS = ["dog", "car", "house", "bird", "tree"]
+
+
+def towers() -> tuple[small_clip.SmallClip, TrainedPatchEncoder, dict, dict]:
+    torch.manual_seed(0)
+    image = {
+        "image_size": SIDE,
+        "first_stride": 4,
+        "widths": [],
+        "dim": 12,
+        "layers": 2,
+        "heads": 2,
+        "class_token": True,
+    }
+    architecture = {
+        "tower": "scratch",
+        "image": image,
+        "text": {"context_length": 8, "width": 8, "layers": 0, "heads": 1, "pooling": "mean"},
+        "embed_dim": 10,
+        "projection": "linear",
+        "pooling": "both",
+        "sharpness": 5.0,
+    }
+    settings = params.build(small_clip.ClipArchitecture, architecture, "clip")
+    ids = tokenizer("bpe", 8)([f"a photo of a {noun}." for noun in NOUNS]).flatten()
+    clip = small_clip.SmallClip(settings, Vocabulary.of(ids, vocab_size=49408), None)
+    clip.scale.fill_(20.0)
+    grouping = image | {"first_stride": 2, "dim": 8, "layers": 1, "class_token": False}
+    dino = TrainedPatchEncoder(params.build(TowerConfig, grouping, "dino").build())
+    described = {"family": small_clip.FAMILY, "architecture": architecture, "frozen": None}
+    return clip, dino, described, {"family": "trained_dino", "architecture": grouping}
+
+
+@pytest.fixture
+def encoders(tmp_path):
+    clip, dino, clip_config, dino_config = towers()
+    save_model(tmp_path / "encoders" / "clip", clip.state_dict(), clip_config)
+    save_model(tmp_path / "encoders" / "dino", dino.state_dict(), dino_config)
+    return tmp_path / "encoders"
+
+
+def config(**changes) -> scg.Config:
+    values = params.read(REPO / "profiles" / "base.yaml")["train"]["scg"]
+    values["grouping"] |= {"clusters": CLUSTERS, "feature_dim": 8, "image_clusters": 3}
+    values["regions"] |= {"width": 12}
+    values["views"] |= {"image_size": SIDE}
+    values["optimisation"] |= {
+        "images": 16,
+        "batch_size": 8,
+        "checkpoint_images": 8,
+        "log_images": 8,
+        "precision": "fp32",
+    }
+    for name, change in changes.items():
+        values[name] |= change
+    return params.build(scg.Config, values, "train.scg")
+
+
+def model(encoders, **changes) -> scg.SCG:
+    settings = config(**changes)
+    found = methods.fresh(scg, settings, None, encoders)
+    scg.attach(found, encoders)
+    found.centroids.copy_(F.normalize(torch.randn(CLUSTERS, 8, generator=torch.Generator().manual_seed(7)), dim=1))
+    return found
+
+
+def batch() -> RegionBatch:
+    """Four pictures; the third has no noun."""
+    generator = torch.Generator().manual_seed(3)
+    return RegionBatch(
+        pixels=torch.randn(4, 3, SIDE, SIDE, generator=generator),
+        groups=torch.randint(0, CLUSTERS - 1, (4, 8, 8), generator=generator),
+        nouns=["dog", "car", "house", "bird", "tree"],
+        owner=torch.tensor([0, 0, 1, 3, 3]),
+        uids=list("abcd"),
+    )
+
+
+def test_it_trains_the_offsets_and_the_temperature_and_nothing_else(encoders):
+    tower = model(encoders)
+    assert {name: tuple(p.shape) for name, p in tower.named_parameters() if p.requires_grad} == {
+        "offsets": (1, CLUSTERS, 12),
+        "temperature.log_scale": (),
+    }
+    assert tower.temperature.scale.item() == pytest.approx(20.0) and not tower.offsets.any()
+    terms = tower.loss(batch())
+    terms["total"].backward()
+    assert tower.offsets.grad.abs().sum() > 0 and tower.temperature.log_scale.grad != 0
+    assert not any(p.grad is not None for lent in tower._lent for p in lent.parameters())
+    assert set(tower.state_dict()) == {"offsets", "temperature.log_scale", "centroids", "hits"}
+
+
+def test_the_papers_count_of_parameters():
+    paper = config(grouping={"clusters": 27}, regions={"width": 768})
+    assert sum(p.numel() for p in scg.build(paper, None).parameters()) == 27 * 768 + 1
+
+
+def test_offsets_learn_where_their_region_was_some_nouns_best(encoders):
+    tower = model(encoders)
+    tower.loss(batch())["total"].backward()
+    learned = tower.offsets.grad[0].abs().sum(-1) > 0
+    assert not learned[CLUSTERS - 1], "a cluster that no picture shows"
+    assert (learned | ~(tower.hits > 0)).all() and tower.hits.sum() == 5
+
+
+def test_a_picture_without_nouns_counts_for_nothing(encoders):
+    tower, whole = model(encoders), batch()
+    kept = torch.tensor([0, 1, 3])
+    owner = torch.tensor([0, 0, 1, 2, 2])
+    without = RegionBatch(whole.pixels[kept], whole.groups[kept], whole.nouns, owner, ["a", "b", "d"])
+    torch.testing.assert_close(tower.loss(whole)["total"], tower.loss(without)["total"])
+    nobody = RegionBatch(whole.pixels, whole.groups, [], torch.zeros(0, dtype=torch.int64), whole.uids)
+    empty = tower.loss(nobody)["total"]
+    empty.backward()
+    assert empty == 0 and not tower.offsets.grad.any()
+
+
+def test_directions_are_losses_of_their_own(encoders):
+    values = {
+        d: model(encoders, loss={"direction": d}).loss(batch())["total"]
+        for d in ("noun_to_region", "region_to_noun", "both")
+    }
+    assert values["noun_to_region"] != values["region_to_noun"]
+    torch.testing.assert_close(values["both"], (values["noun_to_region"] + values["region_to_noun"]) / 2)
+
+
+def test_offsets_can_tell_captions_apart(encoders):
+    """Two pictures of one colour each, whose clusters differ: offsets learn which noun is whose."""
+    tower, data = model(encoders, loss={"max_scale": 20.0}), batch()
+    keep = torch.tensor([0, 1])
+    groups = torch.tensor([0, 1])[:, None, None].expand(2, 8, 8)
+    pair = RegionBatch(data.pixels[keep], groups, ["dog", "car"], torch.tensor([0, 1]), ["a", "b"])
+    before = tower.loss(pair)["total"].item()
+    optimiser = torch.optim.Adam([tower.offsets], lr=0.1)
+    for _ in range(60):
+        optimiser.zero_grad()
+        tower.loss(pair)["total"].backward()
+        optimiser.step()
+    assert tower.loss(pair)["total"].item() < 0.5 * before
+    assert not tower.offsets[0, 2:].any()
+
+
+def test_segment_paints_each_regions_class(encoders):
+    tower = model(encoders).eval()
+    pixels, classes = torch.randn(1, 3, SIDE, 24), tower.encode_text(["a dog", "a car", "a house"])
+    with torch.no_grad():
+        scores, regions = tower.segment(pixels, classes), tower.regions(pixels)
+        high, low = tower._regions(pixels)
+        vectors = tower.region_vectors(pixels, low, high)[0]
+    assert scores.shape == (3, SIDE, 24) and regions.shape == (SIDE, 24)
+    torch.testing.assert_close(scores.sum(0), torch.ones(SIDE, 24))
+    for region in regions.unique():
+        expected = (20.0 * vectors[region] @ classes.T).softmax(0)
+        torch.testing.assert_close(
+            scores[:, regions == region], expected[:, None].expand(-1, (regions == region).sum())
+        )
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(tower.segment(pixels, classes[order]), scores[order])
+
+
+def test_a_cluster_without_a_patch_owns_no_pixel(encoders):
+    """2 x 2 cells vote for one patch; a cluster that lost every vote gives its pixels away."""
+    tower = model(encoders)
+    pixels = torch.randn(40, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11))
+    high, low = tower._regions(pixels)
+    grid = (tower.dino.patch_tokens(pixels, "tokens") @ tower.centroids.T).argmax(-1)
+    lost = 0
+    for cells, by_pixel, by_patch in zip(grid, high, low, strict=True):
+        assert set(by_pixel.unique().tolist()) <= set(by_patch.unique().tolist())
+        lost += len(set(cells.tolist()) - set(by_patch.unique().tolist()))
+    assert lost, "the pictures must have a cluster that lost"
+
+
+def test_an_untuned_region_of_everything_is_clips_own_class_token(encoders):
+    tower = model(encoders).eval()
+    pixels, everything = torch.randn(2, 3, SIDE, SIDE), torch.zeros(2, 4, 4, dtype=torch.int64)
+    with torch.no_grad():
+        vectors = tower.region_vectors(pixels, everything, None)
+        torch.testing.assert_close(vectors[:, 0], tower.encode_image(pixels), atol=1e-5, rtol=1e-4)
+        apart = tower.visual
+        expected = F.normalize(apart.project(run(apart, apart.embed(pixels)))[:, 0], dim=-1)
+    torch.testing.assert_close(tower.encode_image(pixels), expected)
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "image"])
+def test_other_strategies_have_nothing_to_tune(encoders, strategy):
+    with pytest.raises(ParamsError, match="nothing to tune"):
+        config(regions={"strategy": strategy})
+    tower = model(encoders, regions={"strategy": strategy, "tune": "none"}).eval()
+    with torch.no_grad():
+        scores = tower.segment(torch.randn(1, 3, SIDE, SIDE), tower.encode_text(["a dog", "a car"]))
+    assert scores.isfinite().all()
+
+
+def test_own_k_means_of_each_picture_share_one_token(encoders):
+    tower = model(encoders, grouping={"kind": "image_kmeans"})
+    assert tower.offsets.shape == (1, 1, 12) and tower.clusters == 3
+    tower.loss(batch())["total"].backward()
+    assert tower.offsets.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert tower.regions(torch.randn(1, 3, SIDE, SIDE)).max() < 3
+
+
+def test_nouns_are_encoded_once_as_the_mean_over_templates(encoders, monkeypatch):
+    tower = model(encoders, nouns={"templates": "subset"})
+    found = tower.noun_vectors(["dog", "car", "dog"])
+    texts = [t.replace("{}", "dog") for t in scg.templates("subset")]
+    torch.testing.assert_close(found[0], F.normalize(tower.encode_text(texts).mean(0), dim=0))
+    assert torch.equal(found[0], found[2])
+    monkeypatch.setattr(small_clip.SmallClip, "encode_text", None)
+    assert torch.equal(tower.noun_vectors(["car"])[0], found[1])
+
+
+def test_all_of_the_image_side_is_tuned_apart_from_the_lent_clip(encoders, tmp_path):
+    tower = model(encoders, regions={"tune": "all"})
+    tower.loss(batch())["total"].backward()
+    unmoved = sorted(name for name, p in tower.tuned.items() if p.grad is None)
+    assert unmoved == [] and not any(p.grad is not None for p in tower.clip.parameters())
+    with torch.no_grad():
+        for value in tower.tuned.values():
+            value += 0.01
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    moved = tower.eval().encode_image(pixels)
+    assert not torch.allclose(moved, model(encoders).eval().encode_image(pixels))
+    saved = {"method": "scg", "config": params.plain(tower.config), "inputs": {}}
+    save_model(tmp_path / "scg", tower.state_dict(), saved)
+    again = methods.load(tmp_path / "scg", encoders)
+    with torch.no_grad():
+        torch.testing.assert_close(again.encode_image(pixels), moved)
+
+
+def test_saved_loaded_and_untrained(encoders, tmp_path):
+    tower = model(encoders).eval()
+    with torch.no_grad():
+        tower.offsets.normal_()
+    save_model(
+        tmp_path / "scg", tower.state_dict(), {"method": "scg", "config": params.plain(tower.config), "inputs": {}}
+    )
+    pixels, classes = torch.randn(1, 3, SIDE, SIDE), tower.encode_text(["a dog", "a car"])
+    loaded, untrained = methods.load(tmp_path / "scg", encoders), methods.load_untrained(tmp_path / "scg", encoders)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.segment(pixels, classes), tower.segment(pixels, classes))
+        assert torch.equal(untrained.centroids, tower.centroids) and not untrained.offsets.any()
+        assert torch.equal(untrained.regions(pixels), tower.regions(pixels))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"regions": {"width": 16}}, "width 12 and feature_dim 8"),
+        ({"grouping": {"feature_dim": 9}}, "width 12 and feature_dim 8"),
+        ({"regions": {"offset_layers": 3}}, "neither 1 nor CLIP's 2 layers"),
+    ],
+)
+def test_towers_that_do_not_fit_are_named(encoders, change, words):
+    settings = config(**change)
+    found = methods.fresh(scg, settings, None, encoders)
+    with pytest.raises(BadInput, match=words):
+        scg.attach(found, encoders)
+
+
+def test_phases_take_the_codebook_and_batches_follow_the_clusters(encoders, tmp_path):
+    shard = write_pairs(tmp_path, "00000", 8, masks=False)
+    keys = [f"{i:09d}" for i in range(8)]
+    uids = dict(zip(keys, kept(shard.filtered)["uid"].to_pylist(), strict=True))
+    groups = write_masks(tmp_path / "groups", keys, uids, {key: i for i, key in enumerate(keys)})
+    shard = replace(shard, groups=groups)
+    book = tmp_path / "codebook"
+    book.mkdir()
+    np.save(book / "centroids.npy", np.eye(CLUSTERS, 8, dtype=np.float32))
+    tower = model(encoders)
+    (phase,) = scg.phases(tower, tower.config, TrainingData(shards=[shard], index=None, codebook=book))
+    assert torch.equal(tower.centroids, torch.eye(CLUSTERS, 8))
+    loader = PairLoader(
+        [shard],
+        batch_size=4,
+        seed=0,
+        shuffle=tower.config.shuffle,
+        threads=0,
+        prepare=phase.prepare,
+        collate=phase.collate,
+    )
+    loaded = next(loader.batches(0)).batch
+    assert loaded.groups.shape == (4, 8, 8) and loaded.nouns == ["dog"] * 4 and loaded.owner.tolist() == [0, 1, 2, 3]
+    assert phase.loss(loaded, None)["total"].isfinite()
+    none = model(encoders, regions={"tune": "none"})
+    assert scg.phases(none, none.config, TrainingData(shards=[shard], index=None, codebook=book)) == []
+    np.save(book / "centroids.npy", np.eye(4, 8, dtype=np.float32))
+    with pytest.raises(BadInput, match="4 clusters of width 8"):
+        scg.phases(tower, tower.config, TrainingData(shards=[shard], index=None, codebook=book))
+
+
+def test_nouns_of_a_sample_are_each_one_once_and_at_most_so_many():
+    views = config().views
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    sample = Sample(
+        "u", ["x"], ["dog", "photo", "car", "dog", "bird", "tree"], [], image, groups=np.zeros((4, 4), np.uint8)
+    )
+    made = RegionTransform(views=views, grid=8, max_nouns=3, stop_nouns=frozenset({"photo"}))
+    found = made(sample, np.random.default_rng(0)).nouns
+    assert len(found) == 3 and list(found) == [n for n in ("dog", "car", "bird", "tree") if n in found]
+    with pytest.raises(ValueError, match="no cluster map"):
+        made(Sample("u", ["x"], [], [], image), np.random.default_rng(0))
+    nothing = Named(image, np.full((4, 4), OUTSIDE, np.uint8), ())
+    assert collate([nothing, nothing], ["a", "b"]).owner.shape == (0,)
+
+
+def test_clusters_outside_the_picture_belong_to_no_region(encoders):
+    tower, data = model(encoders), batch()
+    data.groups[:, :, 4:] = OUTSIDE
+    tower.loss(data)["total"].backward()
+    assert tower.offsets.grad.isfinite().all()
+
+
+def test_registry():
+    assert methods.get("scg") is scg and scg.TARGETS == ("groups", "codebook") and scg.ENCODERS == ("dino", "clip")
