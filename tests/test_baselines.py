@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from fake_towers import FEATURES, MASKS, FakeClip, FakeDino
 
-from pipeline import baselines, encoders, params
+from pipeline import baselines, chain, encoders, params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import save_model
 from pipeline.baselines import LabelModel, RegionModel
@@ -16,27 +15,7 @@ from pipeline.datasets.benchmarks import Sample
 from pipeline.inference import ScoreModel, normalise
 from pipeline.machine import Machine
 from pipeline.project import Project
-
-
-class FakeClip(nn.Module):
-    """Patch embedding = mean colour of an 8 px patch in the encoder's own normalisation."""
-
-    image_size, embed_dim, logit_scale = 16, 3, 20.0
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def encode_text(self, texts):
-        return F.normalize(torch.tensor([[len(text), 1.0, 2.0] for text in texts]), dim=1)
-
-    def encode_image(self, pixels):
-        return F.normalize(pixels.mean((2, 3)), dim=1)
-
-    def encode_patches(self, pixels):
-        self.seen.append(pixels)
-        return F.normalize(F.avg_pool2d(pixels, 8).permute(0, 2, 3, 1), dim=-1)
+from pipeline.source_code import REPO
 
 
 @pytest.fixture
@@ -75,6 +54,7 @@ def test_clip_patches_is_a_softmax_per_patch_in_the_encoders_own_colours(project
     own = (image / 255 - np.array(clip.mean)) / np.array(clip.std)
     np.testing.assert_allclose(clip.seen[0][0].permute(1, 2, 0).numpy(), own, atol=1e-5)
     assert scores.shape == (3, 2, 3)
+    assert torch.equal(model.segment(normalise(image, "cpu"), embeddings), scores) and len(clip.seen) == 1, "remembered"
     for row in range(2):
         for column in range(3):
             patch = own[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].mean((0, 1))
@@ -82,19 +62,6 @@ def test_clip_patches_is_a_softmax_per_patch_in_the_encoders_own_colours(project
             logits = [clip.logit_scale * float(patch @ vector.numpy()) for vector in embeddings]
             expected = np.exp(logits - np.max(logits)) / np.exp(logits - np.max(logits)).sum()
             np.testing.assert_allclose(scores[:, row, column].numpy(), expected, atol=1e-5)
-
-
-class FakeDino(nn.Module):
-    """Token = mean colour of an 8 px patch."""
-
-    patch_size, embed_dim, mean, std = 8, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-
-    def patch_tokens(self, pixels, facet):
-        return F.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2)
-
-
-FEATURES = {"image_size": 32, "facet": "tokens", "precision": "float32", "batch_size": 4, "chunk_rows": 4}
-MASKS = {"k": 3, "iters": 10, "metric": "cosine", "init": "k-means++", "precision": "float32", "chunk_rows": 4}
 
 
 def test_the_oracle_clusters_as_the_stages_do_and_names_by_the_truth(project, monkeypatch):
@@ -120,6 +87,48 @@ def test_the_oracle_clusters_as_the_stages_do_and_names_by_the_truth(project, mo
     assert before["dino"] == digest
     project.params["pseudo_masks"] = {**MASKS, "k": 4}
     assert baselines.get("oracle").digests(project)["pseudo_masks"] != before["pseudo_masks"]
+
+
+PIXELS = {
+    "pixel_kmeans_oracle": {"shrink": 8, "iters": 20},
+    "pixel_spectral_oracle": {"shrink": 8, "sigma": 0.1, "assign": "cluster_qr"},
+}
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_pixel_oracles_find_colours_of_the_shrunk_image(project, name):
+    project.params.update(baselines=PIXELS, pseudo_masks=MASKS)
+    oracle = baselines.get(name).build(project)
+    assert isinstance(oracle, LabelModel) and isinstance(oracle, RegionModel) and not isinstance(oracle, ScoreModel)
+    image = np.full((42, 64, 3), (200, 30, 30), np.uint8)  # 6 x 8 cells
+    image[:, 32:] = (30, 200, 30)
+    image[21:, :32] = (30, 30, 200)
+    regions = oracle.image_regions(image)
+    assert regions.shape == (42, 64) and len(regions.unique()) == 3
+    assert regions[:20, :32].eq(regions[0, 0]).all() and regions[22:, :32].eq(regions[41, 0]).all()
+    assert regions[:, 32:].eq(regions[0, 63]).all()
+    label = np.zeros((42, 64), np.uint8)
+    label[:, 32:] = 3
+    label[:, 60:] = 255
+    answer = oracle.label(Sample(id="a", image=image, label=label), 4, 255)
+    assert answer[:, 32:].eq(3).all() and answer[:, :32].eq(0).all()
+    again = baselines.get(name).build(project)
+    assert torch.equal(again.image_regions(image), regions)
+    small = oracle.image_regions(image[:5, :9])
+    assert small.shape == (5, 9), "an image of one row of cells"
+    before = baselines.get(name).digests(project)
+    project.params["pseudo_masks"] = {**MASKS, "k": 4}
+    assert baselines.get(name).digests(project) != before
+
+
+def test_every_block_of_the_parameters_belongs_to_a_baseline():
+    values = params.read(REPO / "params.yaml")
+    with_config = {name for name in baselines.names() if hasattr(baselines.get(name), "Config")}
+    assert set(values["baselines"]) == with_config
+    chain.validate(values)
+    for name, message in (("constant", "this baseline has no parameters"), ("none_such", "unknown baseline")):
+        with pytest.raises(params.ParamsError, match=message):
+            chain.validate(values | {"baselines": values["baselines"] | {name: {}}})
 
 
 def test_absent_weights_say_how_to_get_them(project):

@@ -2,19 +2,23 @@
 
 A baseline module has `digests(project)`, what its answers depend on beside code (weights, parameters), and
 `build(project)`, which returns one of two things: a `pipeline.inference.ScoreModel`, scored like a trained method, or a
-`LabelModel`, which gives label maps itself.
+`LabelModel`, which gives label maps itself. One with parameters has a `Config` too, for block `baselines.<name>`.
 """
 
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from pipeline.datasets.benchmarks import Sample
+from pipeline.metrics import oracle_labels
+from pipeline.nn.clip_reader import MEMORY_BYTES, Memory
+from pipeline.nn.region_clip import ImageRegions
 from pipeline.params import ParamsError
 
 
@@ -26,10 +30,37 @@ class LabelModel(Protocol):
 
 
 @runtime_checkable
+class ClosedVocabulary(LabelModel, Protocol):
+    """A `LabelModel` that learned one class list and answers no other; `described` is what its report says of that."""
+
+    classes: tuple[str, ...]
+
+    def answer(self, image: UInt8[np.ndarray, "height width 3"]) -> Int64[Tensor, "height width"]: ...
+
+    def described(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
 class RegionModel(Protocol):
     """Something that divides an image into regions, at the image's size."""
 
     def image_regions(self, image: UInt8[np.ndarray, "height width 3"]) -> Int64[Tensor, "height width"]: ...
+
+
+class RegionOracle:
+    """A `LabelModel` that reads the truth, and a `RegionModel` that does not: regions of any source, computed once."""
+
+    def __init__(self, image_regions: ImageRegions) -> None:
+        self.image_regions_of, self.memory = image_regions, Memory(MEMORY_BYTES)
+
+    def image_regions(self, image: UInt8[np.ndarray, "height width 3"]) -> Int64[Tensor, "height width"]:
+        """The source's regions."""
+        return self.memory.recall(torch.tensor(image), lambda: (self.image_regions_of(image),))[0]
+
+    def label(self, sample: Sample, num_classes: int, ignore_index: int) -> Int64[Tensor, "height width"]:
+        """Every region in the class of most of its pixels."""
+        truth = torch.tensor(sample.label)
+        return oracle_labels(self.image_regions(sample.image), truth, num_classes, "majority", ignore_index)
 
 
 def names() -> list[str]:
