@@ -61,7 +61,7 @@ seeds: setup  ## the default run's figures over three seeds, into reports/seeds.
 	python -m benchmarks.seeds
 
 ablations: setup  ## a paper's ablation tables, small, from the caches that are there: `make ablations METHOD=groupvit`
-	python -m benchmarks.ablate $(METHOD)
+	python -m benchmarks.ablate $(METHOD) $(ARGS)
 
 clean:  ## remove everything that can be made again
 	rm -rf data/store data/checkpoints logs models/encoders reports/index.html reports/figures
