@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from pipeline import methods, params
+from pipeline import baselines, methods, params
 from pipeline.engine import ShardStage
 
 # In the order in which they run; `module:attribute`, imported when asked for (torch takes seconds).
@@ -14,6 +14,8 @@ SHARD_STAGES = {
     "index": "pipeline.text.filtering:INDEX",
     "features": "pipeline.caching.features:STAGE",
     "pseudo_masks": "pipeline.caching.pseudo_masks:STAGE",
+    "codebook": "pipeline.caching.codebook:STAGE",
+    "groups": "pipeline.caching.codebook:GROUPS",
     "teacher": "pipeline.caching.teacher:STAGE",
 }
 
@@ -24,7 +26,9 @@ BLOCKS = {
     "encoders": "pipeline.encoders.config:Config",
     "features": "pipeline.caching.features:Config",
     "pseudo_masks": "pipeline.caching.pseudo_masks:Config",
+    "codebook": "pipeline.caching.codebook:Config",
     "teacher": "pipeline.caching.teacher:Config",
+    "selftrain": "pipeline.selftraining.config:Config",
     "evaluate": "pipeline.evaluation:Config",
     "report": "pipeline.reporting:Config",
 }
@@ -41,7 +45,7 @@ def validate(values: dict[str, Any]) -> None:
     Raises:
         ParamsError: names the first key that is unknown, missing or wrong.
     """
-    expected = {"profile", "train", *BLOCKS}
+    expected = {"profile", "train", "baselines", *BLOCKS}
     unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
     if unknown:
         raise params.ParamsError(f"{unknown[0]}: unknown block; known blocks are {', '.join(sorted(expected))}")
@@ -54,6 +58,11 @@ def validate(values: dict[str, Any]) -> None:
         if name not in known:
             raise params.ParamsError(f"train.{name}: no such method; pipeline/methods has {', '.join(known)}")
         params.build(methods.get(name).Config, values["train"][name], f"train.{name}")
+    for name in values["baselines"]:
+        config = getattr(baselines.get(name), "Config", None)
+        if config is None:
+            raise params.ParamsError(f"baselines.{name}: this baseline has no parameters")
+        params.build(config, values["baselines"][name], f"baselines.{name}")
 
 
 def _resolve(address: str) -> Any:

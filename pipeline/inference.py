@@ -14,7 +14,7 @@ that; tiny models that see photographs at a fraction of their size need `antiali
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -82,6 +82,11 @@ class Geometry:
             return height, width
         factor = min(self.long_side / max(height, width), self.short_side / min(height, width))
         return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Resize and window, as reports hold them."""
+        resize = {"antialias": self.antialias, "long_side": self.long_side, "short_side": self.short_side}
+        return {"resize": resize, "window": {"multiple": self.multiple, "side": self.window, "stride": self.stride}}
 
     def windows(self, height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
         """Top, left, height and width of each window of a canvas, row by row; the last ones end at the border."""

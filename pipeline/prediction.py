@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.artifacts.files import BadInput, atomic_write, read_json
 from pipeline.artifacts.shards import decode_rgb
-from pipeline.datasets.benchmarks import check_class_names, open_benchmark
+from pipeline.baselines import ClosedVocabulary
+from pipeline.datasets.benchmarks import Benchmark, check_class_names, open_benchmark
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config, pick
 from pipeline.evaluation.pairs import benchmark_root
@@ -34,7 +35,9 @@ SHOWN_LABELS = 24  # most labels in a legend, the largest areas first
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder under models/, or baseline:NAME")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder under models/, baseline:NAME, or selftrained:TEACHER"
+    )
     parser.add_argument("--labels", required=True, help='class names, such as "cat,sofa"')
     parser.add_argument("--out", required=True, type=Path, metavar="OVERLAY.png")
     parser.add_argument("--background", choices=tuple(BACKGROUNDS), help="rule for background (default: params.yaml's)")
@@ -59,7 +62,9 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     if arguments.out.suffix.lower() != ".png":
         raise ParamsError(f"--out: expected a name that ends in .png, found {arguments.out}")
     image = _read(arguments.image)
-    candidate = candidates.load(arguments.model, project, config.geometry)
+    student = candidates.is_student(arguments.model)
+    benchmark = _first_benchmark(config, project) if student else None
+    candidate = candidates.load(arguments.model, project, config.geometry, benchmark)
     map_, note = predict(candidate, image, labels, arguments, config, project)
     raw = arguments.out.with_name(f"{arguments.out.stem}_labels.png")
     atomic_write(raw, label_png(map_, len(labels)))
@@ -78,6 +83,8 @@ def predict(
     project: Project,
 ) -> tuple[Int64[np.ndarray, "height width"], str]:
     """The label map, 0 = background, and a line on how background was decided."""
+    if isinstance(candidate.model, ClosedVocabulary):
+        return _closed(candidate.name, candidate.model, image, labels, arguments)
     if not isinstance(candidate.model, ScoreModel):
         raise ParamsError(f"--model: {candidate.name} does not read labels; choose a model that does")
     rules, first = config.rules(config.protocol), config.benchmarks[0].name
@@ -101,6 +108,24 @@ def predict(
     best, ids = segmenter(image)
     limit = f", threshold {threshold:g} ({source})" if threshold is not None else ""
     return threshold_labels(best, ids, threshold).cpu().numpy(), f"Background: {name}, {len(stuff)} words{limit}"
+
+
+def _closed(
+    name: str,
+    model: ClosedVocabulary,
+    image: UInt8[np.ndarray, "height width 3"],
+    labels: tuple[str, ...],
+    arguments: argparse.Namespace,
+) -> tuple[Int64[np.ndarray, "height width"], str]:
+    """The answer of a model that knows one class list, which the labels must be, in any order."""
+    known = tuple(word for word in model.classes if word != BACKGROUND)
+    if sorted(known) != sorted(labels):
+        raise ParamsError(f"--labels: {name} knows one class list and no other: {','.join(known)}")
+    for option in ("background", "threshold", "stuff"):
+        if getattr(arguments, option) is not None:
+            raise ParamsError(f"--{option}: background is a class that {name} has learned; leave it out")
+    ids = np.array([0 if word == BACKGROUND else 1 + labels.index(word) for word in model.classes])
+    return ids[model.answer(image).numpy()], "Background: a class that it has learned"
 
 
 def overlay(
@@ -160,14 +185,17 @@ def _words(text: str, option: str) -> tuple[str, ...]:
         raise ParamsError(str(error)) from None
 
 
+def _first_benchmark(config: Config, project: Project) -> Benchmark:
+    entry = config.benchmarks[0]
+    return open_benchmark(entry.name, benchmark_root(project, entry.name, entry.root), config.protocol)
+
+
 def _stuff(arguments: argparse.Namespace, labels: tuple[str, ...], config: Config, project: Project) -> tuple[str, ...]:
     """Background words that are no label: the option's, or those of the first benchmark."""
     if arguments.stuff is not None:
         words = _words(arguments.stuff, "--stuff")
     else:
-        entry = config.benchmarks[0]
-        root = benchmark_root(project, entry.name, entry.root)
-        words = open_benchmark(entry.name, root, config.protocol).stuff
+        words = _first_benchmark(config, project).stuff
     asked = {label.casefold() for label in labels}
     return tuple(word for word in words if word.casefold() not in asked)
 

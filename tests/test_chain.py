@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline.chain import SHARD_STAGES
 from pipeline.source_code import REPO
 
 BIN = Path(sys.executable).parent
@@ -23,6 +25,7 @@ ENVIRONMENT = {
     "TESSERA_THREADS": "1",
     "GIT_CONFIG_GLOBAL": os.devnull,
 }
+METHODS = tuple(yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"]["train"]["foreach"])
 IN_GIT = ["data/manifests", "reports/metrics", "reports/results.md", "reports/curves", "dvc.lock", "README.md"]
 
 
@@ -74,17 +77,17 @@ def commit(root: Path, message: str) -> None:
 
 def test_every_stage_leaves_what_it_promises(checkout):
     manifests = {path.stem for path in (checkout / "data/manifests").glob("*.json")}
-    assert manifests == {"scenes", "download", "filter", "index", "features", "pseudo_masks", "teacher"}
+    assert manifests == set(SHARD_STAGES)
     download = json.loads((checkout / "data/manifests/download.json").read_text())["totals"]
     assert download["failed"] >= 3, "a dead link, a page and half a JPEG end as failed rows"
-    trained = ("groupvit", "ovsegmentor", "sseg", "zeroseg")
-    untrained = tuple(f"{name}-untrained" for name in trained)
-    for method in (*trained, *untrained, "baseline-oracle", "baseline-clip_patches", "baseline-constant"):
+    scored = {path.parent.name for path in (checkout / "reports/metrics").glob("*/scenes.json")}
+    assert {*METHODS, "scg-untrained", "selftrained-sseg", "baseline-maskclip", "baseline-oracle"} <= scored
+    for method in scored:
         metrics = json.loads((checkout / f"reports/metrics/{method}/scenes.json").read_text())
         assert 0 <= metrics["miou"] <= 1 and metrics["num_images"] > 0
     page = (checkout / "reports/index.html").read_text()
     assert "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
-    assert all(f"reports/curves/{name}.csv" in call(checkout, "git", "ls-files") for name in trained)
+    assert all(f"reports/curves/{name}.csv" in call(checkout, "git", "ls-files") for name in METHODS)
     assert "S-Seg" in (checkout / "reports/results.md").read_text()
 
 
@@ -97,7 +100,7 @@ def test_a_changed_parameter_reruns_what_reads_it_and_nothing_before(checkout):
     call(checkout, "tessera", "profile", "use", "tiny", "-S", "pseudo_masks.k=3")
     assert "k: 4 -> 3" in call(checkout, "tessera", "why", "pseudo_masks")
     ran = stages_run(call(checkout, "dvc", "repro"))
-    assert ran == {"pseudo_masks", "train@sseg", "evaluate", "report"}
+    assert ran == {"pseudo_masks", "train@sseg", "train@pseudo_mask_vit", "selftrain", "evaluate", "report"}
     difference = call(checkout, "dvc", "metrics", "diff", "HEAD")
     assert "sseg/scenes.json" in difference and "miou" in difference
     commit(checkout, "k: 3")
@@ -130,7 +133,19 @@ def test_a_clone_without_payloads_ends_with_the_committed_manifests(checkout, tm
     clone = tmp_path / "clone"
     call(tmp_path, "git", "clone", "--quiet", str(checkout), str(clone))
     ran = stages_run(call(clone, "dvc", "repro"))
-    trainings = {f"train@{name}" for name in ("groupvit", "ovsegmentor", "sseg", "zeroseg")}
-    assert {"scenes", "download", "filter", "encoders", "features", "pseudo_masks", "teacher"} | trainings <= ran
+    trainings = {f"train@{name}" for name in METHODS}
+    others = {"scenes", "download", "filter", "encoders", "features", "pseudo_masks", "teacher", "selftrain"}
+    assert others | trainings <= ran
     assert call(clone, "git", "status", "--porcelain") == "", call(clone, "git", "diff")
     assert (clone / "reports/index.html").exists()
+    shutil.rmtree(clone / "data/checkpoints/evaluate")
+    several = subprocess.run(
+        [sys.executable, "-m", "stages.evaluate"],
+        cwd=clone,
+        env={**ENVIRONMENT, "TESSERA_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert several.returncode == 0, several.stderr
+    assert call(clone, "git", "status", "--porcelain") == "", "pairs scored side by side are the same bytes"

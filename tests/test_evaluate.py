@@ -80,7 +80,7 @@ def report_of(project, spec="tiny", protocol="native", name="scenes", **changes)
     config = config_of(project, **changes)
     entry = BenchmarkConfig(name=name, root="sets", limit=None, tune_limit=None)
     pair = open_pair(spec, entry, project.path("sets"), protocol, config, project)
-    return evaluate(pair, candidates.load(spec, project, config.geometry)).report
+    return evaluate(pair, candidates.load(spec, project, config.geometry), bar=False).report
 
 
 def test_a_model_that_knows_the_colours(project):
@@ -159,7 +159,7 @@ def test_panels_show_pseudo_masks_and_the_models_own_where_they_differ(project, 
         "tiny", config_of(project).benchmarks[0], project.path("sets"), "native", config_of(project), project
     )
     candidate = dataclasses.replace(candidates.load("tiny", project, pair.settings.geometry), regions=halves)
-    scored = evaluate(pair, candidate)
+    scored = evaluate(pair, candidate, bar=False)
     draw(project.root / "same", pair, candidate, scored, config_of(project), halves)
     assert "masks" not in json.loads((project.root / "same/panels.json").read_text())["panels"][0]
 
@@ -181,11 +181,11 @@ def test_an_interrupted_stage_goes_on_and_ends_with_the_same_bytes(project, monk
             path.unlink() if path.is_file() else path.rmdir()
     calls, real = [], stage.evaluate
 
-    def killed(pair, candidate):
+    def killed(pair, candidate, bar):
         calls.append(candidate.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(pair, candidate)
+        return real(pair, candidate, bar=bar)
 
     monkeypatch.setattr(stage, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -361,7 +361,7 @@ def test_a_model_on_real_photographs(project, real_data):
     config = config_of(project)
     entry = BenchmarkConfig(name="voc", root="", limit=4, tune_limit=None)
     pair = open_pair("tiny", entry, real_data, "native", config, project)
-    report = evaluate(pair, candidates.load("tiny", project, config.geometry)).report
+    report = evaluate(pair, candidates.load("tiny", project, config.geometry), bar=False).report
     assert report["num_images"] == 4 and report["num_test_images"] == 1449
     assert report["threshold"] == {"value": 0.25, "chosen_on": "params.yaml"}
     assert 0 <= report["miou"] <= 1 and torch.tensor(report["confusion"]).sum() > 0

@@ -363,7 +363,7 @@ def report_of(checkout: Path, spec="toy", threshold=0.333):
     config = params.build(Config, values, "evaluate")
     entry = BenchmarkConfig(name="scenes", root="sets", limit=None, tune_limit=None)
     pair = open_pair(spec, entry, project.path("sets"), "native", config, project)
-    return evaluate(pair, candidates.load(spec, project, config.geometry)).report
+    return evaluate(pair, candidates.load(spec, project, config.geometry), bar=False).report
 
 
 @pytest.mark.parametrize("spec", ["toy", "untrained:toy"])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from caching_project import CachingProject, encoded, picture
+from golden_curves import assert_same_curve
 from test_sseg import WORDS, Eight
 
 from pipeline import engine, inference, methods, params
@@ -446,13 +447,7 @@ def golden_curve(folder: Path) -> list[dict[str, str]]:
 
 def test_golden_curve(tmp_path):
     """`python -m tests.test_pseudo_mask_vit` writes the stored curve anew."""
-    found = golden_curve(tmp_path)
-    stored = list(csv.DictReader(GOLDEN.read_text().splitlines()))
-    assert len(found) == len(stored) == 20
-    for ours, golden in zip(found, stored, strict=True):
-        numbers = {name: float(value) for name, value in golden.items()}
-        assert {name: float(value) for name, value in ours.items()} == pytest.approx(numbers, rel=2e-3)
-    assert float(found[-1]["total"]) < 0.75 * float(found[0]["total"])
+    assert_same_curve(golden_curve(tmp_path), GOLDEN, falls_to=0.75)
 
 
 if __name__ == "__main__":

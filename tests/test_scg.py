@@ -1,11 +1,14 @@
 """SCG between two small frozen towers: what is learned, what is read, and what a region without patches may do."""
 
+import csv
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_curves import assert_same_curve
 from pair_shards import write_masks, write_pairs
 
 from pipeline import methods, params
@@ -23,8 +26,10 @@ from pipeline.params import ParamsError
 from pipeline.source_code import REPO
 from pipeline.text.tokenizers import tokenizer
 from pipeline.text.verdicts import kept
+from pipeline.training import Loaded, Run, fit
 from pipeline.training.phases import TrainingData
 
+GOLDEN = Path(__file__).parent / "golden" / "scg.csv"
 CLUSTERS, SIDE = 5, 16
 NOUNS = ["dog", "car", "house", "bird", "tree"]
 
@@ -61,16 +66,20 @@ def towers() -> tuple[small_clip.SmallClip, TrainedPatchEncoder, dict, dict]:
 
 @pytest.fixture
 def encoders(tmp_path):
+    return made_encoders(tmp_path / "encoders")
+
+
+def made_encoders(folder: Path) -> Path:
     clip, dino, clip_config, dino_config = towers()
-    save_model(tmp_path / "encoders" / "clip", clip.state_dict(), clip_config)
-    save_model(tmp_path / "encoders" / "dino", dino.state_dict(), dino_config)
-    return tmp_path / "encoders"
+    save_model(folder / "clip", clip.state_dict(), clip_config)
+    save_model(folder / "dino", dino.state_dict(), dino_config)
+    return folder
 
 
 def config(**changes) -> scg.Config:
     values = params.read(REPO / "profiles" / "base.yaml")["train"]["scg"]
     values["grouping"] |= {"clusters": CLUSTERS, "feature_dim": 8, "image_clusters": 3}
-    values["regions"] |= {"width": 12}
+    values["regions"] |= {"width": 12, "offset_layers": 1}
     values["views"] |= {"image_size": SIDE}
     values["optimisation"] |= {
         "images": 16,
@@ -342,3 +351,36 @@ def test_clusters_outside_the_picture_belong_to_no_region(encoders):
 
 def test_registry():
     assert methods.get("scg") is scg and scg.TARGETS == ("groups", "codebook") and scg.ENCODERS == ("dino", "clip")
+
+
+class Four:
+    """The same four pictures at every step."""
+
+    def batches(self, position):
+        while True:
+            position += 4
+            yield Loaded(batch(), position, [])
+
+
+def golden_curve(folder: Path) -> list[dict[str, str]]:
+    """Twenty steps on four pictures, float32, one thread."""
+    torch.set_num_threads(1)
+    tower = model(made_encoders(folder / "encoders"))
+    settings = replace(tower.config.optimisation, images=80, warmup_images=8, log_images=4, batch_size=4, lr=0.005)
+    run = Run(name="scg", key="golden", checkpoints=folder / "c", curve=folder / "c.csv", log=folder / "l", live=None)
+    fit(tower, lambda data, _: tower.loss(data), Four(), settings, run=run)
+    return list(csv.DictReader((folder / "c.csv").read_text().splitlines()))
+
+
+def test_golden_curve(tmp_path):
+    """`PYTHONPATH=tests python -m tests.test_scg` writes the stored curve anew."""
+    assert_same_curve(golden_curve(tmp_path), GOLDEN, falls_to=0.99)
+
+
+if __name__ == "__main__":
+    # The one command that writes the golden curve: PYTHONPATH=tests python -m tests.test_scg
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        golden_curve(Path(scratch))
+        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())

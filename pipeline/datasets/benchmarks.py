@@ -25,6 +25,7 @@ from pipeline.artifacts.shards import decode_rgb
 Protocol = Literal["native", "unified"]
 Split = Literal["tune", "test"]
 _FOLDER = resources.files("pipeline.datasets") / "classes"
+NO_IMAGE = "Write one image id per line, without extension"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -114,12 +115,35 @@ class Benchmark:
             return []
         found = _read_ids(path, self.root)
         if not found and split == "test":
-            raise BadInput(path, "lists no image", "Write one image id per line, without extension")
-        found = found[:limit]
-        for file in (file for image_id in found for file in (self.image_path(image_id), self.mask_path(image_id))):
-            if not file.is_file():
-                raise BadInput(file, f"no such file, but {path} lists it", "Add the file or delete that line")
+            raise BadInput(path, "lists no image", NO_IMAGE)
+        return self._present(found[:limit], path, masks=True)
+
+    def listed(self, name: str, *, masks: bool) -> list[str]:
+        """All ids of any list beside the splits, such as `trainaug`; their masks need be there only when asked for.
+
+        Raises:
+            BadInput: see `ids`.
+        """
+        path = self.folder / self.layout["splits"] / f"{name}.txt"
+        found = _read_ids(path, self.root)
+        if not found:
+            raise BadInput(path, "lists no image", NO_IMAGE)
+        return self._present(found, path, masks=masks)
+
+    def _present(self, found: list[str], path: Path, *, masks: bool) -> list[str]:
+        for image_id in found:
+            for file in (self.image_path(image_id), *([self.mask_path(image_id)] if masks else [])):
+                if not file.is_file():
+                    raise BadInput(file, f"no such file, but {path} lists it", "Add the file or delete that line")
         return found
+
+    def image(self, image_id: str) -> UInt8[np.ndarray, "height width 3"]:
+        """The photograph alone.
+
+        Raises:
+            BadInput: unreadable.
+        """
+        return decode_rgb(self.image_path(image_id).read_bytes(), str(self.image_path(image_id)))
 
     def sample(self, image_id: str) -> Sample:
         """Image and mask.
@@ -127,18 +151,18 @@ class Benchmark:
         Raises:
             BadInput: unreadable, of different sizes, or the mask holds ids that are no class.
         """
-        image = decode_rgb(self.image_path(image_id).read_bytes(), str(self.image_path(image_id)))
+        image = self.image(image_id)
         label = self._label(self.mask_path(image_id))
         if image.shape[:2] != label.shape:
             sizes = f"{label.shape[1]}x{label.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}"
             raise BadInput(self.mask_path(image_id), sizes, "Restore both files from the original archive")
         return Sample(id=image_id, image=image, label=label)
 
-    def digest(self, ids: Iterable[str]) -> str:
-        """sha256 of the ids and bytes of their images and masks."""
+    def digest(self, ids: Iterable[str], *, masks: bool = True) -> str:
+        """sha256 of the ids and bytes of their images, and of their masks."""
         total = hashlib.sha256()
         for image_id in ids:
-            for path in (self.image_path(image_id), self.mask_path(image_id)):
+            for path in (self.image_path(image_id), *([self.mask_path(image_id)] if masks else [])):
                 total.update(f"{image_id}\0{path.stat().st_size}\0".encode() + path.read_bytes())
         return total.hexdigest()
 

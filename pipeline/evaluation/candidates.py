@@ -1,4 +1,8 @@
-"""From a name to something to score: a trained model's folder, `untrained:<method>`, `baseline:<name>`."""
+"""From a name to something to score.
+
+A trained model's folder, `untrained:<method>`, `baseline:<name>`; and of one benchmark each, with its class list,
+`selftrained:<teacher>` and `transfer:<encoder>` (`pipeline.selftraining`).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +12,27 @@ import torch
 from pipeline import baselines, methods
 from pipeline.artifacts.files import BadInput, digest
 from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, model_digest
+from pipeline.datasets.benchmarks import Benchmark
 from pipeline.evaluation.scoring import Candidate, Regions
 from pipeline.inference import Geometry, square_regions
 from pipeline.project import Project
+from pipeline.selftraining import students
 
 BASELINE, UNTRAINED = "baseline:", "untrained:"
+SELFTRAINED, TRANSFER = "selftrained:", "transfer:"
+
+
+def is_student(spec: str) -> bool:
+    """Whether it learned one benchmark's class list."""
+    return spec.startswith((SELFTRAINED, TRANSFER))
 
 
 def folder_name(spec: str) -> str:
-    """The metrics folder of a candidate: `baseline-oracle`, `sseg-untrained`, `sseg`."""
+    """The metrics folder of a candidate: `baseline-oracle`, `sseg-untrained`, `sseg`, `selftrained-sseg`."""
+    if spec.startswith(SELFTRAINED):
+        return f"selftrained-{folder_name(spec.removeprefix(SELFTRAINED))}"
+    if spec.startswith(TRANSFER):
+        return f"transfer-{spec.removeprefix(TRANSFER)}"
     if spec.startswith(BASELINE):
         return f"baseline-{spec.removeprefix(BASELINE)}"
     if spec.startswith(UNTRAINED):
@@ -32,19 +48,21 @@ def rules_name(spec: str, project: Project) -> str:
         BadInput: its weights are absent.
     """
     name = folder_name(spec)
-    if spec.startswith(BASELINE):
+    if spec.startswith(BASELINE) or is_student(spec):
         return name
     method = load_config(model_folder(spec.removeprefix(UNTRAINED), project)).get("method", name)
     return name if name.split("-")[0] == method else f"{method}-{name}"
 
 
-def digests(spec: str, project: Project) -> dict[str, str]:
-    """What the candidate's answers depend on beside code, without building it.
+def digests(spec: str, project: Project, benchmark: Benchmark | None = None) -> dict[str, str]:
+    """What the candidate's answers depend on beside code, without building it; see `load`.
 
     Raises:
         BadInput: its weights are absent.
         ParamsError: no such baseline.
     """
+    if is_student(spec):
+        return {"model": model_digest(_own_student(spec, project, benchmark))}
     if spec.startswith(BASELINE):
         return baselines.get(spec.removeprefix(BASELINE)).digests(project)
     if spec.startswith(UNTRAINED):
@@ -53,15 +71,17 @@ def digests(spec: str, project: Project) -> dict[str, str]:
     return {"model": model_digest(model_folder(spec, project))}
 
 
-def load(spec: str, project: Project, geometry: Geometry) -> Candidate:
-    """Build the candidate on the machine's device.
+def load(spec: str, project: Project, geometry: Geometry, benchmark: Benchmark | None = None) -> Candidate:
+    """Build the candidate on the machine's device. Students are of the `benchmark` that they will answer.
 
     Raises:
-        BadInput: its weights are absent or broken.
+        BadInput: its weights are absent or broken, or a student was trained for other classes.
         ParamsError: no such baseline.
     """
-    known, device = digests(spec, project), project.machine.device
-    if spec.startswith(BASELINE):
+    known, device = digests(spec, project, benchmark), project.machine.device
+    if is_student(spec):
+        model = students.load(_own_student(spec, project, benchmark), project, geometry)
+    elif spec.startswith(BASELINE):
         model = baselines.get(spec.removeprefix(BASELINE)).build(project)
     else:
         read = methods.load_untrained if spec.startswith(UNTRAINED) else methods.load
@@ -95,6 +115,31 @@ def model_folder(name: str, project: Project) -> Path:
         if (folder / CONFIG).is_file():
             return folder
     raise BadInput(project.model(name) if "/" not in name else Path(name), f"no model folder (no {CONFIG})", REMEDY)
+
+
+def student_folder(spec: str, benchmark: str, project: Project) -> Path:
+    """Where a student lies: models/selftrain/<teacher>/<benchmark>, models/selftrain/transfer-<encoder>/<benchmark>."""
+    return project.model("selftrain") / folder_name(spec).removeprefix("selftrained-") / benchmark
+
+
+def _own_student(spec: str, project: Project, benchmark: Benchmark | None) -> Path:
+    """The folder of the student that was trained for exactly these classes.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if benchmark is None:
+        raise ValueError(f"{spec} is a student of one benchmark: name it")
+    folder = student_folder(spec, benchmark.name, project)
+    if not (folder / CONFIG).is_file():
+        remedy = "It answers only benchmarks that it was trained for: name its teacher or encoder under `selftrain` in "
+        raise BadInput(folder, f"no {spec} for {benchmark.name}", f"{remedy}params.yaml and run `dvc repro selftrain`")
+    known = tuple(load_config(folder)["classes"])
+    if known != benchmark.classes:
+        differing = sorted(set(known) ^ set(benchmark.classes)) or ["in another order"]
+        problem = f"knows another class list than {benchmark.name} under the {benchmark.protocol} protocol"
+        raise BadInput(folder, f"{problem} ({', '.join(differing[:4])})", "Train it under this protocol")
+    return folder
 
 
 def _regions(model: object, geometry: Geometry, device: str) -> Regions | None:

@@ -18,7 +18,10 @@ from pipeline.project import Project
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder under models/, untrained:METHOD, or baseline:NAME"
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="folder under models/, untrained:METHOD, baseline:NAME, selftrained:TEACHER, or transfer:ENCODER",
     )
     parser.add_argument("--benchmark", required=True, choices=names())
     parser.add_argument(
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     entry, root = _entry(arguments, config, project)
     protocol = arguments.protocol or config.protocol
     pair = open_pair(arguments.model, entry, root, protocol, config, project)
-    scored = evaluate(pair, candidates.load(arguments.model, project, config.geometry))
+    scored = evaluate(pair, candidates.load(arguments.model, project, config.geometry, pair.benchmark), bar=True)
     atomic_json(arguments.out, scored.report)
     print(f"{summary(scored.report, scored.rate)}. Written to {arguments.out}")
     return 0

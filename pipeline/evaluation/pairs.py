@@ -49,19 +49,24 @@ def open_pair(
 ) -> Pair:
     """Open the benchmark, list its images, and resolve the protocol's rules for this candidate."""
     benchmark = open_benchmark(entry.name, root, protocol)
-    method, rules = candidates.rules_name(spec, project), config.rules(protocol)
-    tune_ids = benchmark.ids("tune", entry.tune_limit) if rules.tune else []
-    settings = Settings(
-        templates=templates(pick(rules.templates, method, entry.name)),
+    tune_ids = benchmark.ids("tune", entry.tune_limit) if config.rules(protocol).tune else []
+    settings = settings_for(spec, benchmark, tune_ids, config, project)
+    return Pair(spec=spec, benchmark=benchmark, ids=benchmark.ids("test", entry.limit), settings=settings)
+
+
+def settings_for(spec: str, benchmark: Benchmark, tune_ids: list[str], config: Config, project: Project) -> Settings:
+    """The rules of the benchmark's protocol that hold for this candidate."""
+    method, rules = candidates.rules_name(spec, project), config.rules(benchmark.protocol)
+    return Settings(
+        templates=templates(pick(rules.templates, method, benchmark.name)),
         prompt_order=rules.prompt_order,
-        backgrounds=pick(rules.backgrounds, method, entry.name) if benchmark.has_background else ("none",),
-        threshold=pick(rules.thresholds, method, entry.name),
+        backgrounds=pick(rules.backgrounds, method, benchmark.name) if benchmark.has_background else ("none",),
+        threshold=pick(rules.thresholds, method, benchmark.name),
         tune_ids=tuple(tune_ids),
         grid=tuple(thresholds(config.sweep_step)),
         geometry=config.geometry,
         device=project.machine.device,
     )
-    return Pair(spec=spec, benchmark=benchmark, ids=benchmark.ids("test", entry.limit), settings=settings)
 
 
 def data_digest(pair: Pair) -> str:
@@ -69,10 +74,10 @@ def data_digest(pair: Pair) -> str:
     return pair.benchmark.digest([*pair.settings.tune_ids, *pair.ids])
 
 
-def evaluate(pair: Pair, candidate: Candidate) -> Scored:
-    """Score a candidate, with a progress bar; the report is what the metrics file holds."""
+def evaluate(pair: Pair, candidate: Candidate, *, bar: bool) -> Scored:
+    """Score a candidate, with a progress bar where asked; the report is what the metrics file holds."""
     total, label = passes(candidate, len(pair.ids), pair.settings), f"{candidate.name} on {pair.benchmark.name}"
-    with tqdm(total=total, desc=label, unit="image", mininterval=1.0) as progress:
+    with tqdm(total=total, desc=label, unit="image", mininterval=1.0, disable=not bar) as progress:
         scored = score(candidate, pair.benchmark, pair.ids, pair.settings, progress.update)
     known = candidate.digests
     scored.report["benchmark_digest"] = data_digest(pair)

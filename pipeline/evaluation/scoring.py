@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from pipeline.baselines import LabelModel
+from pipeline.baselines import ClosedVocabulary, LabelModel
 from pipeline.datasets.benchmarks import Benchmark, Sample
 from pipeline.evaluation.rates import brief, curve, figures, fraction
 from pipeline.inference import (
@@ -155,6 +155,7 @@ def _run_labels(
         "templates": [],
         "threshold": {"value": None, "chosen_on": "no threshold"},
         "window": None,
+        **(model.described() if isinstance(model, ClosedVocabulary) else {}),
     }
     return described, tally(benchmark, ids, answer, step), answer
 
@@ -169,19 +170,7 @@ def _run_rule(
 ) -> tuple[dict[str, Any], Tally, Answer]:
     """One background rule on the test split: what was done, the counts, and how to answer for one image."""
     background = BACKGROUNDS[rule]
-    words = (*benchmark.foreground, *(benchmark.stuff if background.stuff_words else ()))
-    embeddings, order = class_embeddings(model, words, settings.templates, settings.prompt_order)
-    grid = group_grid(settings.threshold) if background.by_group else settings.grid
-    segmenter = Segmenter(
-        model,
-        embeddings.to(settings.device),
-        num_foreground=len(benchmark.foreground),
-        has_background=benchmark.has_background,
-        geometry=settings.geometry,
-        background=background,
-        device=settings.device,
-        thresholds=grid,
-    )
+    segmenter, grid, order = open_segmenter(model, benchmark, rule, settings)
     threshold = {"value": None, "chosen_on": "no threshold"}
     sweep = None
     if background.thresholded:
@@ -195,22 +184,37 @@ def _run_rule(
         return threshold_labels(best, labels, threshold["value"]).cpu()
 
     counts = tally(benchmark, ids, answer, step)
-    geometry = settings.geometry
     described = {
         "background": rule,
         "prompt_order": order,
-        "resize": {
-            "antialias": geometry.antialias,
-            "long_side": geometry.long_side,
-            "short_side": geometry.short_side,
-        },
         "stuff_words": list(benchmark.stuff if background.stuff_words else ()),
         "sweep": None if sweep is None else curve(sweep),
         "templates": list(settings.templates),
         "threshold": threshold,
-        "window": {"multiple": geometry.multiple, "side": geometry.window, "stride": geometry.stride},
+        **settings.geometry.described(),
     }
     return described, counts, answer
+
+
+def open_segmenter(
+    model: ScoreModel, benchmark: Benchmark, rule: BackgroundName, settings: Settings
+) -> tuple[Segmenter, tuple[float, ...], PromptOrder]:
+    """The model with the benchmark's words under a background rule, the thresholds to try, the prompts' real order."""
+    background = BACKGROUNDS[rule]
+    words = (*benchmark.foreground, *(benchmark.stuff if background.stuff_words else ()))
+    embeddings, order = class_embeddings(model, words, settings.templates, settings.prompt_order)
+    grid = group_grid(settings.threshold) if background.by_group else settings.grid
+    segmenter = Segmenter(
+        model,
+        embeddings.to(settings.device),
+        num_foreground=len(benchmark.foreground),
+        has_background=benchmark.has_background,
+        geometry=settings.geometry,
+        background=background,
+        device=settings.device,
+        thresholds=grid,
+    )
+    return segmenter, grid, order
 
 
 def group_grid(threshold: float) -> tuple[float, ...]:

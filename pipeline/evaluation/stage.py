@@ -1,4 +1,4 @@
-"""The evaluate stage: every candidate on every benchmark, in one process.
+"""The evaluate stage: every candidate on every benchmark, as many at once as this machine's threads.
 
 A finished pair is kept under data/checkpoints/evaluate/<key>, where the key is made of all that decides it (weights,
 images, parameters, the package's code), and copied to reports/. So an interrupted run goes on with the pair it was in,
@@ -10,8 +10,9 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from pipeline.artifacts.files import atomic_json, digest, fsync_tree, list_files
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config
 from pipeline.evaluation.pairs import Pair, benchmark_root, data_digest, draw, evaluate, open_pair
-from pipeline.evaluation.scoring import Regions
 from pipeline.params import plain
 from pipeline.project import Project
+from pipeline.runners import WorkerLost, run_inline, run_process
 
 RUN = "evaluate"
 METRICS = "metrics.json"
@@ -38,7 +39,6 @@ def evaluate_all(project: Project) -> None:
         BadInput: a model, an encoder or a benchmark's file is absent or broken, before the first pair is scored.
     """
     config, started = project.config(RUN, Config), time.perf_counter()
-    torch.set_num_threads(project.machine.threads)
     roots = [(entry, benchmark_root(project, entry.name, entry.root)) for entry in config.benchmarks]
     pairs = [
         open_pair(spec, entry, root, config.protocol, config, project)
@@ -47,16 +47,29 @@ def evaluate_all(project: Project) -> None:
     ]
     work = dict(zip(_keys(pairs, config, project), pairs, strict=True))
     missing = {key: pair for key, pair in work.items() if not (_finished(project, key) / METRICS).is_file()}
-    pseudo_masks = candidates.pseudo_masks(project) if missing else None
-    for number, (key, pair) in enumerate(missing.items(), start=1):
-        print(f"evaluate: {number} of {len(missing)}, {_seconds(started)} so far", file=sys.stderr)
-        _compute(_finished(project, key), pair, config, project, pseudo_masks)
+    _compute_all(missing, config, project, started)
     size = sum(_publish(_finished(project, key), pair, project) for key, pair in work.items())
     _forget(_finished(project, ""), set(work))
     totals = {"computed": len(missing), "reused": len(work) - len(missing), "bytes": size}
     rows = sum(len(pair.ids) for pair in missing.values())
     seconds = round(time.perf_counter() - started, 2)
     _log(project, {"stage": RUN, "seconds": seconds, "rows": rows, **totals})
+
+
+def _compute_all(missing: dict[str, Pair], config: Config, project: Project, started: float) -> None:
+    """Score the pairs, a process for each thread of the machine: one image at a time leaves more threads idle."""
+    spread = replace(project.machine, workers=min(project.machine.threads, max(1, len(missing))))
+    runner = run_process if spread.workers > 1 else run_inline
+    work = partial(_compute, config, project, spread.workers == 1)
+    items = [(_finished(project, key), pair) for key, pair in missing.items()]
+    for number, ((_, pair), outcome) in enumerate(runner(work, items, spread), start=1):
+        if isinstance(outcome, WorkerLost):
+            raise RuntimeError(f"{pair.spec} on {pair.benchmark.name}: {outcome}; run it again") from outcome
+        if isinstance(outcome, Exception):
+            raise outcome
+        seconds = time.perf_counter() - started
+        left = seconds / number * (len(missing) - number)
+        print(f"evaluate: {outcome} | {number} of {len(missing)}, {seconds:.0f} s, ETA {left:.0f} s", file=sys.stderr)
 
 
 def _finished(project: Project, key: str) -> Path:
@@ -81,7 +94,7 @@ def _keys(pairs: list[Pair], config: Config, project: Project) -> list[str]:
             data[images] = data_digest(pair)
         fields = {
             "spec": pair.spec,
-            "digests": candidates.digests(pair.spec, project),
+            "digests": candidates.digests(pair.spec, project, pair.benchmark),
             "settings": {name: value for name, value in plain(pair.settings).items() if name != "device"},
             "names": [*pair.benchmark.classes, "", *pair.benchmark.stuff],
             "data": data[images],
@@ -100,22 +113,26 @@ def code_digest() -> str:
     return total.hexdigest()
 
 
-def _compute(folder: Path, pair: Pair, config: Config, project: Project, pseudo_masks: Regions | None) -> None:
-    """Score and draw one pair into `folder`, which appears whole or not at all."""
+def _compute(config: Config, project: Project, alone: bool, item: tuple[Path, Pair]) -> str:
+    """Score and draw one pair into its folder, which appears whole or not at all; a line about it.
+
+    `alone` shows its progress; of several at once the bars would overwrite one another.
+    """
+    folder, pair = item
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    candidate = candidates.load(pair.spec, project, config.geometry)
+    candidate = candidates.load(pair.spec, project, config.geometry, pair.benchmark)
     started = time.perf_counter()
-    scored = evaluate(pair, candidate)
-    draw(temporary / FIGURES, pair, candidate, scored, config, pseudo_masks)
+    scored = evaluate(pair, candidate, bar=alone)
+    draw(temporary / FIGURES, pair, candidate, scored, config, candidates.pseudo_masks(project))
     atomic_json(temporary / METRICS, scored.report)
     fsync_tree(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    print(summary(scored.report, scored.rate), file=sys.stderr)
     line = {"pair": [candidate.name, pair.benchmark.name], "seconds": round(time.perf_counter() - started, 2)}
     _log(project, {**line, "images": len(pair.ids), "images_per_second": round(scored.rate, 2)})
+    return summary(scored.report, scored.rate)
 
 
 def summary(report: dict[str, Any], rate: float) -> str:
@@ -150,10 +167,6 @@ def _forget(folder: Path, keys: set[str]) -> None:
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name not in keys:
             shutil.rmtree(entry)
-
-
-def _seconds(started: float) -> str:
-    return f"{time.perf_counter() - started:.0f} s"
 
 
 def _log(project: Project, line: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ PERCENT = 100.0
 Seeds = dict[str, dict[str, dict[str, list[float]]]]  # by method, benchmark and metric: a value per seed, percent
 SETTINGS = (
     *("protocol", "templates", "prompt_order", "resize", "window", "background", "precision"),
-    *("constant_label", "num_test_images", "model_digest"),
+    *("constant_label", "num_test_images", "model_digest", "learned_from"),
 )
 
 
@@ -272,7 +272,7 @@ def collect(*, metrics: Path, seeds: Path, curves: Path, figures: Path) -> Findi
         BadInput: a metrics or seeds file is corrupt; a table with a method silently missing would mislead.
     """
     findings = Findings(scores=read_scores(metrics), seeds=read_seeds(seeds))
-    for path in sorted(curves.glob("*.csv")):
+    for path in sorted(curves.rglob("*.csv")):
         try:
             findings.curves.append(read_curve(path))
         except (ValueError, UnicodeDecodeError, csv.Error) as error:

@@ -6,15 +6,21 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-Kind = Literal["method", "untrained", "baseline", "bound"]
+Kind = Literal["method", "selftrained", "untrained", "baseline", "supervised", "bound"]
 
-# Order in which kinds stand in a table; only the first three answer without seeing the true masks.
+# Order in which kinds stand in a table.
 KINDS: dict[str, str] = {
     "method": "Trained here",
+    "selftrained": "Self-trained on the benchmark's own training images (transductive, closed vocabulary)",
     "untrained": "The same, untrained",
     "baseline": "Baselines",
+    "supervised": "Supervised with the true masks of the training images (closed vocabulary)",
     "bound": "Upper bounds (they read the true masks)",
 }
+# What is said behind the name of a method of that kind, where a table has no groups.
+MARKS: dict[str, str] = {"selftrained": "transductive", "supervised": "supervised", "bound": "upper bound"}
+# Kinds that know nothing of the benchmark but its class names (and, tuned, a threshold): zero-shot.
+FAIR = ("method", "untrained", "baseline")
 MISSING = "–"
 
 
@@ -25,7 +31,14 @@ def published() -> dict[str, Any]:
 
 
 def kind(method: str) -> Kind:
-    """What a metrics folder's name says about it: `sseg`, `sseg-untrained`, `baseline-constant`, `baseline-oracle`."""
+    """What a metrics folder's name says about it.
+
+    `sseg`, `sseg-untrained`, `baseline-constant`, `baseline-oracle`, `selftrained-sseg`, `transfer-dino`.
+    """
+    if method.startswith("selftrained-"):
+        return "selftrained"
+    if method.startswith("transfer-"):
+        return "supervised"
     if "oracle" in method:
         return "bound"
     if method.startswith("baseline-"):
@@ -40,6 +53,10 @@ def method_title(method: str) -> str:
         return known[method]["title"]
     if method.endswith("-untrained"):
         return f"{method_title(method.removesuffix('-untrained'))}, untrained"
+    if method.startswith("selftrained-"):
+        return f"{method_title(method.removeprefix('selftrained-'))}, self-trained"
+    if method.startswith("transfer-"):
+        return f"{method.removeprefix('transfer-').upper()} and a 1x1 head"
     return clean(method.removeprefix("baseline-").replace("_", " "))
 
 

@@ -11,6 +11,8 @@ from pipeline.artifacts.files import BadInput, atomic_write
 from pipeline.reporting.collect import Findings, Score, Seeds
 from pipeline.reporting.funnel import Step
 from pipeline.reporting.labels import (
+    FAIR,
+    MARKS,
     MISSING,
     benchmark_title,
     clean,
@@ -46,8 +48,8 @@ def paper_figure(score: Score) -> tuple[float, str, str] | None:
 
 
 def best(scores: Sequence[Score]) -> Score | None:
-    """The highest mIoU among what answers without reading the true masks."""
-    fair = [score for score in scores if kind(score.method) != "bound"]
+    """The highest mIoU among what learned nothing from the benchmark's own images."""
+    fair = [score for score in scores if kind(score.method) in FAIR]
     return max(fair, key=lambda score: score.miou, default=None)
 
 
@@ -64,6 +66,7 @@ def protocol_text(score: Score) -> str:
     parts = [describe(settings["protocol"])] if settings["protocol"] is not None else []
     parts += [words for words in (resize_text(settings["resize"]), window_text(settings["window"])) if words]
     parts += [f"background: {describe(settings['background'])}"] if settings["background"] is not None else []
+    parts += [learned_text(settings["learned_from"])] if settings["learned_from"] else []
     if settings["templates"]:
         order = f" ({describe(settings['prompt_order'])})" if settings["prompt_order"] else ""
         parts.append(f"prompts: {describe(settings['templates'])}{order}")
@@ -73,6 +76,16 @@ def protocol_text(score: Score) -> str:
         parts.append(f"{count(score.num_images)}{part} images")
     parts += [f"{len(score.per_class)} classes", *([describe(settings["precision"])] if settings["precision"] else [])]
     return "; ".join(parts)
+
+
+def learned_text(source: Any) -> str:
+    """What a student learned from, in words; for predictions with the rule and the threshold that made them."""
+    images = f"{count(source['num_images'])} images of the {describe(source['split'])} split"
+    text = f"closed vocabulary, learned from {describe(source['labels'])} on {images}"
+    threshold = source.get("threshold") or {}
+    if threshold.get("value") is None:
+        return text
+    return f"{text} (threshold {threshold['value']:g}: {describe(threshold['chosen_on'])})"
 
 
 def resize_text(resize: Any) -> str:
@@ -124,10 +137,10 @@ def results_table(scores: Sequence[Score]) -> str:
             paper = paper_figure(score)
             if paper:
                 notes[f"{method_title(score.method)}: {paper[1]} ({paper[2]})"] = None
-            upper = " (upper bound)" if kind(score.method) == "bound" else ""
+            mark = f" ({MARKS[kind(score.method)]})" if kind(score.method) in MARKS else ""
             rows.append(
                 [
-                    escape(method_title(score.method)) + upper,
+                    escape(method_title(score.method)) + mark,
                     escape(benchmark_title(benchmark)),
                     miou,
                     points(score.fg_accuracy),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.reporting.collect import PanelSet
+from pipeline.reporting.labels import kind
 
 SIDE, GAP, LABEL, FONT = 96, 4, 92, 13  # pixels
 ROWS = ("image", "regions")  # of the first method; then each method's prediction, then the truth
@@ -15,7 +16,7 @@ NAMES = {"image": "image", "regions": "pseudo-masks", "truth": "truth"}
 def chosen(panels: Sequence[PanelSet]) -> list[PanelSet]:
     """Trained methods and CLIP's patches on the first benchmark that has panels."""
     shown = [p for p in panels if p.method == "baseline-clip_patches" or not p.method.startswith("baseline-")]
-    shown = [p for p in shown if not p.method.endswith("-untrained")]
+    shown = [p for p in shown if kind(p.method) in ("method", "baseline", "bound")]
     shown.sort(key=lambda p: (p.benchmark, p.method.startswith("baseline-"), p.method))
     return [p for p in shown if p.benchmark == shown[0].benchmark]
 
