@@ -1,4 +1,4 @@
-"""Region maps of every image with features: per-image k-means, and the clusters of one codebook for the whole data set."""
+"""Region maps of every image with features: per-image k-means, and the clusters of the whole data set's codebook."""
 
 from pipeline.caching import codebook, pseudo_masks
 from stages import run_shards

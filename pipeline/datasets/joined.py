@@ -56,7 +56,7 @@ class Sample:
     """One pair as stored.
 
     `captions`: the lines of the row's caption. `entities`: classes of the filter's vocabulary. `regions`: labels over
-    the whole image, `groups` the codebook's clusters. `views`: unit vectors of the teacher's views of its centre square.
+    the whole image, `groups`: codebook clusters. `views`: unit vectors of the teacher's views of its centre square.
     """
 
     uid: str
