@@ -80,7 +80,7 @@ def fit(tokens: Float32[ndarray, "tokens dim"], config: Config) -> Float32[ndarr
         max_points_per_centroid=len(tokens),  # the sample is drawn here, not by faiss
     )
     means.train(tokens)
-    return means.centroids
+    return np.asarray(means.centroids)
 
 
 def sample_rows(counts: Sequence[int], images: int, seed: int) -> list[Int64[ndarray, " drawn"]]:
