@@ -261,15 +261,19 @@ def square_regions(
     side: int | None,
     device: str,
 ) -> Int64[Tensor, "height width"]:
-    """A model's hard masks of the whole image, squashed to side x side, resized (nearest) to the image's size.
-
-    Without a side the model sees the stored size.
+    """A model's hard masks of the whole image (`square_pixels`), resized (nearest) to the image's size.
 
     One view per image: regions of sliding windows have no common identity to give an oracle label to.
     """
+    return nearest(regions(square_pixels(image, side, device)), image.shape[:2]).cpu()
+
+
+def square_pixels(
+    image: UInt8[np.ndarray, "height width 3"], side: int | None, device: str
+) -> Float[Tensor, "1 3 new_height new_width"]:
+    """The whole image for a model, squashed to side x side; None leaves the stored size."""
     size = image.shape[:2] if side is None else (side, side)
-    pixels = normalise(resize_image(image, size, True), device)
-    return nearest(regions(pixels), image.shape[:2]).cpu()
+    return normalise(resize_image(image, size, True), device)
 
 
 def nearest(labels: Int64[Tensor, "grid_h grid_w"], size: tuple[int, ...]) -> Int64[Tensor, "height width"]:

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from voc_root import CLASSES, ColorModel, write_root
+from voc_root import CLASSES, COLORS, ColorModel, write_mask, write_root
 
 from pipeline import methods, params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.manifest import Row
 from pipeline.artifacts.weights import save_model
 from pipeline.cli import main as tessera
+from pipeline.datasets.benchmarks import open_benchmark
 from pipeline.evaluation import Config, candidates, panels, stage
+from pipeline.evaluation.classification import classify
 from pipeline.evaluation.config import BenchmarkConfig, PanelConfig, pick, thresholds
 from pipeline.evaluation.pairs import benchmark_root, draw, evaluate, open_pair
 from pipeline.machine import Machine
@@ -83,6 +85,21 @@ def report_of(project, spec="tiny", protocol="native", name="scenes", **changes)
     return evaluate(pair, candidates.load(spec, project, config.geometry), bar=False).report
 
 
+def paint(project, image_id, classes):
+    """Overwrite a test image and its mask with upright bars of the classes on grey."""
+    folder, label = project.path("sets") / "VOCdevkit/VOC2012", np.zeros((32, 48), np.uint8)
+    for place, index in enumerate(classes):
+        label[4:28, 4 + 16 * place : 16 + 16 * place] = index
+    pixels = np.array([COLORS[name] for name in CLASSES], np.uint8)[label]
+    Image.fromarray(pixels).save(folder / "JPEGImages" / f"{image_id}.jpg", quality=100, subsampling=0)
+    label[:2] = 255
+    write_mask(folder / "SegmentationClass" / f"{image_id}.png", label)
+
+
+class Ungrouped(ColorModel):
+    regions = None
+
+
 def test_a_model_that_knows_the_colours(project):
     report = report_of(project)
     assert report["miou"] > 0.95 and report["fg_accuracy"] > 0.95
@@ -94,6 +111,41 @@ def test_a_model_that_knows_the_colours(project):
     assert report["templates"] == ["a photo of a {}."] and report["num_images"] == 5
     assert report["model_digest"] == report["digests"]["model"]
     assert 0 < report["constant_miou"] < 0.5 and report["constant_label"] == "background"
+
+
+def test_images_of_one_class_are_classified(project):
+    """The images of write_root hold up to two classes; the border of 255 and the background are none."""
+    labels = [
+        np.array(Image.open(path))
+        for path in (project.path("sets") / "VOCdevkit/VOC2012/SegmentationClass").glob("val*")
+    ]
+    single = sum(len(set(np.unique(label)) - {0, 255}) == 1 for label in labels)
+    report = report_of(project)
+    assert report["num_one_class_images"] == single
+    for image_id, classes in (("val_000", [1]), ("val_001", [3]), ("val_002", [1, 2])):
+        paint(project, image_id, classes)
+    report = report_of(project)
+    assert report["num_one_class_images"] >= 2 and report["image_accuracy"] == 1
+    wrong = ColorModel()
+    wrong.encode_image = lambda pixels: ColorModel.encode_image(wrong, pixels).roll(1, 1)
+    benchmark = open_benchmark("scenes", project.path("sets"), "native")
+    names = wrong.encode_text(list(benchmark.foreground))
+    found = classify(wrong, benchmark, ["val_000", "val_001", "val_002"], names, 32, "cpu", lambda: None)
+    assert found == {"image_accuracy": 0.0, "num_one_class_images": 2}
+
+
+def test_without_an_image_of_one_class_there_is_no_accuracy(project):
+    for index in range(5):
+        paint(project, f"val_{index:03d}", [1, 2])
+    report = report_of(project)
+    assert report["num_one_class_images"] == 0 and report["image_accuracy"] is None
+
+
+def test_regions_of_a_model_without_groups_are_its_predictions(project, monkeypatch):
+    """Named by the truth they score at least as much; two rules of one answer have the same regions."""
+    monkeypatch.setattr(methods, "load", lambda folder, encoders: Ungrouped())
+    report = report_of(project)
+    assert report["oracle_majority"] >= report["miou"] > 0.95 and 1 < report["num_regions"] <= 3
 
 
 def test_the_threshold_comes_from_the_tune_split(project):

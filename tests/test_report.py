@@ -33,6 +33,7 @@ def metrics(miou=0.3142, **changes):
         "aacc": 0.7,
         "macc": 0.5,
         "fg_accuracy": 0.51,
+        "image_accuracy": 0.83,
         "oracle_majority": 0.59,
         "constant_miou": 0.0812,
         "protocol": "native",
@@ -80,8 +81,8 @@ def test_results_table_by_hand(tmp_path):
         ["Constant label", "Generated scenes", "8.1"],
         ["Pseudo-mask oracle (upper bound)", "Generated scenes", "63.1"],
     ]
-    assert rows[2][3:] == ["51.0", "59.0", "8.1", "0.42 (tune split)", "–"]
-    assert rows[4][4] == "–" and rows[4][6] == "–"
+    assert rows[2][3:] == ["51.0", "83.0", "59.0", "8.1", "0.42 (tune split)", "–"]
+    assert rows[4][5] == "–" and rows[4][7] == "–"
 
 
 def test_a_baseline_that_wins_is_marked_best(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.reporting.collect import PanelSet
-from pipeline.reporting.preview import GAP, LABEL, SIDE, chosen, preview
+from pipeline.reporting.preview import GAP, SIDE, chosen, preview
 
 COLOURS = {"image": (10, 200, 30), "regions": (0, 0, 255), "prediction": (255, 0, 0), "truth": (255, 255, 0)}
 
@@ -27,9 +27,19 @@ def test_a_column_per_shared_image_and_a_row_per_view(tmp_path):
     ]
     sheet = Image.open(io.BytesIO(preview(sources, 5))).convert("RGB")
     step = SIDE + GAP
-    assert sheet.size == (LABEL + 2 * step, 5 * step)
-    rows = [sheet.getpixel((LABEL + 5, row * step + 5)) for row in range(5)]
+    label = sheet.width - 2 * step
+    assert label > 0 and sheet.height == 5 * step
+    rows = [sheet.getpixel((label + 5, row * step + 5)) for row in range(5)]
     assert rows == [COLOURS[view] for view in ("image", "regions", "prediction", "prediction", "truth")]
+
+
+def test_the_longest_title_has_room(tmp_path):
+    """The last columns of pixels before the pictures hold no ink, whatever the titles are."""
+    for method in ("sseg", "pseudo_mask_vit", "a_method_with_a_very_long_name_indeed"):
+        sheet = Image.open(io.BytesIO(preview([panel_set(tmp_path / method, method, ["x"])], 1))).convert("L")
+        label = sheet.width - SIDE - GAP
+        ink = [x for x in range(label) if min(sheet.crop((x, 0, x + 1, sheet.height)).tobytes()) < 128]
+        assert 0 < min(ink) and max(ink) < label - 1
 
 
 def test_no_shared_image_is_no_picture(tmp_path):

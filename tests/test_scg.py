@@ -20,6 +20,7 @@ from pipeline.encoders import small_clip
 from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
 from pipeline.interfaces import OUTSIDE
 from pipeline.methods import scg
+from pipeline.nn import noun_vectors
 from pipeline.nn.text import Vocabulary
 from pipeline.nn.visual_tower import run
 from pipeline.params import ParamsError
@@ -246,6 +247,17 @@ def test_nouns_are_encoded_once_as_the_mean_over_templates(encoders, monkeypatch
     assert torch.equal(found[0], found[2])
     monkeypatch.setattr(small_clip.SmallClip, "encode_text", None)
     assert torch.equal(tower.noun_vectors(["car"])[0], found[1])
+
+
+def test_the_oldest_nouns_are_forgotten_and_encoded_again(encoders, monkeypatch):
+    monkeypatch.setattr(noun_vectors, "KEPT", 2)
+    tower = model(encoders)
+    first = tower.noun_vectors(["dog", "car", "cat"])  # more than are kept, and all answered
+    assert torch.equal(tower.noun_vectors(["cat", "car"]), first[[2, 1]])
+    asked = []
+    real = small_clip.SmallClip.encode_text
+    monkeypatch.setattr(small_clip.SmallClip, "encode_text", lambda self, t: (asked.append(len(t)), real(self, t))[1])
+    assert torch.equal(tower.noun_vectors(["car", "dog"])[1], first[0]) and len(asked) == 1
 
 
 def test_all_of_the_image_side_is_tuned_apart_from_the_lent_clip(encoders, tmp_path):

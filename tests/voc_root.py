@@ -54,6 +54,13 @@ class ColorModel(nn.Module):
         colors = torch.tensor([COLORS.get(word, COLORS["background"]) for word in words]).float()
         return nn.functional.normalize(colors, dim=1)
 
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Mean colour of what is not grey."""
+        directions = self._directions(pixels)
+        grey = nn.functional.normalize(torch.tensor(COLORS["background"]).float(), dim=0)
+        coloured = (directions * grey[:, None, None]).sum(0) < 0.9
+        return nn.functional.normalize((directions * coloured).mean((1, 2)), dim=0)[None]
+
     def segment(self, pixels: torch.Tensor, class_embeddings: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return (self.sharpness * torch.einsum("dhw,cd->chw", self._directions(pixels), class_embeddings)).softmax(0)

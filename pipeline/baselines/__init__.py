@@ -15,11 +15,16 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from pipeline import encoders
+from pipeline.artifacts.files import digest
+from pipeline.artifacts.weights import model_digest
 from pipeline.datasets.benchmarks import Sample
+from pipeline.interfaces import ClipEncoder
 from pipeline.metrics import oracle_labels
 from pipeline.nn.clip_reader import MEMORY_BYTES, Memory
 from pipeline.nn.region_clip import ImageRegions
-from pipeline.params import ParamsError
+from pipeline.params import ParamsError, plain
+from pipeline.project import Project
 
 
 @runtime_checkable
@@ -61,6 +66,17 @@ class RegionOracle:
         """Every region in the class of most of its pixels."""
         truth = torch.tensor(sample.label)
         return oracle_labels(self.image_regions(sample.image), truth, num_classes, "majority", ignore_index)
+
+
+def clip_digests(project: Project, block: str, config: type) -> dict[str, str]:
+    """What a baseline depends on that has the project's CLIP and the parameters of its block."""
+    settings = digest(plain(project.config(block, config)))
+    return {"clip": model_digest(project.encoder("clip")), "settings": settings}
+
+
+def project_clip(project: Project) -> ClipEncoder:
+    """The project's CLIP encoder, on its device."""
+    return encoders.load_clip(project.encoder("clip")).to(project.machine.device)
 
 
 def names() -> list[str]:

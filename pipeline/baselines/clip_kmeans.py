@@ -4,18 +4,16 @@
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from pipeline import encoders
-from pipeline.artifacts.files import digest
-from pipeline.artifacts.weights import model_digest
+from pipeline.baselines import clip_digests, project_clip
 from pipeline.clustering import kmeans
 from pipeline.nn.grouped_clip import GroupedClip
-from pipeline.params import Range, plain
+from pipeline.params import Range
 from pipeline.project import Project
 
 BLOCK = "baselines.clip_kmeans"
@@ -36,8 +34,7 @@ class Config:
 
 def digests(project: Project) -> dict[str, str]:
     """The encoder's weights, and the parameters."""
-    settings = digest(plain(project.config(BLOCK, Config)))
-    return {"clip": model_digest(project.encoder("clip")), "settings": settings}
+    return clip_digests(project, BLOCK, Config)
 
 
 def build(project: Project) -> GroupedClip:
@@ -49,5 +46,4 @@ def build(project: Project) -> GroupedClip:
         labels, _ = kmeans(tokens[None], config.k, iters=config.iters, metric="euclidean", seeds=seeds)
         return labels[0]
 
-    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
-    return GroupedClip(clip.to(project.machine.device), cluster)
+    return GroupedClip(project_clip(project), cluster)

@@ -5,17 +5,15 @@ section 12.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from pipeline import encoders
-from pipeline.artifacts.files import digest
-from pipeline.artifacts.weights import model_digest
+from pipeline.baselines import clip_digests, project_clip
 from pipeline.nn.grouped_clip import GroupedClip
 from pipeline.nn.token_groups import mean_distance, mean_shift
-from pipeline.params import Range, plain
+from pipeline.params import Range
 from pipeline.project import Project
 
 BLOCK = "baselines.clip_mean_shift"
@@ -36,8 +34,7 @@ class Config:
 
 def digests(project: Project) -> dict[str, str]:
     """The encoder's weights, and the parameters."""
-    settings = digest(plain(project.config(BLOCK, Config)))
-    return {"clip": model_digest(project.encoder("clip")), "settings": settings}
+    return clip_digests(project, BLOCK, Config)
 
 
 def build(project: Project) -> GroupedClip:
@@ -47,5 +44,4 @@ def build(project: Project) -> GroupedClip:
     def cluster(tokens: Float[Tensor, "tokens dim"], seed: int) -> Int64[Tensor, " tokens"]:
         return mean_shift(tokens, mean_distance(tokens, config.quantile), config.max_iters)
 
-    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
-    return GroupedClip(clip.to(project.machine.device), cluster)
+    return GroupedClip(project_clip(project), cluster)

@@ -5,14 +5,12 @@ Table 4 (20.1 on VOC there); S-Seg's tables call the same idea "CLIP" (13.5 / 8.
 probabilities over the words asked for.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline import encoders
 from pipeline.artifacts.weights import model_digest
+from pipeline.baselines import project_clip
 from pipeline.interfaces import ClipEncoder
 from pipeline.nn.clip_reader import MEMORY_BYTES, ClipReader, Memory
 from pipeline.project import Project
@@ -41,5 +39,4 @@ def digests(project: Project) -> dict[str, str]:
 
 def build(project: Project) -> ClipPatches:
     """The baseline around the project's CLIP encoder, on its device."""
-    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
-    return ClipPatches(clip.to(project.machine.device))
+    return ClipPatches(project_clip(project))

@@ -4,17 +4,15 @@ The affinity of two patches is their cosine, at least 0. Source: SCG card sectio
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from pipeline import encoders
-from pipeline.artifacts.files import digest
-from pipeline.artifacts.weights import model_digest
+from pipeline.baselines import clip_digests, project_clip
 from pipeline.nn.grouped_clip import GroupedClip
 from pipeline.nn.token_groups import Assign, spectral
-from pipeline.params import Range, plain
+from pipeline.params import Range
 from pipeline.project import Project
 
 BLOCK = "baselines.clip_spectral"
@@ -35,8 +33,7 @@ class Config:
 
 def digests(project: Project) -> dict[str, str]:
     """The encoder's weights, and the parameters."""
-    settings = digest(plain(project.config(BLOCK, Config)))
-    return {"clip": model_digest(project.encoder("clip")), "settings": settings}
+    return clip_digests(project, BLOCK, Config)
 
 
 def build(project: Project) -> GroupedClip:
@@ -46,5 +43,4 @@ def build(project: Project) -> GroupedClip:
     def cluster(tokens: Float[Tensor, "tokens dim"], seed: int) -> Int64[Tensor, " tokens"]:
         return spectral(tokens @ tokens.T, config.k, config.assign)
 
-    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
-    return GroupedClip(clip.to(project.machine.device), cluster)
+    return GroupedClip(project_clip(project), cluster)

@@ -5,13 +5,11 @@ asked for. Source: SCG card section 11.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-from pipeline import encoders
-from pipeline.artifacts.files import digest
-from pipeline.artifacts.weights import model_digest
+from pipeline.baselines import clip_digests, project_clip
 from pipeline.nn.maskclip import UNREFINED, MaskClip
-from pipeline.params import Range, plain
+from pipeline.params import Range
 from pipeline.project import Project
 
 BLOCK = "baselines.maskclip"
@@ -30,8 +28,7 @@ class Config:
 
 def digests(project: Project) -> dict[str, str]:
     """The encoder's weights, and the parameters."""
-    settings = digest(plain(project.config(BLOCK, Config)))
-    return {"clip": model_digest(project.encoder("clip")), "settings": settings}
+    return clip_digests(project, BLOCK, Config)
 
 
 def build(project: Project) -> MaskClip:
@@ -41,5 +38,4 @@ def build(project: Project) -> MaskClip:
         ValueError: a CLIP whose class token was not trained.
     """
     config = project.config(BLOCK, Config)
-    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
-    return MaskClip(clip.to(project.machine.device), config.logit_scale, UNREFINED, bare=False)
+    return MaskClip(project_clip(project), config.logit_scale, UNREFINED, bare=False)

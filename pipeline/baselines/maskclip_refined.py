@@ -4,13 +4,11 @@ The paper's 25.5 on Context is this one. Source: SCG card section 11. Smoothed s
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-from pipeline import encoders
-from pipeline.artifacts.files import digest
-from pipeline.artifacts.weights import model_digest
+from pipeline.baselines import clip_digests, project_clip
 from pipeline.nn.maskclip import KeyAxis, MaskClip, Refinement
-from pipeline.params import Range, plain
+from pipeline.params import Range
 from pipeline.project import Project
 
 BLOCK = "baselines.maskclip_refined"
@@ -35,8 +33,7 @@ class Config:
 
 def digests(project: Project) -> dict[str, str]:
     """The encoder's weights, and the parameters."""
-    settings = digest(plain(project.config(BLOCK, Config)))
-    return {"clip": model_digest(project.encoder("clip")), "settings": settings}
+    return clip_digests(project, BLOCK, Config)
 
 
 def build(project: Project) -> MaskClip:
@@ -49,5 +46,4 @@ def build(project: Project) -> MaskClip:
     refinement = Refinement(
         key_smoothing=config.key_smoothing, key_axis=config.key_axis, prompt_denoising=config.prompt_denoising
     )
-    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
-    return MaskClip(clip.to(project.machine.device), config.logit_scale, refinement, bare=False)
+    return MaskClip(project_clip(project), config.logit_scale, refinement, bare=False)

@@ -7,16 +7,13 @@ extra words for background). Source: S-Seg card section 10; fill, prompt and bac
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from pipeline import encoders
-from pipeline.artifacts.files import digest
-from pipeline.artifacts.weights import model_digest
+from pipeline.baselines import clip_digests, project_clip
 from pipeline.caching import image_masks
 from pipeline.nn.region_clip import RegionClip, blanked_vectors
-from pipeline.params import plain
 from pipeline.project import Project
 
 BLOCK = "baselines.masked_clip"
@@ -35,15 +32,12 @@ class Config:
 
 def digests(project: Project) -> dict[str, str]:
     """The encoders' weights, and the parameters of regions and fill."""
-    settings = digest(plain(project.config(BLOCK, Config)))
-    return {"clip": model_digest(project.encoder("clip")), **image_masks.digests(project), "settings": settings}
+    return clip_digests(project, BLOCK, Config) | image_masks.digests(project)
 
 
 def build(project: Project) -> RegionClip:
     """The baseline around the project's CLIP and DINO encoders, on its device."""
-    config, device = project.config(BLOCK, Config), project.machine.device
-    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
-    clip = clip.to(device)
+    config, clip = project.config(BLOCK, Config), project_clip(project)
     black = -torch.tensor(clip.mean) / torch.tensor(clip.std)
     fill = torch.zeros(3) if config.fill == "mean" else black
     return RegionClip(clip, image_masks.load(project), partial(blanked_vectors, clip, fill=fill))

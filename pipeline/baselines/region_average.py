@@ -5,10 +5,9 @@ paper's method. A patch counts in a region by the share of it that the region co
 """
 
 from functools import partial
-from typing import Any
 
-from pipeline import encoders
 from pipeline.artifacts.weights import model_digest
+from pipeline.baselines import project_clip
 from pipeline.caching import image_masks
 from pipeline.nn.region_clip import RegionClip, average_vectors
 from pipeline.project import Project
@@ -21,6 +20,5 @@ def digests(project: Project) -> dict[str, str]:
 
 def build(project: Project) -> RegionClip:
     """The baseline around the project's CLIP and DINO encoders, on its device."""
-    clip: Any = encoders.load_clip(project.encoder("clip"))  # a ClipEncoder that is a Module too
-    clip = clip.to(project.machine.device)
+    clip = project_clip(project)
     return RegionClip(clip, image_masks.load(project), partial(average_vectors, clip))

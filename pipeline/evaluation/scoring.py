@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.baselines import ClosedVocabulary, LabelModel
 from pipeline.datasets.benchmarks import Benchmark, Sample
+from pipeline.evaluation.classification import ImageModel, classify
 from pipeline.evaluation.rates import brief, curve, figures, fraction
 from pipeline.inference import (
     BACKGROUNDS,
@@ -124,7 +125,8 @@ def score(
         "protocol": benchmark.protocol,
         **headline,
         **figures(counts.total, benchmark),
-        **oracle(candidate, benchmark, ids, step),
+        **_image_accuracy(candidate.model, benchmark, ids, settings, step),
+        **oracle(candidate, benchmark, ids, answer, step),
         "other_backgrounds": {rule["background"]: brief(rule, run.total, benchmark) for rule, run, _ in runs[1:]},
     }
     if len(benchmark.classes) <= CONFUSION_CLASSES:
@@ -138,7 +140,7 @@ def passes(candidate: Candidate, num_images: int, settings: Settings) -> int:
     if not isinstance(candidate.model, ScoreModel):
         return num_images * (1 + (candidate.regions is not None))
     tuned = sum(BACKGROUNDS[rule].thresholded for rule in settings.backgrounds) * len(settings.tune_ids)
-    return num_images * (len(settings.backgrounds) + (candidate.regions is not None)) + tuned
+    return num_images * (len(settings.backgrounds) + isinstance(candidate.model, ImageModel) + 1) + tuned
 
 
 def _run_labels(
@@ -244,17 +246,18 @@ def choose_threshold(
 
 
 def oracle(
-    candidate: Candidate, benchmark: Benchmark, ids: list[str], step: Callable[[], object]
+    candidate: Candidate, benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[], object]
 ) -> dict[str, float | None]:
     """mIoU when the truth names each of the candidate's regions: by majority and by best IoU."""
-    if candidate.regions is None:
+    regions = _regions(candidate, answer)
+    if regions is None:
         return {}
     classes, ignore = len(benchmark.classes), benchmark.ignore_index
     majority, best_iou = ConfusionMatrix(classes, ignore), ConfusionMatrix(classes, ignore)
     num_regions = 0
     for image_id in ids:
         sample = benchmark.sample(image_id)
-        counts = region_counts(candidate.regions(sample.image), torch.tensor(sample.label), classes, ignore)
+        counts = region_counts(regions(sample), torch.tensor(sample.label), classes, ignore)
         majority.add_regions(counts, oracle_classes(counts, "majority"))
         best_iou.add_regions(counts, oracle_classes(counts, "best_iou"))
         num_regions += int((counts.sum(1) > 0).sum())
@@ -264,3 +267,29 @@ def oracle(
         "oracle_best_iou": fraction(best_iou.miou()),
         "oracle_majority": fraction(majority.miou()),
     }
+
+
+def _regions(candidate: Candidate, answer: Answer) -> Answer | None:
+    """The candidate's own regions; those of a model that does not group pixels are the classes that it predicts.
+
+    Source: card scg.md section 9 (MaskCLIP in SCG's Table 1).
+    """
+    grouped = candidate.regions
+    if grouped is not None:
+        return lambda sample: grouped(sample.image)
+    return answer if isinstance(candidate.model, ScoreModel) else None
+
+
+def _image_accuracy(
+    model: ScoreModel | LabelModel,
+    benchmark: Benchmark,
+    ids: list[str],
+    settings: Settings,
+    step: Callable[[], object],
+) -> dict[str, Any]:
+    """Zero-shot classification by a model that has a vector of the whole image."""
+    if not isinstance(model, ImageModel):
+        return {}
+    embeddings, _ = class_embeddings(model, benchmark.foreground, settings.templates, settings.prompt_order)
+    side, device = settings.geometry.window or settings.geometry.short_side, settings.device
+    return classify(model, benchmark, ids, embeddings.to(device), side, device, step)

@@ -35,6 +35,7 @@ from pipeline.interfaces import ClipEncoder, PatchEncoder, VisualTower
 from pipeline.losses import noun_region
 from pipeline.losses.contrastive import Temperature
 from pipeline.nn.codebook import pixel_groups, similarities
+from pipeline.nn.noun_vectors import NounVectors
 from pipeline.nn.region_tokens import (
     ExtraKey,
     context_vectors,
@@ -46,7 +47,7 @@ from pipeline.nn.region_tokens import (
 from pipeline.nn.text import Vocabulary
 from pipeline.nn.visual_tower import renormalised, run
 from pipeline.params import ParamsError, Range
-from pipeline.text.prompts import class_prompts, templates
+from pipeline.text.prompts import templates
 from pipeline.training import Optimisation
 from pipeline.training.phases import Phase, TrainingData
 
@@ -158,7 +159,7 @@ class SCG(nn.Module):
         self.hits: Int64[Tensor, " clusters"]
         """How often each cluster's token was a noun's best region in its own picture; the others learn nothing."""
         self._lent: tuple[Any, ...] = ()
-        self._nouns: dict[str, Tensor] = {}
+        self._nouns = NounVectors(templates(config.nouns.templates))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in state:
@@ -325,16 +326,9 @@ class SCG(nn.Module):
         total = torch.stack([noun_region.contrast(found, scale, settings.form) for found in scores]).mean()
         return {"total": total, "tokens": torch.special.entr(hits / hits.sum()).sum().exp()}
 
-    @torch.no_grad()
     def noun_vectors(self, nouns: list[str]) -> Float[Tensor, "nouns dim"]:
-        """Unit vectors of nouns, each encoded once: the normalised mean over templates. Card section 5."""
-        fresh = [noun for noun in dict.fromkeys(nouns) if noun not in self._nouns]
-        if fresh:
-            sentences = class_prompts(fresh, templates(self.config.nouns.templates))
-            vectors = self.clip.encode_text([text for texts in sentences for text in texts]).float()
-            means = F.normalize(vectors.unflatten(0, (len(fresh), -1)).mean(1), dim=-1).cpu()
-            self._nouns |= dict(zip(fresh, means, strict=True))
-        return torch.stack([self._nouns[noun] for noun in nouns]).to(self.offsets.device)
+        """Unit vectors of nouns, by CLIP's text side."""
+        return self._nouns(self.clip, nouns).to(self.offsets.device)
 
 
 TARGETS = ("groups", "codebook")

@@ -28,7 +28,11 @@ class ClipReader:
         """Unit text vectors."""
         return self.clip.encode_text(texts)
 
-    def own_colours(self, pixels: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 height width"]:
+    def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit vectors of whole pictures."""
+        return self.clip.encode_image(self.own_colours(pixels))
+
+    def own_colours(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
         """From ImageNet's normalisation, which the harness gives, to the encoder's own."""
         return renormalised(pixels, self.clip.mean, self.clip.std)
 

@@ -40,6 +40,7 @@ class Score:
     Attributes:
         per_class: IoU by class name; None for a class that neither masks nor predictions contain.
         constant: mIoU of the best single label, the floor that any threshold reaches.
+        image_accuracy: zero-shot classification of the images that show one class.
         oracle: mIoU when each region takes the majority label of the true masks.
         threshold: background threshold, and `chosen_on` the images it was chosen on.
         sweep: (threshold, mIoU) on the test images, for looking only; `best_swept` is the highest.
@@ -54,6 +55,7 @@ class Score:
     aacc: float | None
     macc: float | None
     fg_accuracy: float | None
+    image_accuracy: float | None
     oracle: float | None
     oracle_best: float | None
     constant: float | None
@@ -138,6 +140,7 @@ def _score(method: str, benchmark: str, values: dict[str, Any]) -> Score:
         aacc=_percent(values.get("aacc")),
         macc=_percent(values.get("macc")),
         fg_accuracy=_percent(values.get("fg_accuracy")),
+        image_accuracy=_percent(values.get("image_accuracy")),
         oracle=_percent(values.get("oracle_majority")),
         oracle_best=_percent(values.get("oracle_best_iou")),
         constant=_percent(values.get("constant_miou")),

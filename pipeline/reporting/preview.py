@@ -1,14 +1,15 @@
 """reports/preview.png: the README's picture, a column per image and a row per view of it."""
 
 import io
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.reporting.collect import PanelSet
-from pipeline.reporting.labels import kind
+from pipeline.reporting.labels import kind, method_title
 
-SIDE, GAP, LABEL, FONT = 96, 4, 92, 13  # pixels
+SIDE, GAP, FONT = 96, 4, 13  # pixels
 ROWS = ("image", "regions")  # of the first method; then each method's prediction, then the truth
 NAMES = {"image": "image", "regions": "pseudo-masks", "truth": "truth"}
 
@@ -31,20 +32,22 @@ def preview(sources: Sequence[PanelSet], columns: int) -> bytes | None:
     if not shared:
         return None
     rows = [(NAMES[view], sources[0], view) for view in ROWS]
-    rows += [(source.method, source, "prediction") for source in sources]
+    # What stands in brackets gets a line of its own.
+    rows += [(method_title(source.method).replace(" (", "\n("), source, "prediction") for source in sources]
     rows.append((NAMES["truth"], sources[0], "truth"))
-    step = SIDE + GAP
-    sheet = Image.new("RGB", (LABEL + step * len(shared), step * len(rows)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
-    for y, (name, source, view) in enumerate(rows):
-        title = name.removeprefix("baseline-").replace("_", " ")
-        draw.text((GAP, y * step + SIDE // 2), title, fill="black", font=font, anchor="lm")
+    font, step = ImageFont.load_default(FONT), SIDE + GAP
+    pen = ImageDraw.Draw(Image.new("1", (1, 1)))
+    label = math.ceil(max(pen.multiline_textbbox((0, 0), title, font=font)[2] for title, _, _ in rows)) + 2 * GAP
+    sheet = Image.new("RGB", (label + step * len(shared), step * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (title, source, view) in enumerate(rows):
+        draw.multiline_text((GAP, y * step + SIDE // 2), title, fill="black", font=font, anchor="lm")
         for x, image in enumerate(shared):
             panel = next(p for p in source.panels if p["id"] == image)
             with Image.open(source.folder / panel[view]) as picture:
                 # Nearest: a label's colour must not blend into another's.
                 tile = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
-            sheet.paste(tile, (LABEL + x * step, y * step))
+            sheet.paste(tile, (label + x * step, y * step))
     buffer = io.BytesIO()
     sheet.quantize(128).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

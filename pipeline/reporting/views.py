@@ -149,6 +149,7 @@ def _row(score: Score, winner: Score | None, top: float, base: Base, protocols: 
         "fg": points(score.fg_accuracy),
         "aacc": points(score.aacc),
         "macc": points(score.macc),
+        "image_accuracy": points(score.image_accuracy),
         "oracle": points(score.oracle),
         "oracle_best": points(score.oracle_best),
         "constant": points(score.constant),
