@@ -26,7 +26,7 @@ from pipeline.source_code import REPO, code_digest
 
 LISTS = Path(__file__).parent / "ablations"
 BENCHMARK = "scenes"
-COLUMNS = ("miou", "oracle_majority", "fg_accuracy")
+COLUMNS = ("miou", "oracle_majority", "fg_accuracy", "image_accuracy")
 # Blocks that decide the figures of no row but a method's own training, and keys of `evaluate` that decide no figure.
 OTHER_BLOCKS = ("profile", "train", "evaluate", "report")
 OTHER_RULES = ("models", "panels", "seed")

@@ -221,7 +221,7 @@ def test_a_row_is_really_trained_from_nothing_and_then_not_again(place, monkeypa
     job = ablation_rows.plan(entry, place, BUDGET)
     report = ablation_rows.measure(job, place)
     found = ablation_rows.figures(entry, report)
-    assert set(found) == {"miou", "oracle_majority", "fg_accuracy"} and 0 < found["miou"] <= 100
+    assert set(found) == {"miou", "oracle_majority", "fg_accuracy", "image_accuracy"} and 0 < found["miou"] <= 100
     assert report["num_images"] == BUDGET.limit
     config = read_json(job.root / "models/groupvit/config.json", "")
     assert config["trained"]["images"] == 16 and config["config"]["optimisation"]["seed"] == BUDGET.seed
