@@ -167,6 +167,12 @@ def test_image_strategy_blanks_pixels(tower, pixels):
         assert (found[b, 3:] == 0).all()
 
 
+def test_plain_means_of_patches():
+    patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 4.0]]])
+    found = rt.mean_vectors(patches, torch.tensor([[0, 2, 0, 5]]), 3)  # 5 belongs to no region
+    assert found.tolist() == [[[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]]]
+
+
 def test_a_patch_that_moves_changes_two_regions_only(tower, pixels, regions):
     moved = regions.clone()
     moved[0, 3] = (regions[0, 3] + 1) % (REGIONS - 1)

@@ -220,7 +220,7 @@ def test_an_untuned_region_of_everything_is_clips_own_class_token(encoders):
     torch.testing.assert_close(tower.encode_image(pixels), expected)
 
 
-@pytest.mark.parametrize("strategy", ["tokens", "image"])
+@pytest.mark.parametrize("strategy", ["tokens", "image", "average"])
 def test_other_strategies_have_nothing_to_tune(encoders, strategy):
     with pytest.raises(ParamsError, match="nothing to tune"):
         config(regions={"strategy": strategy})

@@ -41,6 +41,7 @@ from pipeline.nn.region_tokens import (
     context_vectors,
     downsample_majority,
     image_vectors,
+    mean_vectors,
     members,
     token_vectors,
 )
@@ -81,14 +82,15 @@ class RegionConfig:
     """How CLIP reads a region.
 
     Attributes:
-        strategy: "context" (the paper's c), "tokens" (b) or "image" (a); the latter two know no offsets.
+        strategy: "context" (the paper's c), "tokens" (b) or "image" (a), or "average", the plain mean of a region's patch
+            vectors, which is not the paper's. Only the first knows offsets.
         extra_key: see `nn.region_tokens`.
         width: of CLIP's image tower.
         offset_layers: 1 adds offsets at the input only; as many as CLIP has layers, before each of them.
         tune: "tokens" (the offsets), "all" (CLIP's image side beside them; Table 4) or "none".
     """
 
-    strategy: Literal["context", "tokens", "image"]
+    strategy: Literal["context", "tokens", "image", "average"]
     extra_key: ExtraKey
     width: Count
     offset_layers: Count
@@ -282,6 +284,8 @@ class SCG(nn.Module):
             found = image_vectors(tower, pixels, high, self.clusters, fill=(0.0, 0.0, 0.0))
         elif regions.strategy == "tokens":
             found = token_vectors(tower, pixels, low.flatten(1), self.clusters)
+        elif regions.strategy == "average":
+            found = mean_vectors(self.clip.encode_patches(pixels).flatten(1, 2), low.flatten(1), self.clusters)
         else:
             offsets = self.offsets.expand(-1, self.clusters, -1)
             frozen = not self.tuned
@@ -389,11 +393,4 @@ def phases(model: SCG, config: Config, data: TrainingData) -> list[Phase]:
     grid = config.views.image_size // model.dino.patch_size
     stop = frozenset(config.nouns.stop_nouns)
     prepare = RegionTransform(views=config.views, grid=grid, max_nouns=config.nouns.max_nouns, stop_nouns=stop)
-    return [
-        Phase(
-            optimisation=config.optimisation,
-            prepare=prepare,
-            collate=collate,
-            loss=lambda batch, _: model.loss(batch),
-        )
-    ]
+    return [Phase(optimisation=config.optimisation, prepare=prepare, collate=collate, loss=lambda b, _: model.loss(b))]

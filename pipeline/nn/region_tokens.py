@@ -126,6 +126,14 @@ def token_vectors(
     return tower.project(found[:, :count])
 
 
+def mean_vectors(
+    patches: Float[Tensor, "batch tokens dim"], regions: Int64[Tensor, "batch tokens"], count: int
+) -> Float[Tensor, "batch {count} dim"]:
+    """No strategy of the paper: the mean of a region's patch vectors; of no patch it is zero."""
+    owned = members(regions, count).to(patches.dtype)
+    return owned @ patches / owned.sum(-1, keepdim=True).clamp(min=1)
+
+
 def image_vectors(
     tower: VisualTower,
     pixels: Float[Tensor, "batch 3 height width"],
