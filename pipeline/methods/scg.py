@@ -82,7 +82,7 @@ class RegionConfig:
     """How CLIP reads a region.
 
     Attributes:
-        strategy: "context" (the paper's c), "tokens" (b) or "image" (a), or "average", the plain mean of a region's patch
+        strategy: "context" (the paper's c), "tokens" (b), "image" (a) or "average", the plain mean of a region's patch
             vectors, which is not the paper's. Only the first knows offsets.
         extra_key: see `nn.region_tokens`.
         width: of CLIP's image tower.
