@@ -16,6 +16,7 @@ from pipeline.reporting.markdown import (
     BEGIN,
     END,
     escape,
+    mask_table,
     protocol_text,
     results,
     results_table,
@@ -34,6 +35,10 @@ def metrics(miou=0.3142, **changes):
         "macc": 0.5,
         "fg_accuracy": 0.51,
         "image_accuracy": 0.83,
+        "boundary_miou": 0.21,
+        "mask_jaccard": 0.43,
+        "miou_error": 0.01,
+        "miou_interval": None,
         "oracle_majority": 0.59,
         "constant_miou": 0.0812,
         "protocol": "native",
@@ -83,6 +88,21 @@ def test_results_table_by_hand(tmp_path):
     ]
     assert rows[2][3:] == ["51.0", "83.0", "59.0", "8.1", "0.42 (tune split)", "–"]
     assert rows[4][5] == "–" and rows[4][7] == "–"
+
+
+def test_the_range_of_other_images_stands_beside_the_score(tmp_path):
+    write(tmp_path / "sseg" / "scenes.json", metrics(0.314, miou_interval=[0.2951, 0.3349]))
+    assert rows_of(results_table(read_scores(tmp_path)))[2][2] == "**31.4** (29.5–33.5)"
+    text = mask_table(read_scores(tmp_path))
+    assert rows_of(text)[2] == ["S-Seg", "70.0", "50.0", "21.0", "43.0", "59.0", "–"]
+
+
+def test_two_scores_are_apart_where_chance_does_not_explain_it(tmp_path):
+    """1.96 errors of the difference: 0.01 and 0.02 give 4.38 points."""
+    for name, miou, error in (("a", 0.30, 0.01), ("b", 0.34, 0.02), ("c", 0.345, 0.02), ("d", 0.9, None)):
+        write(tmp_path / name / "scenes.json", metrics(miou, miou_error=error))
+    a, b, c, d = (score for score in sorted(read_scores(tmp_path), key=lambda score: score.method))
+    assert a.apart(b) is False and b.apart(a) is False and a.apart(c) is True and a.apart(d) is None
 
 
 def test_a_baseline_that_wins_is_marked_best(tmp_path):

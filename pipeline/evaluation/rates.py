@@ -3,7 +3,11 @@
 import math
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int64
+
 from pipeline.datasets.benchmarks import Benchmark
+from pipeline.evaluation.resampling import spread
 from pipeline.metrics import ConfusionMatrix, ThresholdSweep
 
 DIGITS = 6  # of a stored fraction: below what one pixel of a small benchmark weighs
@@ -39,6 +43,17 @@ def figures(counts: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
             name: fraction(value) for name, value in zip(benchmark.classes, counts.iou().tolist(), strict=True)
         },
     }
+
+
+def uncertainty(areas: Int64[np.ndarray, "images 3 classes"]) -> dict[str, Any]:
+    """The interval around the mIoU that other images of the kind would give, and its standard error.
+
+    Null where no pixel counts.
+    """
+    if not areas.any():
+        return {"miou_error": None, "miou_interval": None}
+    low, high, error = spread(areas)
+    return {"miou_error": fraction(error), "miou_interval": [fraction(low), fraction(high)]}
 
 
 def brief(described: dict[str, Any], counts: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.baselines import ClosedVocabulary, LabelModel
 from pipeline.datasets.benchmarks import Benchmark, Sample
 from pipeline.evaluation.classification import ImageModel, classify
-from pipeline.evaluation.rates import brief, curve, figures, fraction
+from pipeline.evaluation.rates import brief, curve, figures, fraction, uncertainty
 from pipeline.inference import (
     BACKGROUNDS,
     BackgroundName,
@@ -28,6 +28,7 @@ from pipeline.inference import (
     class_embeddings,
     threshold_labels,
 )
+from pipeline.mask_metrics import BoundaryIoU, best_jaccard
 from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_classes, region_counts
 
 GROUP_INTERVALS = 20  # of a rule by group's thresholds: 0, 0.05 ... 1, so that the papers' are among them
@@ -74,10 +75,15 @@ class Settings:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of a split, and each image's own mIoU; `seconds` is what it took."""
+    """Counts of a split, and each image's own mIoU and areas (intersection, prediction, truth by class; pixels).
+
+    `seconds` is what it took.
+    """
 
     total: ConfusionMatrix
+    boundaries: BoundaryIoU
     per_image: dict[str, float] = field(default_factory=dict)
+    areas: list[Int64[Tensor, "3 classes"]] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -94,13 +100,16 @@ class Scored:
 def tally(benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[], object]) -> Tally:
     """Confusion counts of `answer` over the images, in order."""
     classes, ignore = len(benchmark.classes), benchmark.ignore_index
-    counts, started = Tally(ConfusionMatrix(classes, ignore)), time.perf_counter()
+    counts = Tally(ConfusionMatrix(classes, ignore), BoundaryIoU(classes, ignore))
+    started = time.perf_counter()
     for image_id in ids:
         sample = benchmark.sample(image_id)
-        single = ConfusionMatrix(classes, ignore)
-        single.update(answer(sample), sample.label)
+        predicted, single = answer(sample), ConfusionMatrix(classes, ignore)
+        single.update(predicted, sample.label)
         counts.total.merge(single)
+        counts.boundaries.update(predicted, sample.label)
         counts.per_image[image_id] = single.miou()
+        counts.areas.append(torch.stack([single.counts.diagonal(), single.counts.sum(0), single.counts.sum(1)]))
         step()
     counts.seconds = time.perf_counter() - started
     return counts
@@ -125,6 +134,8 @@ def score(
         "protocol": benchmark.protocol,
         **headline,
         **figures(counts.total, benchmark),
+        "boundary_miou": fraction(counts.boundaries.miou()),
+        **uncertainty(torch.stack(counts.areas).numpy()),
         **_image_accuracy(candidate.model, benchmark, ids, settings, step),
         **oracle(candidate, benchmark, ids, answer, step),
         "other_backgrounds": {rule["background"]: brief(rule, run.total, benchmark) for rule, run, _ in runs[1:]},
@@ -248,21 +259,23 @@ def choose_threshold(
 def oracle(
     candidate: Candidate, benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[], object]
 ) -> dict[str, float | None]:
-    """mIoU when the truth names each of the candidate's regions: by majority and by best IoU."""
+    """mIoU when the truth names each of the candidate's regions, by majority and by best IoU; and mask probing."""
     regions = _regions(candidate, answer)
     if regions is None:
         return {}
     classes, ignore = len(benchmark.classes), benchmark.ignore_index
     majority, best_iou = ConfusionMatrix(classes, ignore), ConfusionMatrix(classes, ignore)
-    num_regions = 0
+    num_regions, jaccards = 0, []
     for image_id in ids:
         sample = benchmark.sample(image_id)
         counts = region_counts(regions(sample), torch.tensor(sample.label), classes, ignore)
         majority.add_regions(counts, oracle_classes(counts, "majority"))
         best_iou.add_regions(counts, oracle_classes(counts, "best_iou"))
         num_regions += int((counts.sum(1) > 0).sum())
+        jaccards.append(best_jaccard(counts, benchmark.has_background))
         step()
     return {
+        "mask_jaccard": fraction(torch.tensor(jaccards).nanmean().item()),
         "num_regions": round(num_regions / max(len(ids), 1), 2),
         "oracle_best_iou": fraction(best_iou.miou()),
         "oracle_majority": fraction(majority.miou()),

@@ -33,6 +33,10 @@ class Rule:
     best_swept: float | None
 
 
+# Standard errors that a difference must exceed; Source: the normal distribution's 97.5th percentile.
+SURE = 1.96
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """One method on one benchmark; percentages in [0, 100], None where the method has no such figure.
@@ -40,6 +44,8 @@ class Score:
     Attributes:
         per_class: IoU by class name; None for a class that neither masks nor predictions contain.
         constant: mIoU of the best single label, the floor that any threshold reaches.
+        interval: of 95 percent around `miou`, by a bootstrap over the images; `error` its standard error in points.
+        boundary: mIoU of the boundaries' bands. jaccard: mask probing, the best region's IoU with each object.
         image_accuracy: zero-shot classification of the images that show one class.
         oracle: mIoU when each region takes the majority label of the true masks.
         threshold: background threshold, and `chosen_on` the images it was chosen on.
@@ -56,6 +62,10 @@ class Score:
     macc: float | None
     fg_accuracy: float | None
     image_accuracy: float | None
+    interval: tuple[float, float] | None
+    error: float | None
+    boundary: float | None
+    jaccard: float | None
     oracle: float | None
     oracle_best: float | None
     constant: float | None
@@ -66,6 +76,15 @@ class Score:
     best_swept: float | None
     others: list[Rule]
     settings: dict[str, Any]
+
+    def apart(self, other: "Score") -> bool | None:
+        """Whether two scores on the same images differ by more than chance (95 percent); None where it is not known.
+
+        The images' shared luck is not taken off, so that the answer errs towards no.
+        """
+        if self.error is None or other.error is None:
+            return None
+        return abs(self.miou - other.miou) > SURE * math.hypot(self.error, other.error)
 
     @property
     def rank(self) -> tuple[int, float, str]:
@@ -141,6 +160,10 @@ def _score(method: str, benchmark: str, values: dict[str, Any]) -> Score:
         macc=_percent(values.get("macc")),
         fg_accuracy=_percent(values.get("fg_accuracy")),
         image_accuracy=_percent(values.get("image_accuracy")),
+        interval=None if values.get("miou_interval") is None else _pair(values["miou_interval"]),
+        error=_percent(values.get("miou_error")),
+        boundary=_percent(values.get("boundary_miou")),
+        jaccard=_percent(values.get("mask_jaccard")),
         oracle=_percent(values.get("oracle_majority")),
         oracle_best=_percent(values.get("oracle_best_iou")),
         constant=_percent(values.get("constant_miou")),
@@ -174,6 +197,11 @@ def _percent(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"expected a fraction in [0, 1], found {value!r}")
     return PERCENT * value
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    low, high = values
+    return _required(low), _required(high)
 
 
 def _required(value: Any) -> float:

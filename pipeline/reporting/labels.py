@@ -84,6 +84,11 @@ def points(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
 
 
+def interval(value: tuple[float, float] | None) -> str:
+    """Both ends of a range of percentages."""
+    return MISSING if value is None else f"{value[0]:.1f}–{value[1]:.1f}"
+
+
 def change(value: float | None) -> str:
     """A difference in percentage points with its sign; zero after rounding carries none."""
     if value is None:

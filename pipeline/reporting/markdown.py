@@ -18,6 +18,7 @@ from pipeline.reporting.labels import (
     clean,
     count,
     describe,
+    interval,
     kind,
     method_title,
     points,
@@ -122,7 +123,7 @@ def results_table(scores: Sequence[Score]) -> str:
     header = [
         "Method",
         "Benchmark",
-        "mIoU",
+        "mIoU (95 %)",
         "Foreground accuracy",
         "Image accuracy",
         "Region oracle",
@@ -135,6 +136,7 @@ def results_table(scores: Sequence[Score]) -> str:
         winner = best(group)
         for score in group:
             miou = f"**{points(score.miou)}**" if score is winner else points(score.miou)
+            miou += f" ({interval(score.interval)})" if score.interval else ""
             paper = paper_figure(score)
             if paper:
                 notes[f"{method_title(score.method)}: {paper[1]} ({paper[2]})"] = None
@@ -187,6 +189,16 @@ def class_table(group: Sequence[Score]) -> str:
     return table(["Class", *(escape(method_title(score.method)) for score in group)], rows)
 
 
+def mask_table(group: Sequence[Score]) -> str:
+    """What the masks are worth beside mIoU, in percent: pixels, boundaries, and regions that the truth names."""
+    header = ["Method", "Pixel accuracy", "Class accuracy", "Boundary mIoU", "Mask probing", "Oracle", "Oracle by IoU"]
+    rows = []
+    for score in group:
+        figures = (score.aacc, score.macc, score.boundary, score.jaccard, score.oracle, score.oracle_best)
+        rows.append([escape(method_title(score.method)), *(points(value) for value in figures)])
+    return table(header, rows)
+
+
 def funnel_table(steps: Sequence[Step]) -> str:
     """Rows in and out of each stage, and why the rest was lost."""
     rows = []
@@ -201,13 +213,15 @@ def results(findings: Findings, steps: Sequence[Step]) -> str:
     """The whole of results.md."""
     parts = [
         "# Results",
-        "Written by the `report` stage from `reports/metrics/`; do not edit. All figures are percent.",
+        "Written by the `report` stage from `reports/metrics/`; do not edit. All figures are percent. In brackets: the "
+        "range of 95 % by a bootstrap over the test images, which says nothing of other seeds.",
         results_table(findings.scores),
     ]
     groups = by_benchmark(findings.scores)
     for benchmark, group in groups:
         parts.append(f"## {escape(benchmark_title(benchmark))}")
         parts.append(_protocols(group))
+        parts.append(mask_table(group))
         parts.append(class_table(group))
     if findings.seeds:
         parts += ["## Over seeds", seeds_table(findings.seeds)]
