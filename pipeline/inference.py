@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.nn.group_scores import GroupScores
+from pipeline.nn.pamr import refine
 from pipeline.nn.windows import GridScores, GroupTable, Window, best_channel, group_table, kept_threshold
 from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import class_prompts
@@ -178,11 +179,12 @@ def normalise(image: UInt8[np.ndarray, "height width 3"], device: str) -> Float[
 class Segmenter:
     """A model that knows its class list, applied to whole images.
 
-    `thresholds` are the only ones that may be asked of a rule by group, ascending; other rules take any.
+    `thresholds` are the only ones that may be asked of a rule by group, ascending; other rules take any. `pamr` refines
+    the scores of each window (`nn.pamr`).
 
     Raises:
         ValueError: a background rule on a benchmark without background.
-        ParamsError: a rule by group for a model without groups.
+        ParamsError: a rule by group for a model without groups, or with `pamr`, which needs score maps.
     """
 
     def __init__(
@@ -196,15 +198,18 @@ class Segmenter:
         background: Background,
         device: str,
         thresholds: Sequence[float] = (),
+        pamr: bool = False,
     ) -> None:
         if not has_background and (background.stuff_words or background.thresholded):
             raise ValueError("this benchmark has no background class: use background: none")
         if background.by_group and not isinstance(model, GroupModel):
             raise ParamsError(f"background group_threshold: {type(model).__name__} has no groups; choose another rule")
+        if background.by_group and pamr:
+            raise ParamsError("pamr: background group_threshold has no score maps to refine; choose another rule")
         if background.by_group and (not thresholds or sorted(set(thresholds)) != list(thresholds)):
             raise ValueError(f"thresholds: a rule by group needs different ones, ascending, found {thresholds}")
         self.model, self.embeddings, self.geometry = model, embeddings, geometry
-        self.background, self.device = background, device
+        self.background, self.device, self.pamr = background, device, pamr
         self.thresholds = torch.tensor(thresholds, dtype=torch.float32, device=device)
         # Label id of each channel: foreground classes in order, then background for every stuff word.
         ids = torch.arange(num_foreground) + int(has_background)
@@ -243,7 +248,8 @@ class Segmenter:
     def _scores(self, crop: Float[Tensor, "1 3 height width"]) -> GridScores | GroupTable:
         if self.background.by_group and isinstance(self.model, GroupModel):
             return group_table(self.model.groups(crop, self.embeddings), (crop.shape[2], crop.shape[3]))
-        return GridScores(self.model.segment(crop, self.embeddings))
+        scores = self.model.segment(crop, self.embeddings)
+        return GridScores(refine(crop, scores) if self.pamr else scores)
 
 
 def threshold_labels(

@@ -104,6 +104,7 @@ def predict(
         background=rule,
         device=project.machine.device,
         thresholds=() if threshold is None else (threshold,),
+        pamr=rules.pamr,
     )
     best, ids = segmenter(image)
     limit = f", threshold {threshold:g} ({source})" if threshold is not None else ""

@@ -33,6 +33,7 @@ RULES = {
     "backgrounds": {"default": ["max_probability", "extra_vocabulary"]},
     "thresholds": {"default": 0.5, "tiny/voc": 0.25, "voc": 0.25},
     "tune": True,
+    "pamr": False,
 }
 BLOCK = {
     "seed": 0,

@@ -44,6 +44,7 @@ class Rules:
         backgrounds: background rules; the first gives the reported score, the others stand beside it.
         thresholds: score below which a pixel is background, where the rule has a threshold.
         tune: choose the threshold on the benchmark's tune split instead, where there is one.
+        pamr: refine each window's scores by the picture's edges; not for rules by group. Source: card section 9.
     """
 
     templates: dict[str, TemplateSet]
@@ -51,6 +52,7 @@ class Rules:
     backgrounds: dict[str, tuple[BackgroundName, ...]]
     thresholds: dict[str, Annotated[float, Range(0, 1)]]
     tune: bool
+    pamr: bool
 
     def __post_init__(self) -> None:
         for name in ("templates", "backgrounds", "thresholds"):

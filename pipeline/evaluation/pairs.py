@@ -64,6 +64,7 @@ def settings_for(spec: str, benchmark: Benchmark, tune_ids: list[str], config: C
         threshold=pick(rules.thresholds, method, benchmark.name),
         tune_ids=tuple(tune_ids),
         grid=tuple(thresholds(config.sweep_step)),
+        pamr=rules.pamr,
         geometry=config.geometry,
         device=project.machine.device,
     )

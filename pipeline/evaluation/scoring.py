@@ -69,6 +69,7 @@ class Settings:
     threshold: float
     tune_ids: tuple[str, ...]
     grid: tuple[float, ...]
+    pamr: bool
     geometry: Geometry
     device: str
 
@@ -162,6 +163,7 @@ def _run_labels(
 
     described = {
         "background": "a class like others",
+        "pamr": False,
         "prompt_order": None,
         "resize": None,
         "sweep": None,
@@ -199,6 +201,7 @@ def _run_rule(
     counts = tally(benchmark, ids, answer, step)
     described = {
         "background": rule,
+        "pamr": settings.pamr,
         "prompt_order": order,
         "stuff_words": list(benchmark.stuff if background.stuff_words else ()),
         "sweep": None if sweep is None else curve(sweep),
@@ -226,6 +229,7 @@ def open_segmenter(
         background=background,
         device=settings.device,
         thresholds=grid,
+        pamr=settings.pamr,
     )
     return segmenter, grid, order
 

@@ -17,7 +17,7 @@ REMEDY = "Delete it and run `dvc repro` to make it again"
 PERCENT = 100.0
 Seeds = dict[str, dict[str, dict[str, list[float]]]]  # by method, benchmark and metric: a value per seed, percent
 SETTINGS = (
-    *("protocol", "templates", "prompt_order", "resize", "window", "background", "precision"),
+    *("protocol", "templates", "prompt_order", "resize", "window", "background", "pamr", "precision"),
     *("constant_label", "num_test_images", "model_digest", "learned_from"),
 )
 

@@ -67,6 +67,7 @@ def protocol_text(score: Score) -> str:
     parts = [describe(settings["protocol"])] if settings["protocol"] is not None else []
     parts += [words for words in (resize_text(settings["resize"]), window_text(settings["window"])) if words]
     parts += [f"background: {describe(settings['background'])}"] if settings["background"] is not None else []
+    parts += ["refined by PAMR"] if settings["pamr"] else []
     parts += [learned_text(settings["learned_from"])] if settings["learned_from"] else []
     if settings["templates"]:
         order = f" ({describe(settings['prompt_order'])})" if settings["prompt_order"] else ""
