@@ -11,7 +11,8 @@ from pipeline.source_code import MACHINERY, REPO, closure, imports, module_file
 LAYERS = [
     ["pipeline", "pipeline.params", "pipeline.machine", "pipeline.artifacts", "pipeline.interfaces"]
     + ["pipeline.source_code"],
-    ["pipeline.nn", "pipeline.losses", "pipeline.text", "pipeline.clustering", "pipeline.metrics", "pipeline.store"],
+    ["pipeline.nn", "pipeline.losses", "pipeline.text", "pipeline.clustering", "pipeline.metrics", "pipeline.store"]
+    + ["pipeline.mask_metrics"],
     ["pipeline.engine", "pipeline.runners", "pipeline.project", "pipeline.text.filtering", "pipeline.datasets"]
     + ["pipeline.encoders", "pipeline.training", "pipeline.inference", "pipeline.caching", "pipeline.sources"],
     ["pipeline.methods", "pipeline.baselines", "pipeline.evaluation", "pipeline.prediction", "pipeline.reporting"]
