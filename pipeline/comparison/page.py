@@ -1,0 +1,102 @@
+"""The page of two models' overlays, side by side in a random order, and the key that tells them apart."""
+
+import argparse
+import base64
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline.artifacts.files import BadInput, atomic_json, atomic_write, digest
+from pipeline.datasets.benchmarks import Benchmark, check_class_names, open_benchmark
+from pipeline.evaluation import candidates
+from pipeline.evaluation.config import Config
+from pipeline.evaluation.pairs import benchmark_root
+from pipeline.params import ParamsError
+from pipeline.prediction import BACKGROUND, overlay, predict
+from pipeline.project import Project
+
+SIDE = 480  # longer side of a photograph in the page, pixels
+
+
+def make(arguments: argparse.Namespace, project: Project) -> str:
+    """Write PAGE.html and PAGE.key.json; a line about them.
+
+    Raises:
+        BadInput: a model's or benchmark's file is absent or broken.
+        ParamsError: an argument is wrong.
+    """
+    config = project.config("evaluate", Config)
+    torch.set_num_threads(project.machine.threads)
+    if arguments.out.suffix.lower() != ".html":
+        raise ParamsError(f"--out: expected a name that ends in .html, found {arguments.out}")
+    if arguments.models[0] == arguments.models[1]:
+        raise ParamsError("--models: expected two different ones")
+    benchmark = _benchmark(arguments, config, project)
+    labels = _labels(arguments.labels, benchmark)
+    rng, ids = np.random.default_rng(arguments.seed), benchmark.ids("test")
+    if not 1 <= arguments.images <= len(ids):
+        raise ParamsError(f"--images: expected 1 to {len(ids)}, found {arguments.images}")
+    chosen = [ids[index] for index in rng.permutation(len(ids))[: arguments.images]]
+    first_left = rng.random(len(chosen)) < 0.5
+    loaded = [candidates.load(spec, project, config.geometry, benchmark) for spec in arguments.models]
+    options = argparse.Namespace(background=None, threshold=None, stuff=None)
+    rows = []
+    for image_id, straight in zip(tqdm(chosen, unit="image", file=sys.stderr), first_left, strict=True):
+        image, sides = benchmark.image(image_id), []
+        for spec, candidate in zip(arguments.models, loaded, strict=True):
+            options.model = spec
+            labelled, _ = predict(candidate, image, labels, options, config, project)
+            sides.append(_inline(overlay(image, labelled, labels)))
+        left, right = sides if straight else reversed(sides)
+        rows.append({"id": image_id, "image": _inline(Image.fromarray(image)), "left": left, "right": right})
+    # Of the pictures, so that votes find their key whatever the files are called.
+    name = digest(rows)[:16]
+    environment = Environment(
+        loader=PackageLoader("pipeline.comparison", "."), autoescape=True, undefined=StrictUndefined
+    )
+    text = environment.get_template("page.html.j2").render(rows=rows, page=name)
+    a, b = arguments.models
+    left = {row["id"]: a if straight else b for row, straight in zip(rows, first_left, strict=True)}
+    key_path = arguments.out.with_suffix(".key.json")
+    atomic_json(key_path, {"page": name, "benchmark": benchmark.name, "models": [a, b], "left": left})
+    atomic_write(arguments.out, text.encode())
+    return f"{len(rows)} images of {benchmark.name}. Voters get {arguments.out}; keep {key_path} from them."
+
+
+def _benchmark(arguments: argparse.Namespace, config: Config, project: Project) -> Benchmark:
+    known = {entry.name: entry.root for entry in config.benchmarks}
+    name = arguments.benchmark or config.benchmarks[0].name
+    if arguments.layout_root:
+        return open_benchmark(name, Path(arguments.layout_root), config.protocol)
+    if name not in known:
+        raise ParamsError(f"--root: params.yaml names no root for {name}; give one")
+    return open_benchmark(name, benchmark_root(project, name, known[name]), config.protocol)
+
+
+def _labels(path: Path | None, benchmark: Benchmark) -> tuple[str, ...]:
+    if path is None:
+        return benchmark.foreground
+    try:
+        labels = check_class_names(path.read_text(encoding="utf-8").splitlines(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(path, str(error), "Give a UTF-8 text file with a label per line") from error
+    except ValueError as error:
+        raise ParamsError(str(error)) from None
+    if BACKGROUND in labels:
+        raise ParamsError(f"--labels: {BACKGROUND!r} is what remains, not a label; leave it out")
+    return labels
+
+
+def _inline(picture: Image.Image) -> str:
+    """A data URI; photographs and overlays compress as JPEG, and their size says nothing of the model."""
+    picture = picture.copy()
+    picture.thumbnail((SIDE, 2 * SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
