@@ -21,7 +21,8 @@ from pipeline.params import ParamsError
 from pipeline.prediction import BACKGROUND, overlay, predict
 from pipeline.project import Project
 
-SIDE = 480  # longer side of a photograph in the page, pixels
+SIDE = 480  # longer side of a photograph in the page, at most, pixels
+SMALL = 240  # below that a photograph's pixels are repeated, or its legend would be the larger part
 
 
 def make(arguments: argparse.Namespace, project: Project) -> str:
@@ -49,12 +50,14 @@ def make(arguments: argparse.Namespace, project: Project) -> str:
     rows = []
     for image_id, straight in zip(tqdm(chosen, unit="image", file=sys.stderr), first_left, strict=True):
         image, sides = benchmark.image(image_id), []
+        times = max(1, round(SMALL / max(image.shape[:2])))
+        large = image.repeat(times, 0).repeat(times, 1)
         for spec, candidate in zip(arguments.models, loaded, strict=True):
             options.model = spec
             labelled, _ = predict(candidate, image, labels, options, config, project)
-            sides.append(_inline(overlay(image, labelled, labels)))
+            sides.append(_inline(overlay(large, labelled.repeat(times, 0).repeat(times, 1), labels)))
         left, right = sides if straight else reversed(sides)
-        rows.append({"id": image_id, "image": _inline(Image.fromarray(image)), "left": left, "right": right})
+        rows.append({"id": image_id, "image": _inline(Image.fromarray(large)), "left": left, "right": right})
     # Of the pictures, so that votes find their key whatever the files are called.
     name = digest(rows)[:16]
     environment = Environment(
