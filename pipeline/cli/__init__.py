@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": ("pipeline.cli.doctor", "weights, corpora, data sets, device, disk: what is there, what is missing"),
     "import": ("pipeline.cli.import_", "make a model folder of released weights: GroupViT, OVSegmentor, DINO, CLIP"),
     "evaluate": ("pipeline.evaluation", "score a model on a benchmark"),
+    "imagenet": ("pipeline.imagenet", "zero-shot accuracy and linear probe on ImageNet-1k"),
     "compare": ("pipeline.comparison", "two models side by side for blind votes, and their count"),
     "predict": ("pipeline.prediction", "segment a photograph with any labels"),
 }
