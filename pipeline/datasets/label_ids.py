@@ -42,7 +42,7 @@ def label_table(
 
 
 def to_labels(
-    raw: Integer[np.ndarray, "height width"], table: Int16[np.ndarray, " raw"], path: Path
+    raw: Integer[np.ndarray, "height width"], table: Int16[np.ndarray, " raw"], path: Path | str
 ) -> UInt8[np.ndarray, "height width"]:
     """The table's labels.
 
@@ -98,7 +98,7 @@ def class_color(index: int) -> Color:
 
 def _check_voc_palette(path: Path, palette: list[int], used: list[int]) -> None:
     """Refuse a file whose colours are VOC's, each at another index; other palettes say nothing about classes."""
-    official = {class_color(index): index for index in VOC_VALUES} | {IGNORED: 255}
+    official: dict[tuple[int, ...], int] = {class_color(index): index for index in VOC_VALUES} | {IGNORED: 255}
     colors = [tuple(palette[3 * index : 3 * index + 3]) for index in used]
     meant = [official.get(color, UNKNOWN) for color in colors]
     if UNKNOWN not in meant and len(set(meant)) == len(meant) and meant != used:

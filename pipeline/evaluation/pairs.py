@@ -80,7 +80,9 @@ def _backgrounds(rules: tuple[BackgroundName, ...], benchmark: Benchmark) -> tup
     """The rules that the benchmark can follow: none without background, no extra vocabulary without stuff words."""
     if not benchmark.has_background:
         return ("none",)
-    kept = tuple(rule for rule in rules if benchmark.stuff or not BACKGROUNDS[rule].stuff_words)
+    kept: tuple[BackgroundName, ...] = tuple(
+        rule for rule in rules if benchmark.stuff or not BACKGROUNDS[rule].stuff_words
+    )
     if not kept:
         raise ParamsError(
             f"evaluate: backgrounds: {benchmark.name} has no stuff words for {rules[0]}; name another rule"
