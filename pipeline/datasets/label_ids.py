@@ -98,8 +98,9 @@ def class_color(index: int) -> Color:
 
 def _check_voc_palette(path: Path, palette: list[int], used: list[int]) -> None:
     """Refuse a file whose colours are VOC's, each at another index; other palettes say nothing about classes."""
-    official: dict[tuple[int, ...], int] = {class_color(index): index for index in VOC_VALUES} | {IGNORED: 255}
-    colors = [tuple(palette[3 * index : 3 * index + 3]) for index in used]
+    official = {class_color(index): index for index in VOC_VALUES} | {IGNORED: 255}
+    palette = [*palette, *[UNKNOWN] * (3 * PALETTE_SIZE - len(palette))]  # short ones are common
+    colors = [(palette[3 * index], palette[3 * index + 1], palette[3 * index + 2]) for index in used]
     meant = [official.get(color, UNKNOWN) for color in colors]
     if UNKNOWN not in meant and len(set(meant)) == len(meant) and meant != used:
         index, label = next(pair for pair in zip(used, meant, strict=True) if pair[0] != pair[1])
