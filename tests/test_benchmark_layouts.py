@@ -1,6 +1,6 @@
 """Each benchmark's official layout, written by hand: what is read, with which labels, and what broken files say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -334,19 +334,52 @@ def test_a_renumbered_palette_is_refused_and_a_foreign_one_is_not(tmp_path):
 
 
 class RedModel(nn.Module):
-    """Knows the words of a class list; a pixel's red value, in steps of 12, is the number of its class."""
+    """A pixel's red value, in steps of 12, is the number of its word; other words are nowhere."""
 
     def __init__(self, words: tuple[str, ...]) -> None:
         super().__init__()
         self.words = words
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
-        found = [self.words.index(text.removeprefix("a photo of a ").rstrip(".")) for text in texts]
-        return torch.eye(len(self.words))[found]
+        found = [text.removeprefix("a photo of a ").rstrip(".") for text in texts]
+        return torch.tensor([[float(word == known) for known in self.words] for word in found])
 
     def segment(self, pixels: torch.Tensor, class_embeddings: torch.Tensor) -> torch.Tensor:
         index = ((pixels[0, 0] * 0.229 + 0.485) * 255 / 12).round().long().clamp(0, len(self.words) - 1)
         return torch.einsum("hwd,cd->chw", torch.eye(len(self.words))[index], class_embeddings)
+
+
+def save_red(path: Path, index: np.ndarray) -> None:
+    """A picture for `RedModel`, without loss whatever the file is called."""
+    pixels = np.zeros((*index.shape, 3), np.uint8)
+    pixels[..., 0] = index * 12
+    Image.fromarray(pixels).save(path, "PNG")
+
+
+def settings(*backgrounds) -> Settings:
+    return Settings(
+        templates=("a photo of a {}.",),
+        prompt_order="average_first",
+        backgrounds=backgrounds,
+        threshold=0.5,
+        tune_ids=(),
+        grid=(0.0, 0.5, 1.0),
+        geometry=Geometry(short_side=None, long_side=2048, window=None, stride=1, multiple=1, antialias=False),
+        device="cpu",
+    )
+
+
+def test_stuff_words_become_background(tmp_path):
+    bench = open_benchmark("coco_object", write(tmp_path, TINY["coco_object"]), "native")
+    image_id, words = TINY["coco_object"].id, ("person", "dog", "sky", "brick wall")
+    save(bench.mask_path(image_id), (1, 17, 0, 0))
+    save_red(bench.image_path(image_id), np.array([[0, 1, 2, 1]] * 2))  # the wall is taken for a dog
+    model = Candidate(name="red", model=RedModel(words), digests={}, regions=None)
+    report = score(model, bench, [image_id], settings("extra_vocabulary", "max_probability"), lambda: None).report
+    expected = (1 + 1 / 2 + 1 / 2) / 3  # person; dog and background, which share a pixel
+    assert report["miou"] == pytest.approx(expected, abs=1e-5) and len(report["stuff_words"]) == 84
+    assert report["other_backgrounds"]["max_probability"]["miou"] == pytest.approx(expected, abs=1e-5)
+    assert report["num_images"] == 1 and report["num_test_images"] == 5000
 
 
 def test_a_model_is_scored_and_drawn_on_city_folders(tmp_path):
@@ -355,28 +388,15 @@ def test_a_model_is_scored_and_drawn_on_city_folders(tmp_path):
     # road, sidewalk, pole, car and bicycle are right but for one pixel of the car, which is taken for a road
     guess = np.array([tiny.labels, tiny.labels])
     guess[0, 6] = 0
-    pixels = np.zeros((2, 9, 3), np.uint8)
-    pixels[..., 0] = np.where(guess == 255, 3, guess) * 12
-    Image.fromarray(pixels).save(tmp_path / tiny.image)
-    settings = Settings(
-        templates=("a photo of a {}.",),
-        prompt_order="average_first",
-        backgrounds=("none",),
-        threshold=0.5,
-        tune_ids=(),
-        grid=(0.0, 1.0),
-        geometry=Geometry(short_side=None, long_side=2048, window=None, stride=1, multiple=1, antialias=False),
-        device="cpu",
-    )
+    save_red(tmp_path / tiny.image, np.where(guess == 255, 3, guess))
     model = Candidate(name="red", model=RedModel(bench.classes), digests={}, regions=None)
-    scored = score(model, bench, bench.ids("test"), settings, lambda: None)
+    scored = score(model, bench, bench.ids("test"), settings("none"), lambda: None)
     # 3 road pixels of which 2 are road; 1 of 2 car pixels; 3 classes whole; void does not count, however it is answered
     assert scored.report["miou"] == pytest.approx((2 / 3 + 1 / 2 + 3) / 5, abs=1e-5)
     assert scored.report["num_images"] == 1 and scored.report["num_test_images"] == 500
-    config = PanelConfig(seeded=1, best=0, worst=0, side=64)
     evaluation = params.build(Config, params.read(REPO / "params.yaml")["evaluate"], "evaluate")
-    object.__setattr__(evaluation, "panels", config)
-    pair = Pair(spec="red", benchmark=bench, ids=bench.ids("test"), settings=settings)
+    evaluation = replace(evaluation, panels=PanelConfig(seeded=1, best=0, worst=0, side=64))
+    pair = Pair(spec="red", benchmark=bench, ids=bench.ids("test"), settings=settings("none"))
     draw(tmp_path / "panels", pair, model, scored, evaluation, None)
     assert sorted(path.name for path in (tmp_path / "panels").iterdir()) == [
         "panels.json",
