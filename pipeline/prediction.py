@@ -17,10 +17,10 @@ from pipeline.artifacts.files import BadInput, atomic_write, read_json
 from pipeline.artifacts.shards import decode_rgb
 from pipeline.baselines import ClosedVocabulary
 from pipeline.datasets.benchmarks import Benchmark, check_class_names, open_benchmark
+from pipeline.datasets.label_ids import PALETTE_SIZE, class_color
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config, pick
 from pipeline.evaluation.pairs import benchmark_root
-from pipeline.evaluation.panels import PALETTE_SIZE, class_color
 from pipeline.evaluation.scoring import Candidate
 from pipeline.inference import BACKGROUNDS, BackgroundName, ScoreModel, Segmenter, class_embeddings, threshold_labels
 from pipeline.params import ParamsError

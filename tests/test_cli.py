@@ -4,6 +4,7 @@ import shutil
 from argparse import Namespace
 
 import pytest
+from voc_root import write_root
 
 from pipeline import chain, machine, params
 from pipeline.cli import doctor, main, profile
@@ -90,3 +91,26 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path, capsys):
     assert any("set source to file:" in line for line in lines)
     found = {name: state for state, name, _ in doctor.checks(project, offline=False)}
     assert found["encoders.clip"] == "fetch"
+
+
+def test_doctor_opens_the_benchmarks(tmp_path):
+    profile.write(REPO / "profiles", "released", [], tmp_path / "params.yaml")
+    project = Project(tmp_path, params.read(tmp_path / "params.yaml"), machine.load(tmp_path / "machine.yaml", {}))
+
+    def said():
+        return [(state, text) for state, name, text in doctor.checks(project, offline=True) if name == "benchmark voc"]
+
+    root = tmp_path / "data/benchmarks"
+    assert said() == [
+        (
+            "missing",
+            f"{root}/VOCdevkit/VOC2012: no such folder. Give the folder that holds VOCdevkit as the root of voc",
+        )
+    ]
+    write_root(root, {"val": 3})
+    assert said() == [("ok", f"{root}: 3 of 1,449 test images with their masks")]
+    (root / "VOCdevkit/VOC2012/SegmentationClass/val_001.png").unlink()
+    assert said()[0][0] == "missing" and "val_001.png: no such file" in said()[0][1]
+    project.params["evaluate"]["benchmarks"][0]["name"] = "vocc"
+    doubts = [text for _, name, text in doctor.checks(project, offline=True) if name == "benchmark vocc"]
+    assert "unknown benchmark 'vocc': choose from" in doubts[0]

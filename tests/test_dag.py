@@ -16,7 +16,8 @@ LAYERS = [
     ["pipeline.engine", "pipeline.runners", "pipeline.project", "pipeline.text.filtering", "pipeline.datasets"]
     + ["pipeline.encoders", "pipeline.training", "pipeline.inference", "pipeline.caching", "pipeline.sources"],
     ["pipeline.methods", "pipeline.baselines", "pipeline.evaluation", "pipeline.prediction", "pipeline.reporting"]
-    + ["pipeline.checkpoints", "pipeline.selftraining", "pipeline.comparison", "pipeline.imagenet"],
+    + ["pipeline.checkpoints", "pipeline.selftraining", "pipeline.comparison", "pipeline.imagenet"]
+    + ["pipeline.conversion"],
     ["pipeline.chain", "pipeline.cli", "stages"],
 ]
 MODULES = sorted(

@@ -387,7 +387,8 @@ def test_the_command_writes_a_metrics_file(project, capsys):
     assert "tiny on scenes: mIoU" in capsys.readouterr().out
     # voc is no benchmark of the parameters, but its root stands on the command line
     assert tessera([*arguments, "--benchmark", "voc", "--root", root, "--protocol", "unified", "--out", str(out)]) == 0
-    assert "tvmonitor" in json.loads(out.read_text())["class_names"]
+    assert "tvmonitor" in (report := json.loads(out.read_text()))["class_names"]
+    assert f"{report['num_images']} of 1,449 images" in capsys.readouterr().out  # a part of VOC's test split
     base = ["--root", str(project.root), "evaluate", "--model", "baseline:constant", "--out", str(out)]
     assert tessera([*base, "--benchmark", "scenes"]) == 0  # the parameters' root
     assert json.loads(out.read_text())["model_digest"] is None

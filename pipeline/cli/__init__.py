@@ -15,6 +15,10 @@ COMMANDS = {
     "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),
     "doctor": ("pipeline.cli.doctor", "weights, corpora, data sets, device, disk: what is there, what is missing"),
     "import": ("pipeline.cli.import_", "make a model folder of released weights: GroupViT, OVSegmentor, DINO, CLIP"),
+    "convert": (
+        "pipeline.cli.convert",
+        "write a benchmark's masks from its published annotations: Context, COCO-Object",
+    ),
     "evaluate": ("pipeline.evaluation", "score a model on a benchmark"),
     "imagenet": ("pipeline.imagenet", "zero-shot accuracy and linear probe on ImageNet-1k"),
     "compare": ("pipeline.comparison", "two models side by side for blind votes, and their count"),
@@ -37,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             import_module(module).add_arguments(command)
     arguments = parser.parse_args(argv)
     try:
-        project = None if arguments.command in ("profile", "import") else open_project(arguments.root)
+        project = None if arguments.command in ("profile", "import", "convert") else open_project(arguments.root)
         return arguments.run(arguments, project) or 0
     except (BadInput, ParamsError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,6 +12,8 @@ from pipeline.datasets.benchmarks import Benchmark, Protocol, open_benchmark
 from pipeline.evaluation import candidates, panels
 from pipeline.evaluation.config import BenchmarkConfig, Config, pick, thresholds
 from pipeline.evaluation.scoring import Candidate, Regions, Scored, Settings, passes, score
+from pipeline.inference import BACKGROUNDS, BackgroundName
+from pipeline.params import ParamsError
 from pipeline.project import Project
 from pipeline.text.prompts import templates
 
@@ -49,18 +51,23 @@ def open_pair(
 ) -> Pair:
     """Open the benchmark, list its images, and resolve the protocol's rules for this candidate."""
     benchmark = open_benchmark(entry.name, root, protocol)
-    tune_ids = benchmark.ids("tune", entry.tune_limit) if config.rules(protocol).tune else []
+    tuned = config.rules(protocol).tune and benchmark.has_background  # without background there is no threshold
+    tune_ids = benchmark.ids("tune", entry.tune_limit) if tuned else []
     settings = settings_for(spec, benchmark, tune_ids, config, project)
     return Pair(spec=spec, benchmark=benchmark, ids=benchmark.ids("test", entry.limit), settings=settings)
 
 
 def settings_for(spec: str, benchmark: Benchmark, tune_ids: list[str], config: Config, project: Project) -> Settings:
-    """The rules of the benchmark's protocol that hold for this candidate."""
+    """The rules of the benchmark's protocol that hold for this candidate.
+
+    Raises:
+        ParamsError: none of its background rules can be followed.
+    """
     method, rules = candidates.rules_name(spec, project), config.rules(benchmark.protocol)
     return Settings(
         templates=templates(pick(rules.templates, method, benchmark.name)),
         prompt_order=rules.prompt_order,
-        backgrounds=pick(rules.backgrounds, method, benchmark.name) if benchmark.has_background else ("none",),
+        backgrounds=_backgrounds(pick(rules.backgrounds, method, benchmark.name), benchmark),
         threshold=pick(rules.thresholds, method, benchmark.name),
         tune_ids=tuple(tune_ids),
         grid=tuple(thresholds(config.sweep_step)),
@@ -68,6 +75,20 @@ def settings_for(spec: str, benchmark: Benchmark, tune_ids: list[str], config: C
         geometry=config.geometry,
         device=project.machine.device,
     )
+
+
+def _backgrounds(rules: tuple[BackgroundName, ...], benchmark: Benchmark) -> tuple[BackgroundName, ...]:
+    """The rules that the benchmark can follow: none without background, no extra vocabulary without stuff words."""
+    if not benchmark.has_background:
+        return ("none",)
+    kept: tuple[BackgroundName, ...] = tuple(
+        rule for rule in rules if benchmark.stuff or not BACKGROUNDS[rule].stuff_words
+    )
+    if not kept:
+        raise ParamsError(
+            f"evaluate: backgrounds: {benchmark.name} has no stuff words for {rules[0]}; name another rule"
+        )
+    return kept
 
 
 def data_digest(pair: Pair) -> str:

@@ -13,29 +13,15 @@ from jaxtyping import Integer, UInt8
 from PIL import Image
 
 from pipeline.artifacts.files import atomic_json
+from pipeline.datasets.label_ids import IGNORED, Color, class_color
 from pipeline.evaluation.config import PanelConfig
 from pipeline.evaluation.rates import fraction
 
-Color = tuple[int, int, int]
-IGNORED: Color = (224, 224, 192)  # Source: VOC's own drawings of its border
-PALETTE_SIZE = 256
 # Regions have no class: light, well separated colours that no class near black has. Source: ColorBrewer "Set3".
 REGIONS: tuple[Color, ...] = (
     (141, 211, 199), (255, 255, 179), (190, 186, 218), (251, 128, 114), (128, 177, 211), (253, 180, 98),
     (179, 222, 105), (252, 205, 229), (217, 217, 217), (188, 128, 189), (204, 235, 197), (255, 237, 111),
 )  # fmt: skip
-
-
-def class_color(index: int) -> Color:
-    """VOC's colour of a class id; ids beyond one byte repeat.
-
-    Source: VOC development kit, VOClabelcolormap: bit j of each channel's byte, from the top, is bit 3j + channel.
-    """
-    red = green = blue = 0
-    for j in range(8):
-        bits = (index % PALETTE_SIZE) >> (3 * j)
-        red, green, blue = (v | (bits >> c & 1) << (7 - j) for c, v in enumerate((red, green, blue)))
-    return red, green, blue
 
 
 def colored(
@@ -96,7 +82,7 @@ def draw(
     for image_id, picked in chosen:
         panel: dict[str, Any] = {"id": image_id, "picked": picked, "miou": fraction(per_image[image_id])}
         for column, picture in pictures(image_id).items():
-            panel[column] = f"{image_id}_{column}.png"
+            panel[column] = f"{image_id.replace('/', '_')}_{column}.png"
             reduce(picture, side, smooth=column == "image").save(folder / panel[column], "PNG")
         panels.append({**panel, "present": present(image_id)})
     colors = {name: list(class_color(index)) for index, name in enumerate(classes)}

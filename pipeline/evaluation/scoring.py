@@ -130,7 +130,7 @@ def score(
         "class_names": list(benchmark.classes),
         "method": candidate.name,
         "num_images": len(ids),
-        "num_test_images": benchmark.num_test_images,
+        "num_test_images": benchmark.whole(len(ids)),
         "precision": "float32",
         "protocol": benchmark.protocol,
         **headline,

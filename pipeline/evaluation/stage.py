@@ -136,7 +136,7 @@ def _compute(config: Config, project: Project, alone: bool, item: tuple[Path, Pa
 
 
 def summary(report: dict[str, Any], rate: float) -> str:
-    """One line for people: percentages, and test images per second."""
+    """One line for people: percentages, how much of the test split counted, and test images per second."""
 
     def percent(key: str) -> str:
         value = report.get(key)
@@ -144,9 +144,11 @@ def summary(report: dict[str, Any], rate: float) -> str:
 
     oracle = f", oracle {percent('oracle_majority')}" if "oracle_majority" in report else ""
     threshold = "" if report["threshold"]["value"] is None else f", threshold {report['threshold']['value']:g}"
+    count, whole = report["num_images"], report["num_test_images"]
+    part = f", {count:,} of {whole:,} images" if whole and whole != count else ""
     return (
         f"{report['method']} on {report['benchmark']}: mIoU {percent('miou')} (constant label "
-        f"{percent('constant_miou')}{oracle}{threshold}), {rate:.1f} images/s"
+        f"{percent('constant_miou')}{oracle}{threshold}{part}), {rate:.1f} images/s"
     )
 
 

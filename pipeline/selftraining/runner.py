@@ -83,7 +83,7 @@ def jobs(config: Config, evaluation: Evaluation, project: Project) -> Iterator[J
         root = benchmark_root(project, entry.name, entry.root)
         benchmark = open_benchmark(entry.name, root, evaluation.protocol)
         split: str = config.splits.get(entry.name) or benchmark.layout["tune"]
-        tuned = config.labels.tuned and evaluation.rules(evaluation.protocol).tune
+        tuned = config.labels.tuned and evaluation.rules(evaluation.protocol).tune and benchmark.has_background
         job = partial(Job, benchmark=benchmark, split=split, config=config, evaluation=evaluation)
         for teacher in config.teachers:
             ids = benchmark.listed(split, masks=False)

@@ -1,0 +1,1 @@
+"""Masks of a benchmark from the annotations that its authors publish."""
