@@ -364,6 +364,7 @@ def settings(*backgrounds) -> Settings:
         threshold=0.5,
         tune_ids=(),
         grid=(0.0, 0.5, 1.0),
+        pamr=False,
         geometry=Geometry(short_side=None, long_side=2048, window=None, stride=1, multiple=1, antialias=False),
         device="cpu",
     )

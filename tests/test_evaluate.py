@@ -23,7 +23,9 @@ from pipeline.evaluation import Config, candidates, panels, stage
 from pipeline.evaluation.classification import classify
 from pipeline.evaluation.config import BenchmarkConfig, PanelConfig, pick, thresholds
 from pipeline.evaluation.pairs import benchmark_root, draw, evaluate, open_pair
+from pipeline.evaluation.rates import by_split
 from pipeline.machine import Machine
+from pipeline.metrics import ConfusionMatrix
 from pipeline.project import Project
 from pipeline.reporting.collect import read_panels, read_score
 
@@ -112,6 +114,16 @@ def test_a_model_that_knows_the_colours(project):
     assert report["templates"] == ["a photo of a {}."] and report["num_images"] == 5
     assert report["model_digest"] == report["digests"]["model"]
     assert 0 < report["constant_miou"] < 0.5 and report["constant_label"] == "background"
+
+
+def test_classes_named_together_are_averaged_apart(project):
+    benchmark = open_benchmark("scenes", project.path("sets"), "native")
+    benchmark.layout["splits"] = {"warm": [1]}
+    counts = ConfusionMatrix(4)
+    counts.update(np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2]))  # IoU 1, 1/2, 1/2, and blue does not occur
+    found = by_split(counts, benchmark)["splits"]["warm"]
+    assert found == {"classes": ["red"], "miou": 0.5, "others_miou": 0.75}
+    assert report_of(project)["splits"] == {}
 
 
 def test_images_of_one_class_are_classified(project):

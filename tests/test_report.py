@@ -21,6 +21,7 @@ from pipeline.reporting.markdown import (
     results,
     results_table,
     seeds_table,
+    split_table,
     update_readme,
 )
 from pipeline.reporting.provenance import base, environment, head
@@ -95,6 +96,16 @@ def test_the_range_of_other_images_stands_beside_the_score(tmp_path):
     assert rows_of(results_table(read_scores(tmp_path)))[2][2] == "**31.4** (29.5–33.5)"
     text = mask_table(read_scores(tmp_path))
     assert rows_of(text)[2] == ["S-Seg", "70.0", "50.0", "21.0", "43.0", "59.0", "–"]
+
+
+def test_splits_of_the_classes_have_a_table_of_their_own(tmp_path):
+    split = {"unseen": {"classes": ["cow"], "miou": 0.25, "others_miou": None}}
+    write(tmp_path / "sseg" / "scenes.json", metrics(0.314, splits=split))
+    write(tmp_path / "scg" / "scenes.json", metrics(0.2))
+    rows = rows_of(split_table(read_scores(tmp_path)))
+    assert rows[0] == ["Method", "unseen", "the others"]
+    assert rows[2:] == [["S-Seg", "25.0", "–"], ["SCG", "–", "–"]]
+    assert split_table(read_scores(tmp_path)[1:]) == ""
 
 
 def test_two_scores_are_apart_where_chance_does_not_explain_it(tmp_path):

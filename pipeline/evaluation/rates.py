@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 
 from pipeline.datasets.benchmarks import Benchmark
@@ -54,6 +55,18 @@ def uncertainty(areas: Int64[np.ndarray, "images 3 classes"]) -> dict[str, Any]:
         return {"miou_error": None, "miou_interval": None}
     low, high, error = spread(areas)
     return {"miou_error": fraction(error), "miou_interval": [fraction(low), fraction(high)]}
+
+
+def by_split(counts: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
+    """mIoU over the classes that the data file names together, and over all others, from the same predictions."""
+    iou, found = counts.iou(), {}
+    for name, ids in benchmark.layout.get("splits", {}).items():
+        chosen = torch.zeros(len(iou), dtype=torch.bool)
+        chosen[ids] = True
+        members = [benchmark.classes[index] for index in ids]
+        rates = (fraction(iou[part].nanmean().item()) for part in (chosen, ~chosen))
+        found[name] = dict(zip(("classes", "miou", "others_miou"), (members, *rates), strict=True))
+    return {"splits": found}
 
 
 def brief(described: dict[str, Any], counts: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.baselines import ClosedVocabulary, LabelModel
 from pipeline.datasets.benchmarks import Benchmark, Sample
 from pipeline.evaluation.classification import ImageModel, classify
-from pipeline.evaluation.rates import brief, curve, figures, fraction, uncertainty
+from pipeline.evaluation.rates import brief, by_split, curve, figures, fraction, uncertainty
 from pipeline.inference import (
     BACKGROUNDS,
     BackgroundName,
@@ -135,6 +135,7 @@ def score(
         "protocol": benchmark.protocol,
         **headline,
         **figures(counts.total, benchmark),
+        **by_split(counts.total, benchmark),
         "boundary_miou": fraction(counts.boundaries.miou()),
         **uncertainty(torch.stack(counts.areas).numpy()),
         **_image_accuracy(candidate.model, benchmark, ids, settings, step),

@@ -51,6 +51,7 @@ class Score:
         threshold: background threshold, and `chosen_on` the images it was chosen on.
         sweep: (threshold, mIoU) on the test images, for looking only; `best_swept` is the highest.
         others: the same model under other background rules.
+        splits: mIoU over some classes and over all others, by the split's name.
         settings: what else fixes the number, as the metrics file holds it; see `SETTINGS`.
     """
 
@@ -75,6 +76,7 @@ class Score:
     sweep: list[tuple[float, float]]
     best_swept: float | None
     others: list[Rule]
+    splits: dict[str, tuple[float | None, float | None]]
     settings: dict[str, Any]
 
     def apart(self, other: "Score") -> bool | None:
@@ -173,6 +175,10 @@ def _score(method: str, benchmark: str, values: dict[str, Any]) -> Score:
         sweep=[(float(x), _required(y)) for x, y in swept if y is not None],
         best_swept=_percent(sweep.get("best_miou")),
         others=[_rule(name, rule) for name, rule in sorted(others.items())],
+        splits={
+            clean(name): (_percent(split["miou"]), _percent(split["others_miou"]))
+            for name, split in values.get("splits", {}).items()
+        },
         settings={key: values.get(key) for key in SETTINGS},
     )
 

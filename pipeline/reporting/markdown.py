@@ -200,6 +200,17 @@ def mask_table(group: Sequence[Score]) -> str:
     return table(header, rows)
 
 
+def split_table(group: Sequence[Score]) -> str:
+    """mIoU of the classes that a benchmark names together and of the others, in percent; empty where it names none."""
+    names = list(dict.fromkeys(name for score in group for name in score.splits))
+    header = ["Method", *(column for name in names for column in (escape(name), "the others"))]
+    rows = []
+    for score in group:
+        pairs = [score.splits.get(name, (None, None)) for name in names]
+        rows.append([escape(method_title(score.method)), *(points(value) for pair in pairs for value in pair)])
+    return table(header, rows) if names else ""
+
+
 def funnel_table(steps: Sequence[Step]) -> str:
     """Rows in and out of each stage, and why the rest was lost."""
     rows = []
@@ -223,6 +234,7 @@ def results(findings: Findings, steps: Sequence[Step]) -> str:
         parts.append(f"## {escape(benchmark_title(benchmark))}")
         parts.append(_protocols(group))
         parts.append(mask_table(group))
+        parts += [text for text in [split_table(group)] if text]
         parts.append(class_table(group))
     if findings.seeds:
         parts += ["## Over seeds", seeds_table(findings.seeds)]
