@@ -106,6 +106,21 @@ def test_a_local_model_does_not_notice_windows():
     assert torch.equal(whole[1], slid[1])
 
 
+def test_silent_channels_change_nothing():
+    """Scores with zeros, ties and all-zero channels: the winner is that of all channels, the lowest of equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    for silent in ([], [0, 3], [1, 2, 4], [0, 1, 2, 3, 4]):
+        scores = torch.randint(-1, 3, (2, 5, 4, 6), generator=generator).float()
+        scores[:, silent] = 0
+        told = [
+            windows.Window(0, left, 4, 6, (4, 6), windows.GridScores(part))
+            for left, part in ((0, scores[0]), (3, scores[1]))
+        ]
+        best, winner = windows.best_channel(told, (4, 9), (4, 9))
+        total = torch.cat(list(windows.image_scores(told, (4, 9), (4, 9))))
+        assert torch.equal(best, total.amax(0)) and torch.equal(winner, total.argmax(0))
+
+
 def test_classes_are_chunked_without_a_trace(monkeypatch):
     names = [f"{i} {color}" for i in range(5) for color in ("red", "green", "blue")]
     image = picture(9, 11)
