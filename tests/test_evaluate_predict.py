@@ -13,7 +13,7 @@ from pipeline import methods
 from pipeline.artifacts.weights import save_model
 from pipeline.cli import main as tessera
 from pipeline.evaluation.panels import class_color
-from pipeline.prediction import found, label_png, overlay
+from pipeline.prediction.drawing import found, label_png, overlay
 
 
 @pytest.fixture
@@ -106,3 +106,80 @@ def test_a_baseline_that_reads_no_labels_is_refused(checkout, capsys):
     arguments = ["--root", str(checkout), "predict", "--model", "baseline:constant", "--labels", "red"]
     assert tessera([*arguments, "--out", str(checkout / "o.png"), str(checkout / "photo.png")]) == 1
     assert "does not read labels" in capsys.readouterr().err
+
+
+def test_segments_are_neighbouring_pixels_of_one_label(checkout):
+    """Two red squares that touch at a corner are one segment, a third apart another; blue is on its own."""
+    pixels = np.empty((48, 64, 3), np.uint8)
+    pixels[:] = COLORS["background"]
+    for top, left in ((0, 0), (8, 8), (0, 48)):
+        pixels[top : top + 8, left : left + 8] = COLORS["red"]
+    pixels[32:48, 16:32] = COLORS["blue"]
+    Image.fromarray(pixels).save(checkout / "photo.png")
+    assert run(checkout, "--background", "extra_vocabulary") == 0
+    said = json.loads((checkout / "over_segments.json").read_text())
+    assert said["height_width"] == [48, 64]
+    labels = np.array(Image.open(checkout / "over_labels.png"))
+    names = [segment["label"] for segment in said["segments"]]
+    assert names.count("red") == 2 and names.count("blue") == 1
+    sizes = [segment["pixels"] for segment in said["segments"]]
+    assert sizes == sorted(sizes, reverse=True) and sum(sizes) == (labels > 0).sum()
+    for segment in said["segments"]:
+        left, top, right, bottom = segment["box"]
+        inside = labels[top:bottom, left:right] == 1 + ["red", "blue"].index(segment["label"])
+        assert inside.any(0).all() and inside.any(1).all() and segment["share"] == segment["pixels"] / labels.size
+        assert 1 / 3 < segment["score"] <= 1
+
+
+def test_a_folder_keeps_its_shape_and_an_unreadable_image_is_a_row(checkout, capsys):
+    photos = checkout / "photos"
+    (photos / "more").mkdir(parents=True)
+    for name in ("a.png", "more/a.jpg"):
+        Image.open(checkout / "photo.png").convert("RGB").save(photos / name)
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8 nothing")
+    (photos / "notes.txt").write_text("no photograph")
+    assert run(checkout, image="photos", out="found") == 0
+    said = json.loads((checkout / "found/predictions.json").read_text())
+    assert said["labels"] == ["red", "blue"] and len(said["images"]) == 3
+    for name in ("a", "more/a"):
+        assert (checkout / "found" / f"{name}.png").is_file() and (checkout / "found" / f"{name}_labels.png").is_file()
+        assert (checkout / "found" / f"{name}_segments.json").is_file()
+    (torn,) = (row for row in said["images"] if "error" in row)
+    assert torn["image"].endswith("torn.jpg") and "not a readable image" in torn["error"]
+    printed = capsys.readouterr()
+    assert "2 of 3 images" in printed.out and "torn.jpg" in printed.err
+
+
+def test_several_images_and_what_stands_in_their_way(checkout, capsys):
+    Image.open(checkout / "photo.png").save(checkout / "photo.bmp")
+    assert run(checkout, str(checkout / "photo.bmp"), out="found") == 1
+    assert "would both be written" in capsys.readouterr().err
+    (checkout / "empty").mkdir()
+    assert run(checkout, image="empty", out="found") == 1
+    assert "empty: no file that ends in .jpg" in capsys.readouterr().err
+    for name in ("x.jpg", "y.jpg"):
+        (checkout / name).write_bytes(b"nothing")
+    assert run(checkout, str(checkout / "x.jpg"), image="y.jpg", out="found") == 1  # not one of them could be read
+    assert "0 of 2 images" in capsys.readouterr().out
+
+
+def test_a_thousand_labels_from_a_file(checkout, capsys):
+    words = [f"thing {index}" for index in range(998)]
+    (checkout / "words.txt").write_text("\n".join(["red", *words, "blue"]))
+    assert run(checkout, "--background", "none", labels=str(checkout / "words.txt")) == 0
+    labels = np.array(Image.open(checkout / "over_labels.png"))
+    assert (labels[4:28, 4:28] == 1).all() and (labels[4:28, 36:60] == 1000).all()
+    (checkout / "words.txt").write_text("red\n\nblue")
+    assert run(checkout, labels=str(checkout / "words.txt")) == 1
+    assert "words.txt: class 2 of 3 is empty" in capsys.readouterr().err
+    assert run(checkout, labels="nowhere.txt") == 1
+    assert "nowhere.txt" in capsys.readouterr().err
+
+
+def test_templates_are_the_options(checkout, monkeypatch):
+    asked = []
+    real = ColorModel.encode_text
+    monkeypatch.setattr(ColorModel, "encode_text", lambda self, texts: asked.extend(texts) or real(self, texts))
+    assert run(checkout, "--background", "none", "--templates", "subset") == 0
+    assert len(asked) == 2 * 7 and run(checkout, "--background", "none") == 0
+    assert len(asked) == 2 * 7 + 2  # the parameters have one template

@@ -12,13 +12,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.artifacts.files import BadInput, atomic_json, atomic_write, digest
-from pipeline.datasets.benchmarks import Benchmark, check_class_names, open_benchmark
+from pipeline.artifacts.files import atomic_json, atomic_write, digest
+from pipeline.datasets.benchmarks import Benchmark, open_benchmark
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config
 from pipeline.evaluation.pairs import benchmark_root
 from pipeline.params import ParamsError
-from pipeline.prediction import BACKGROUND, overlay, predict
+from pipeline.prediction.drawing import overlay
+from pipeline.prediction.predictor import Options, Predictor, read_labels
 from pipeline.project import Project
 
 SIDE = 480  # longer side of a photograph in the page, at most, pixels
@@ -39,23 +40,24 @@ def make(arguments: argparse.Namespace, project: Project) -> str:
     if arguments.models[0] == arguments.models[1]:
         raise ParamsError("--models: expected two different ones")
     benchmark = _benchmark(arguments, config, project)
-    labels = _labels(arguments.labels, benchmark)
+    labels = benchmark.foreground if arguments.labels is None else read_labels(arguments.labels, "--labels")
     rng, ids = np.random.default_rng(arguments.seed), benchmark.ids("test")
     if not 1 <= arguments.images <= len(ids):
         raise ParamsError(f"--images: expected 1 to {len(ids)}, found {arguments.images}")
     chosen = [ids[index] for index in rng.permutation(len(ids))[: arguments.images]]
     first_left = rng.random(len(chosen)) < 0.5
-    loaded = [candidates.load(spec, project, config.geometry, benchmark) for spec in arguments.models]
-    options = argparse.Namespace(background=None, threshold=None, stuff=None)
+    predictors = [
+        Predictor(spec, candidates.load(spec, project, config.geometry, benchmark), labels, Options(), config, project)
+        for spec in arguments.models
+    ]
     rows = []
     for image_id, straight in zip(tqdm(chosen, unit="image", file=sys.stderr), first_left, strict=True):
         image, sides = benchmark.image(image_id), []
         times = max(1, round(SMALL / max(image.shape[:2])))
         large = image.repeat(times, 0).repeat(times, 1)
-        for spec, candidate in zip(arguments.models, loaded, strict=True):
-            options.model = spec
-            labelled, _ = predict(candidate, image, labels, options, config, project)
-            sides.append(_inline(overlay(large, labelled.repeat(times, 0).repeat(times, 1), labels)))
+        for predictor in predictors:
+            labelled = predictor(image).ids.repeat(times, 0).repeat(times, 1)
+            sides.append(_inline(overlay(large, labelled, labels)))
         left, right = sides if straight else reversed(sides)
         rows.append({"id": image_id, "image": _inline(Image.fromarray(large)), "left": left, "right": right})
     # Of the pictures, so that votes find their key whatever the files are called.
@@ -80,20 +82,6 @@ def _benchmark(arguments: argparse.Namespace, config: Config, project: Project) 
     if name not in known:
         raise ParamsError(f"--root: params.yaml names no root for {name}; give one")
     return open_benchmark(name, benchmark_root(project, name, known[name]), config.protocol)
-
-
-def _labels(path: Path | None, benchmark: Benchmark) -> tuple[str, ...]:
-    if path is None:
-        return benchmark.foreground
-    try:
-        labels = check_class_names(path.read_text(encoding="utf-8").splitlines(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(path, str(error), "Give a UTF-8 text file with a label per line") from error
-    except ValueError as error:
-        raise ParamsError(str(error)) from None
-    if BACKGROUND in labels:
-        raise ParamsError(f"--labels: {BACKGROUND!r} is what remains, not a label; leave it out")
-    return labels
 
 
 def _inline(picture: Image.Image) -> str:
