@@ -28,6 +28,7 @@ from pipeline.machine import Machine
 from pipeline.metrics import ConfusionMatrix
 from pipeline.project import Project
 from pipeline.reporting.collect import read_panels, read_score
+from pipeline.source_code import REPO, closure
 
 RULES = {
     "templates": {"default": "single"},
@@ -73,6 +74,11 @@ def project(tmp_path, monkeypatch):
     save_model(tmp_path / "models" / "tiny", ColorModel().state_dict(), {"method": "tiny"})
     monkeypatch.setattr(methods, "load", lambda folder, encoders: ColorModel())
     monkeypatch.setattr(methods, "load_untrained", lambda folder, encoders: ColorModel(sharpness=0.0))
+    known = candidates.module  # `tiny` has no module of its own
+    monkeypatch.setattr(
+        candidates, "module", lambda spec, project: "voc_root" if "tiny" in spec else known(spec, project)
+    )
+    monkeypatch.setattr(stage, "code_digest", lambda *modules: modules[-1])
     machine = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
     return Project(tmp_path, {"evaluate": block()}, machine)
 
@@ -272,6 +278,28 @@ def test_a_second_run_scores_nothing_and_a_changed_input_only_what_depends_on_it
     stage.evaluate_all(project)
     assert log_lines(project)[-1]["computed"] == 3
     assert len(list((project.root / "data/checkpoints/evaluate").iterdir())) == 3
+
+
+def test_a_change_of_code_scores_again_what_runs_it(project, monkeypatch):
+    stage.evaluate_all(project)
+    monkeypatch.setattr(stage, "code_digest", lambda *modules: modules[-1].replace("constant", "changed"))
+    stage.evaluate_all(project)
+    assert log_lines(project)[-1]["computed"] == 1 and log_lines(project)[-1]["reused"] == 2
+
+
+def test_the_code_of_a_pair_is_its_candidates_and_the_harnesss(project, monkeypatch):
+    """The real modules: MaskCLIP's does not lie in what the constant label imports; the report's pages in neither."""
+    monkeypatch.undo()
+    files = {
+        spec: {path.relative_to(REPO).as_posix() for path in closure(*stage.CODE, candidates.module(spec, project))}
+        for spec in ("baseline:constant", "baseline:maskclip")
+    }
+    assert "pipeline/nn/maskclip.py" in files["baseline:maskclip"] - files["baseline:constant"]
+    assert "pipeline/evaluation/scoring.py" in files["baseline:constant"]
+    assert not any(name.startswith("pipeline/reporting") for found in files.values() for name in found)
+    assert candidates.module("selftrained:sseg", project) == "pipeline.selftraining.students"
+    save_model(project.root / "models" / "mine", ColorModel().state_dict(), {"method": "sseg"})
+    assert candidates.module("mine", project) == candidates.module("untrained:mine", project) == "pipeline.methods.sseg"
 
 
 def test_what_is_missing_is_said_before_anything_is_scored(project):

@@ -71,6 +71,20 @@ def digests(spec: str, project: Project, benchmark: Benchmark | None = None) -> 
     return {"model": model_digest(model_folder(spec, project))}
 
 
+def module(spec: str, project: Project) -> str:
+    """The module whose code, with all that it imports, makes the candidate's answers.
+
+    Raises:
+        BadInput: its weights are absent.
+    """
+    if is_student(spec):
+        return students.__name__
+    if spec.startswith(BASELINE):
+        return f"{baselines.__name__}.{spec.removeprefix(BASELINE)}"
+    config = load_config(model_folder(spec.removeprefix(UNTRAINED), project))
+    return f"{methods.__name__}.{config['method']}"
+
+
 def load(spec: str, project: Project, geometry: Geometry, benchmark: Benchmark | None = None) -> Candidate:
     """Build the candidate on the machine's device. Students are of the `benchmark` that they will answer.
 

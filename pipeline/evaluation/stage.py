@@ -1,18 +1,17 @@
 """The evaluate stage: every candidate on every benchmark, as many at once as this machine's threads.
 
 A finished pair is kept under data/checkpoints/evaluate/<key>, where the key is made of all that decides it (weights,
-images, parameters, the package's code), and copied to reports/. So an interrupted run goes on with the pair it was in,
-and a pair whose inputs did not change is not scored again.
+images, parameters, the code that it imports), and copied to reports/. So an interrupted run goes on where it was, and a
+pair whose inputs did not change is not scored again.
 """
 
-import hashlib
 import json
 import shutil
 import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,13 @@ from pipeline.evaluation.pairs import Pair, benchmark_root, data_digest, draw, e
 from pipeline.params import plain
 from pipeline.project import Project
 from pipeline.runners import WorkerLost, run_inline, run_process
+from pipeline.source_code import code_digest
 
 RUN = "evaluate"
 METRICS = "metrics.json"
 FIGURES = "figures"
-PACKAGE = Path(__file__).resolve().parent.parent
+# What decides every pair's files, beside the candidate's own module: this, and the pseudo-masks in the pictures.
+CODE = (__name__, "pipeline.baselines.oracle")
 
 
 def evaluate_all(project: Project) -> None:
@@ -79,7 +80,6 @@ def _finished(project: Project, key: str) -> Path:
 def _keys(pairs: list[Pair], config: Config, project: Project) -> list[str]:
     """For each pair everything that decides its files, as one digest."""
     shared = {
-        "code": code_digest(),
         "torch": torch.__version__,
         "sweep_step": config.sweep_step,
         "panels": plain(config.panels),
@@ -94,23 +94,14 @@ def _keys(pairs: list[Pair], config: Config, project: Project) -> list[str]:
             data[images] = data_digest(pair)
         fields = {
             "spec": pair.spec,
+            "code": code_digest(*CODE, candidates.module(pair.spec, project)),
+            "benchmark": {name: value for name, value in plain(pair.benchmark).items() if name != "root"},
             "digests": candidates.digests(pair.spec, project, pair.benchmark),
             "settings": {name: value for name, value in plain(pair.settings).items() if name != "device"},
-            "names": [*pair.benchmark.classes, "", *pair.benchmark.stuff],
             "data": data[images],
         }
         keys.append(digest({**shared, **fields}))
     return keys
-
-
-@cache
-def code_digest() -> str:
-    """sha256 of the package's source and data files."""
-    total = hashlib.sha256()
-    for name in list_files(PACKAGE):
-        if name.endswith((".py", ".json")):
-            total.update(name.encode() + b"\0" + (PACKAGE / name).read_bytes())
-    return total.hexdigest()
 
 
 def _compute(config: Config, project: Project, alone: bool, item: tuple[Path, Pair]) -> str:
