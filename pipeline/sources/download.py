@@ -1,7 +1,8 @@
 """Stage `download`: lists of links to shards of images, a row with a status for every link.
 
 A task is one slice of a list; `fetching` runs it through img2dataset. Links of generated scenes are served on loopback
-and really downloaded; folders of images take the same path without a server.
+and really downloaded; folders of images take the same path without a server. A row that its reader rejected is recorded
+with the reason, and nobody is asked for its image.
 """
 
 import shutil
@@ -27,9 +28,12 @@ from pipeline.sources import web
 from pipeline.sources.annotations import Annotations, Layout, Slice, cut, read_slice
 from pipeline.sources.fetching import MAX_ROWS, Fetch, Link, Stored, fetch
 from pipeline.sources.loopback import SceneServer
+from pipeline.sources.rows import Row
 from pipeline.sources.scenes.stage import VAL
 
+REJECTED = "rejected"  # the status of such a row; the others are img2dataset's
 _STAGING = ".staging"
+LINKS = ("urls", "redcaps")  # lists of what lies on the web
 _REASONS = 50  # kinds of failure that are counted apart
 _CHECKED = 16  # images of a shard that are decoded when it is read back
 
@@ -38,7 +42,7 @@ _CHECKED = 16  # images of a shard that are decoded when it is read back
 class Config:
     """The params block `download`. Paths are relative to the checkout, or absolute."""
 
-    source: Literal["scenes", "urls", "flickr8k", "coco_captions"]
+    source: Literal["scenes", "urls", "redcaps", "flickr8k", "coco_captions"]
     annotations: str
     images: str
     layout: Layout
@@ -84,7 +88,7 @@ def tasks(project: Project) -> list[Task]:
         layout=config.layout,
         url_column=config.url_column,
         caption_column=config.caption_column,
-        images=None if config.source == "urls" else project.path(config.images),
+        images=None if config.source in LINKS else project.path(config.images),
     )
     return [
         Task(
@@ -106,11 +110,12 @@ def compute(task: Task, folder: Path, machine: Machine) -> Counts:
     config: Config = task.args.config
     staging = folder / _STAGING
     staging.mkdir()
-    with _links(task.args) as (links, local, images):
+    with _links(task.args) as (listed, addresses, local, images):
+        links = [Link(row.url, row.caption, address) for row, address in zip(listed, addresses, strict=True)]
         got = fetch(int(task.shard), links, config.stored, config.fetch, staging, local=local, folder=images)
-    if config.source == "urls":
+    if config.source in LINKS:
         _require_network(got.rows)
-    rows = [{**row, "uid": make_uid(config.source, row["url"], row["caption"])} for row in got.rows]
+    rows = [_recorded(row, found, config.source) for row, found in zip(listed, got.rows, strict=True)]
     write_shard(folder, task.shard, rows, got.image)
     shutil.rmtree(staging)
     done = sum(row["status"] == SUCCESS for row in rows)
@@ -118,18 +123,34 @@ def compute(task: Task, folder: Path, machine: Machine) -> Counts:
 
 
 @contextmanager
-def _links(job: _Job) -> Iterator[tuple[list[Link], str, Path | None]]:
-    """A slice's links, with the private host and the folder that may be asked for them while the context lasts."""
+def _links(job: _Job) -> Iterator[tuple[list[Row], list[str], str, Path | None]]:
+    """A slice's rows and the addresses of their images, with the private host and the folder that may be asked for them
+    while the context lasts.
+    """
     if job.scenes is not None:
         table = pq.read_table(job.scenes / "rows.parquet", columns=["url", "caption"])
         with SceneServer(job.scenes) as server:
             pairs = zip(table["url"].to_pylist(), table["caption"].to_pylist(), strict=True)
-            yield [Link(*pair, server.address(row)) for row, pair in enumerate(pairs)], server.host, None
+            rows = [Row(url, caption, number + 1) for number, (url, caption) in enumerate(pairs)]
+            yield rows, [server.address(number) for number in range(len(rows))], server.host, None
         return
     assert job.annotations is not None and job.part is not None
-    pairs = read_slice(job.annotations, job.part)
-    images = job.annotations.images
-    yield [Link(url, text, web.folder_address(url) if images else url) for url, text in pairs], "", images
+    rows, images = read_slice(job.annotations, job.part), job.annotations.images
+    yield rows, [_address(row, images) for row in rows], "", images
+
+
+def _address(row: Row, images: Path | None) -> str:
+    """Where a row's image is; a rejected row has no address, and the opener refuses an empty one at once."""
+    if row.rejected:
+        return ""
+    return web.folder_address(row.url) if images else row.url
+
+
+def _recorded(row: Row, found: dict[str, Any], source: str) -> dict[str, Any]:
+    """A row of the shard. The same link and caption are the same sample, whichever list of links names them."""
+    uid = make_uid("urls" if source in LINKS else source, row.url, row.caption)
+    rejected = {"status": REJECTED, "error_message": row.rejected} if row.rejected else {}
+    return {**found, **rejected, "uid": uid}
 
 
 def _require_network(rows: list[dict[str, Any]]) -> None:
