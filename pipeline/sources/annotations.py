@@ -16,7 +16,7 @@ from pipeline.artifacts.files import BadInput, read_json
 from pipeline.sources import redcaps, tables
 from pipeline.sources.rows import REMEDY, Row, Rows, one_line
 
-Kind = Literal["urls", "flickr8k", "coco_captions", "redcaps"]
+Kind = Literal["urls", "flickr8k", "coco_captions", "redcaps", "yfcc15m"]
 Layout = Literal["named", "cc3m", "cc12m"]
 
 # Source: CC3M's Train_GCC-training.tsv is caption<TAB>url, CC12M's cc12m.tsv url<TAB>caption, both without a header.
@@ -29,8 +29,8 @@ class Annotations:
 
     Attributes:
         kind: `urls` (a file by its suffix: .parquet, .csv, .tsv, .txt, .jsonl); `redcaps` (a folder or zip of JSON
-            files); or a folder of images with a list: `flickr8k` (CSV image,caption, a row per caption),
-            `coco_captions` (COCO's captions_*.json).
+            files); `yfcc15m` (the Parquet file that `yfcc15m.joined` makes); or a folder of images with a list:
+            `flickr8k` (CSV image,caption, a row per caption), `coco_captions` (COCO's captions_*.json).
         layout: how a text file of URLs is laid out; `named` has a header.
         caption_column: of `named` lists and Parquet; RedCaps' `caption` or `raw_caption`.
         images: the folder of images, where the list names files instead of URLs.
@@ -87,6 +87,8 @@ def read(annotations: Annotations, start: int = 0) -> Rows:
         return redcaps.read(path, annotations.caption_column, start)
     if not path.is_file():
         raise BadInput(path, "no such list of captioned images", REMEDY)
+    if annotations.kind == "yfcc15m":
+        return tables.parquet_rows(path, ("url", "caption"), start, "rejected")
     if annotations.kind == "flickr8k":
         return _grouped(_flickr_pairs(path), start)
     if annotations.kind == "coco_captions":

@@ -24,7 +24,7 @@ from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
 from pipeline.params import Range, plain
 from pipeline.project import Project
-from pipeline.sources import web
+from pipeline.sources import web, yfcc15m
 from pipeline.sources.annotations import Annotations, Layout, Slice, cut, read_slice
 from pipeline.sources.fetching import MAX_ROWS, Fetch, Link, Stored, fetch
 from pipeline.sources.loopback import SceneServer
@@ -33,7 +33,7 @@ from pipeline.sources.scenes.stage import VAL
 
 REJECTED = "rejected"  # the status of such a row; the others are img2dataset's
 _STAGING = ".staging"
-LINKS = ("urls", "redcaps")  # lists of what lies on the web
+LINKS = ("urls", "redcaps", "yfcc15m")  # lists of what lies on the web
 _REASONS = 50  # kinds of failure that are counted apart
 _CHECKED = 16  # images of a shard that are decoded when it is read back
 
@@ -42,7 +42,7 @@ _CHECKED = 16  # images of a shard that are decoded when it is read back
 class Config:
     """The params block `download`. Paths are relative to the checkout, or absolute."""
 
-    source: Literal["scenes", "urls", "redcaps", "flickr8k", "coco_captions"]
+    source: Literal["scenes", "urls", "redcaps", "yfcc15m", "flickr8k", "coco_captions"]
     annotations: str
     images: str
     layout: Layout
@@ -82,8 +82,11 @@ def tasks(project: Project) -> list[Task]:
             for row, folder in project.inputs("scenes")
             if row.shard != VAL
         ]
+    path = project.path(config.annotations)
+    if config.source == "yfcc15m":
+        path = yfcc15m.joined(path, config.url_column, config.caption_column, project.store.root / "lists")
     annotations = Annotations(
-        path=project.path(config.annotations),
+        path=path,
         kind=config.source,
         layout=config.layout,
         url_column=config.url_column,
