@@ -263,6 +263,17 @@ def test_links_into_the_private_network_are_failed_rows(web_host: str, tmp_path:
     assert Web.asked == []
 
 
+def test_a_shard_as_img2dataset_leaves_it_is_a_source(web_host: str, tmp_path: Path) -> None:
+    fetch_all(web_host, ["/yes", "/no1"], tmp_path / "s")
+    chain = project(tmp_path, source="shards", annotations="s")
+    run(STAGE, chain)
+    rows = read_rows(payload(chain) / "00000.parquet").to_pylist()
+    assert [row["status"] for row in rows] == [SUCCESS, download.REJECTED]
+    assert rows[1]["error_message"].startswith("failed_to_download: ") and "X-Robots-Tag" in rows[1]["error_message"]
+    assert Shard.open(payload(chain), "00000").image_bytes("000000000") == ODD["plain.jpg"]
+    assert Web.asked.count("/yes") == 1
+
+
 def test_the_same_link_twice_is_two_rows(web_host: str, tmp_path: Path) -> None:
     got = fetch_all(web_host, ["/a", "/a"], tmp_path / "s")
     assert [row["key"] for row in got.rows] == [make_key(7, 0), make_key(7, 1)]

@@ -1,7 +1,7 @@
 """Lists of captioned images, as they are published, read as a stream and cut into slices.
 
 A slice is two numbers and a digest, a worker reads its own slice, and twelve million rows need no more memory than
-twelve. Formats of one file are in `tables`, RedCaps' many files in `redcaps`; what a row is, in `rows`.
+twelve. Formats of one file are in `tables`, those of many in `redcaps` and `prebuilt`; what a row is, in `rows`.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.artifacts.files import BadInput, read_json
-from pipeline.sources import redcaps, tables
+from pipeline.sources import prebuilt, redcaps, tables
 from pipeline.sources.rows import REMEDY, Row, Rows, one_line
 
-Kind = Literal["urls", "flickr8k", "coco_captions", "redcaps", "yfcc15m"]
+Kind = Literal["urls", "flickr8k", "coco_captions", "redcaps", "yfcc15m", "shards"]
 Layout = Literal["named", "cc3m", "cc12m"]
 
 # Source: CC3M's Train_GCC-training.tsv is caption<TAB>url, CC12M's cc12m.tsv url<TAB>caption, both without a header.
@@ -29,11 +29,12 @@ class Annotations:
 
     Attributes:
         kind: `urls` (a file by its suffix: .parquet, .csv, .tsv, .txt, .jsonl); `redcaps` (a folder or zip of JSON
-            files); `yfcc15m` (the Parquet file that `yfcc15m.joined` makes); or a folder of images with a list:
-            `flickr8k` (CSV image,caption, a row per caption), `coco_captions` (COCO's captions_*.json).
+            files); `yfcc15m` (the Parquet file that `yfcc15m.joined` makes); `shards` (a folder of tars, or a text file
+            that names them); or a folder of images with a list: `flickr8k` (CSV image,caption, a row per caption),
+            `coco_captions` (COCO's captions_*.json).
         layout: how a text file of URLs is laid out; `named` has a header.
         caption_column: of `named` lists and Parquet; RedCaps' `caption` or `raw_caption`.
-        images: the folder of images, where the list names files instead of URLs.
+        images: the folder of images or shards, where the list names files instead of URLs.
     """
 
     path: Path
@@ -66,8 +67,7 @@ def cut(annotations: Annotations, rows_per_slice: int, limit: int | None) -> Ite
     while True:
         digest, count, after = hashlib.sha256(), 0, start
         for row in islice(rows, rows_per_slice):
-            record = [row.url, row.caption, _size(annotations, row.url), *([row.rejected] if row.rejected else [])]
-            digest.update(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+            digest.update(json.dumps(_identity(annotations, row), ensure_ascii=True).encode() + b"\n")
             count, after = count + 1, row.position
         if not count:
             return
@@ -85,6 +85,9 @@ def read(annotations: Annotations, start: int = 0) -> Rows:
     path, wanted = annotations.path, (annotations.url_column, annotations.caption_column)
     if annotations.kind == "redcaps":
         return redcaps.read(path, annotations.caption_column, start)
+    if annotations.kind == "shards":
+        assert annotations.images is not None
+        return prebuilt.read(path, annotations.images, wanted, start)
     if not path.is_file():
         raise BadInput(path, "no such list of captioned images", REMEDY)
     if annotations.kind == "yfcc15m":
@@ -102,6 +105,12 @@ def read(annotations: Annotations, start: int = 0) -> Rows:
     if path.suffix in {".csv", ".tsv", ".txt"}:
         return tables.csv_rows(path, wanted, start)
     raise BadInput(path, f"lists of kind {path.suffix!r} are not read", "Use .parquet, .csv, .tsv, .txt or .jsonl")
+
+
+def _identity(annotations: Annotations, row: Row) -> list[str | int]:
+    """What of a row decides its shard's bytes: link, caption, size of its image; why it is rejected, its given name."""
+    extra = [row.rejected, row.uid] if row.rejected or row.uid else []
+    return [row.url, row.caption, row.size if row.image else _size(annotations, row.url), *extra]
 
 
 def _size(annotations: Annotations, name: str) -> int:

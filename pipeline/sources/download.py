@@ -1,8 +1,8 @@
 """Stage `download`: lists of links to shards of images, a row with a status for every link.
 
 A task is one slice of a list; `fetching` runs it through img2dataset. Links of generated scenes are served on loopback
-and really downloaded; folders of images take the same path without a server. A row that its reader rejected is recorded
-with the reason, and nobody is asked for its image.
+and really downloaded; folders of images and of shards take the same path without a server. A row that its reader
+rejected is recorded with the reason, and nobody is asked for its image.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
 from pipeline.params import Range, plain
 from pipeline.project import Project
-from pipeline.sources import web, yfcc15m
+from pipeline.sources import prebuilt, web, yfcc15m
 from pipeline.sources.annotations import Annotations, Layout, Slice, cut, read_slice
 from pipeline.sources.fetching import MAX_ROWS, Fetch, Link, Stored, fetch
 from pipeline.sources.loopback import SceneServer
@@ -42,7 +42,7 @@ _CHECKED = 16  # images of a shard that are decoded when it is read back
 class Config:
     """The params block `download`. Paths are relative to the checkout, or absolute."""
 
-    source: Literal["scenes", "urls", "redcaps", "yfcc15m", "flickr8k", "coco_captions"]
+    source: Literal["scenes", "urls", "redcaps", "yfcc15m", "shards", "flickr8k", "coco_captions"]
     annotations: str
     images: str
     layout: Layout
@@ -82,16 +82,18 @@ def tasks(project: Project) -> list[Task]:
             for row, folder in project.inputs("scenes")
             if row.shard != VAL
         ]
-    path = project.path(config.annotations)
+    path, images = project.path(config.annotations), project.path(config.images) if config.images else None
     if config.source == "yfcc15m":
         path = yfcc15m.joined(path, config.url_column, config.caption_column, project.store.root / "lists")
+    elif config.source == "shards":
+        images = prebuilt.root(path, images)
     annotations = Annotations(
         path=path,
         kind=config.source,
         layout=config.layout,
         url_column=config.url_column,
         caption_column=config.caption_column,
-        images=None if config.source in LINKS else project.path(config.images),
+        images=None if config.source in LINKS else images or project.root,
     )
     return [
         Task(
@@ -146,12 +148,13 @@ def _address(row: Row, images: Path | None) -> str:
     """Where a row's image is; a rejected row has no address, and the opener refuses an empty one at once."""
     if row.rejected:
         return ""
-    return web.folder_address(row.url) if images else row.url
+    return web.folder_address(row.image or row.url) if images else row.url
 
 
 def _recorded(row: Row, found: dict[str, Any], source: str) -> dict[str, Any]:
-    """A row of the shard. The same link and caption are the same sample, whichever list of links names them."""
-    uid = make_uid("urls" if source in LINKS else source, row.url, row.caption)
+    """A row of the shard. The same link and caption are the same sample, whichever list or shard names them."""
+    linked = source in LINKS or (source == "shards" and row.url.startswith("http"))
+    uid = row.uid or make_uid("urls" if linked else source, row.url, row.caption)
     rejected = {"status": REJECTED, "error_message": row.rejected} if row.rejected else {}
     return {**found, **rejected, "uid": uid}
 

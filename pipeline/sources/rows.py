@@ -20,12 +20,17 @@ class Row(NamedTuple):
         url: the link, or the name that the list gives the image.
         position: where reading goes on after this row.
         rejected: why the row is recorded without its image being asked for; empty for all others.
+        image: where the list says that the image is, in a folder of shards; `size`, its bytes.
+        uid: the sample's name, where it was given one before.
     """
 
     url: str
     caption: str
     position: int
     rejected: str = ""
+    image: str = ""
+    size: int = -1
+    uid: str = ""
 
 
 Rows = Iterator[Row]

@@ -113,7 +113,8 @@ def parquet_rows(path: Path, wanted: tuple[str, str], start: int, rejected: str 
             position += skipped
             for url, caption, *reason in zip(*(batch.column(name)[skipped:] for name in names), strict=True):
                 position += 1
-                yield Row(_text(url).strip(), one_line(_text(caption)), position, *map(_text, reason))
+                why = _text(reason[0]) if reason else ""
+                yield Row(_text(url).strip(), one_line(_text(caption)), position, why)
 
 
 def _text(value: pa.Scalar) -> str:
