@@ -29,6 +29,7 @@ DOWNLOAD = {
     "url_column": "url",
     "caption_column": "caption",
     "limit": None,
+    "mix": [],
     "rows_per_shard": 100,
     "stored": STORED,
     "fetch": FETCH,

@@ -35,6 +35,7 @@ PAIRS = [
 
 def annotations(path: Path, **changes) -> Annotations:
     fields = {"kind": "urls", "layout": "named", "url_column": "URL", "caption_column": "TEXT", "images": None}
+    fields["weight"] = 1.0
     return Annotations(path=path, **(fields | changes))
 
 

@@ -22,7 +22,7 @@ IMAGE, OTHER = encode(picture(), quality=95), encode(picture(40, 30), quality=90
 
 
 def listed(path: Path, images: Path | None = None) -> Annotations:
-    fields = {"kind": "shards", "layout": "named", "url_column": "url", "caption_column": "caption"}
+    fields = {"kind": "shards", "layout": "named", "url_column": "url", "caption_column": "caption", "weight": 1.0}
     return Annotations(path=path, images=images or path, **fields)
 
 

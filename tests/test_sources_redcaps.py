@@ -44,6 +44,7 @@ def listed(root: Path, form: str, caption: str = "caption") -> Annotations:
     """The files in a folder, in one named `annotations` below it, or in a zip as macOS makes them."""
     kind: Kind = "redcaps"
     fields = {"layout": "named", "url_column": "url", "caption_column": caption, "images": None}
+    fields["weight"] = 1.0
     path = root / ("redcaps_v1.0_annotations.zip" if form == "zip" else "redcaps")
     if form == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -143,7 +144,7 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no 'title'. Set download.caption_column to caption or raw_caption"):
         list(cut(redcaps, 1, None))
     (tmp_path / "empty").mkdir()
-    fields = {"layout": "named", "url_column": "", "caption_column": "caption", "images": None}
+    fields = {"layout": "named", "url_column": "", "caption_column": "caption", "images": None, "weight": 1.0}
     with pytest.raises(BadInput, match=r"empty: no <subreddit>_<year>.json in it"):
         list(read(Annotations(path=tmp_path / "empty", kind="redcaps", **fields)))
     with pytest.raises(BadInput, match=r"absent.zip: no such folder or zip"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.artifacts.files import BadInput, read_json
+from pipeline.artifacts.shards import make_uid
 from pipeline.sources import prebuilt, redcaps, tables
 from pipeline.sources.rows import REMEDY, Row, Rows, one_line
 
@@ -35,6 +36,7 @@ class Annotations:
         layout: how a text file of URLs is laid out; `named` has a header.
         caption_column: of `named` lists and Parquet; RedCaps' `caption` or `raw_caption`.
         images: the folder of images or shards, where the list names files instead of URLs.
+        weight: the share of its rows that is taken, (0, 1].
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Annotations:
     url_column: str
     caption_column: str
     images: Path | None
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +58,14 @@ class Slice:
 
 
 def cut(annotations: Annotations, rows_per_slice: int, limit: int | None) -> Iterator[Slice]:
-    """Slices of at most that many rows, in the list's order, up to `limit` rows in all.
+    """Slices of at most that many rows, in the list's order, of its first `limit` rows.
 
     Raises:
         BadInput: the list, its columns or the folder of images are not there.
     """
     if annotations.images is not None and not annotations.images.is_dir():
         raise BadInput(annotations.images, "no such folder of images", "Set download.images to the folder")
-    rows = islice(read(annotations), limit)
+    rows = _taken(islice(read(annotations), limit), annotations.weight)
     start = 0
     while True:
         digest, count, after = hashlib.sha256(), 0, start
@@ -77,7 +80,7 @@ def cut(annotations: Annotations, rows_per_slice: int, limit: int | None) -> Ite
 
 def read_slice(annotations: Annotations, part: Slice) -> list[Row]:
     """A slice's rows."""
-    return list(islice(read(annotations, part.start), part.rows))
+    return list(islice(_taken(read(annotations, part.start), annotations.weight), part.rows))
 
 
 def read(annotations: Annotations, start: int = 0) -> Rows:
@@ -105,6 +108,13 @@ def read(annotations: Annotations, start: int = 0) -> Rows:
     if path.suffix in {".csv", ".tsv", ".txt"}:
         return tables.csv_rows(path, wanted, start)
     raise BadInput(path, f"lists of kind {path.suffix!r} are not read", "Use .parquet, .csv, .tsv, .txt or .jsonl")
+
+
+def _taken(rows: Rows, weight: float) -> Rows:
+    """That share of the rows, by the place between 0 and 1 that a hash gives each of them."""
+    return (
+        rows if weight == 1 else (row for row in rows if int(make_uid("", row.url, row.caption), 16) < weight * 2**64)
+    )
 
 
 def _identity(annotations: Annotations, row: Row) -> list[str | int]:
