@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import test_sources_yfcc15m as yfcc
 from download_project import DOWNLOAD, encode, payload, picture, project
 
 from pipeline import params
@@ -89,6 +90,22 @@ def test_a_rejected_row_is_recorded_and_its_image_not_asked_for(web_host: str, t
     assert read_stats(payload(chain), "00000")["status_dict"][rows[1]["error_message"]] == 1
     counts = json.loads((payload(chain) / "payload.json").read_text())["counts"]
     assert counts["detail"] == {"rejected: an annotation without url and caption": 1}
+
+
+def test_yfcc15m_is_downloaded_and_its_losses_are_rows(web_host: str, tmp_path: Path) -> None:
+    folder = yfcc.write(tmp_path / "yfcc", "plain")
+    metadata = folder / "yfcc100m_dataset"
+    metadata.write_text(metadata.read_text().replace("http://farm8.test", f"http://{web_host}"))
+    fields = {"source": "yfcc15m", "annotations": "yfcc", "url_column": "download_url"}
+    chain = project(tmp_path, caption_column="description", **fields)
+    totals = run(STAGE, chain).totals
+    assert (totals["in"], totals["rows"], totals["failed"]) == (len(yfcc.DESCRIPTIONS) + 1, 3, 5)
+    assert json.loads((payload(chain) / "payload.json").read_text())["counts"]["detail"] == {
+        "rejected: fewer than 2 words in the description": 3,
+        "rejected: a video": 1,
+        "rejected: no metadata": 1,
+    }
+    assert sorted(Web.asked) == ["/7205/17_df77.jpg", "/7205/5000000000_df77.jpg", "/7205/9000000001_df77.jpg"]
 
 
 def test_a_link_is_the_same_sample_whichever_list_names_it(web_host: str, tmp_path: Path) -> None:

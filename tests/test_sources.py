@@ -109,8 +109,11 @@ def test_broken_lines_become_rows_without_a_link(tmp_path: Path) -> None:
     assert rows[1] == ("", "no tab here")
     assert rows[2] == ("ftp://a.test", "\ufffd\ufffd")
     path = tmp_path / "list.jsonl"
-    path.write_text('{"URL": "http://a.test/1.jpg", "TEXT": "lone \\ud83d"}\nnot json\n[1]\n')
-    assert [row[:2] for row in read(annotations(path))] == [("http://a.test/1.jpg", "lone ?"), ("", ""), ("", "")]
+    path.write_text(
+        '{"URL": "http://a.test/1.jpg", "TEXT": "lone \\ud83d"}\nnot json\n[1]\n' + "[" * 100_000 + "\n" + "9" * 5000
+    )
+    found = [row[:2] for row in read(annotations(path))]
+    assert found == [("http://a.test/1.jpg", "lone ?"), *[("", "")] * 4]
 
 
 def test_captions_are_one_line() -> None:

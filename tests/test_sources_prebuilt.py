@@ -143,7 +143,7 @@ def test_what_a_sample_lacks_is_a_rejected_row(tmp_path: Path) -> None:
         ("d.JPG", IMAGE[:300]),
         ("d.json", b'{"caption": "half", "url": "http://a.test/d", "uid": "not a uid"}'),
         ("e.jpg", IMAGE),
-        ("e.json", b"[1]"),
+        ("e.json", b"[" * 100_000),
     ]
     write_tar(tmp_path / "shards" / "00000.tar", members)
     chain = take(tmp_path)

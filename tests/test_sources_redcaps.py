@@ -118,6 +118,7 @@ def test_an_annotation_without_link_or_caption_is_a_rejected_row(tmp_path: Path)
         (b"[1]", "TypeError"),
         (b'{"annotations": ["\xff\xfe"]}', "UnicodeDecodeError"),
         (b"", "not RedCaps' annotations"),
+        (b"[" * 100_000, "RecursionError"),
     ],
 )
 def test_a_file_that_is_not_theirs_is_named_with_the_remedy(tmp_path: Path, content: bytes, message: str) -> None:

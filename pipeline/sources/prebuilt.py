@@ -141,6 +141,6 @@ def _object(data: bytes) -> dict[str, Any]:
     """A JSON object's values; none if it is not one."""
     try:
         values = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -72,7 +72,7 @@ def _rows(file: Path | str, data: bytes, caption: str) -> Rows:
     """A file's annotations; one without a link or a caption is a rejected row."""
     try:
         notes = json.loads(data)["annotations"]
-    except (ValueError, KeyError, TypeError) as error:  # a JSON or UTF-8 error is a ValueError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # a JSON or UTF-8 error is a ValueError
         raise BadInput(file, f"not RedCaps' annotations ({error!r})", _REMEDY) from error
     if not isinstance(notes, list):
         raise BadInput(file, "not RedCaps' annotations (`annotations` is not a list)", _REMEDY)

@@ -85,7 +85,7 @@ def jsonl_rows(path: Path, wanted: tuple[str, str], start: int) -> Rows:
     for line, position in _lines(path, start):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             record = None
         values = record if isinstance(record, dict) else {}
         url = clean(str(values.get(wanted[0]) or "")).strip()
