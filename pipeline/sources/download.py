@@ -31,9 +31,9 @@ from pipeline.sources.mixes import Listed
 from pipeline.sources.rows import Row
 from pipeline.sources.scenes.stage import VAL
 
-REJECTED = "rejected"  # the status of such a row; the others are img2dataset's
-_STAGING = ".staging"
 LINKS = ("urls", "redcaps", "yfcc15m")  # lists of what lies on the web
+REJECTED = "rejected"  # the status of a row that its reader rejected; the others are img2dataset's
+_STAGING = ".staging"
 _REASONS = 50  # kinds of failure that are counted apart
 _CHECKED = 16  # images of a shard that are decoded when it is read back
 

@@ -3,7 +3,8 @@
 A sample is the members of one key: an image, and a caption (`.txt`, or a field of `.json`). Where a Parquet file lies
 beside a tar, its rows are the rows, joined to the samples by key; what its download failed at stays a rejected row.
 Samples keep the `uid` that a shard of this project gave them. Images go through the same checks and resizing as
-downloaded ones; a plain JPEG that needs no resizing keeps its bytes.
+downloaded ones; a plain JPEG that needs no resizing keeps its bytes. Only members that `tars` knows are taken: a tar
+with others, such as the `.text` of GroupViT's own YFCC shards, is refused by its name.
 """
 
 import json
