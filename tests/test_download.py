@@ -1,7 +1,6 @@
 """Download: every row ends as an image or as a failed row with a reason, and only what was read back is published."""
 
 import dataclasses
-import io
 import json
 import signal
 import threading
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from download_project import FETCH, STORED, encode, payload, picture, project
 from PIL import Image
 
 from pipeline import params
@@ -22,75 +22,11 @@ from pipeline.artifacts.files import BadInput, CorruptPayload
 from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, make_uid, read_rows, read_stats
 from pipeline.artifacts.tars import write_tar
 from pipeline.engine import Interrupted, StageFailed, run
-from pipeline.machine import Machine
 from pipeline.project import Project
 from pipeline.sources import download, fetching, scenes
 from pipeline.sources.download import STAGE
 from pipeline.sources.fetching import Fetch, Link, Stored, fetch, make_key
 from pipeline.sources.scenes.stage import STAGE as SCENES
-
-STORED = {
-    "image_size": 64,
-    "resize_mode": "no",
-    "resize_only_if_bigger": True,
-    "skip_reencode": True,
-    "encode_quality": 95,
-    "min_image_size": 4,
-    "max_aspect_ratio": 20.0,
-    "max_bytes": 1_000_000,
-    "refused_directives": ["noai", "noindex"],
-}
-FETCH = {"threads": 4, "timeout": 5.0, "deadline": 10.0, "retries": 0, "user_agent": "test/1"}
-DOWNLOAD = {
-    "source": "scenes",
-    "annotations": "",
-    "images": "",
-    "layout": "named",
-    "url_column": "url",
-    "caption_column": "caption",
-    "limit": None,
-    "rows_per_shard": 100,
-    "stored": STORED,
-    "fetch": FETCH,
-}
-SCENES_BLOCK = {
-    "seed": 0,
-    "image_size": 64,
-    "variant": "easy",
-    "named": 0.9,
-    "unrelated": 0.0,
-    "duplicate": 0.0,
-    "num_train": 24,
-    "num_tune": 1,
-    "num_val": 1,
-    "rows_per_shard": 12,
-    "jpeg_quality": 95,
-    "faults": {"dead": 0.15, "html": 0.01, "truncated": 0.01},
-}
-
-
-def project(root: Path, stored: dict | None = None, **changes) -> Project:
-    machine = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
-    block = DOWNLOAD | {"stored": STORED | (stored or {})} | changes
-    return Project(root, {"scenes": SCENES_BLOCK, "download": block}, machine)
-
-
-def payload(project: Project, shard: str = "00000") -> Path:
-    return {row.shard: folder for row, folder in project.inputs("download")}[shard]
-
-
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def picture(width: int = 32, height: int = 24) -> Image.Image:
-    """Smooth, so that JPEG keeps it; red on the left, green at the top."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[..., 0] = np.linspace(255, 0, width)[None]
-    pixels[..., 1] = np.linspace(255, 0, height)[:, None]
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +261,17 @@ def test_links_into_the_private_network_are_failed_rows(web_host: str, tmp_path:
     assert [row["error_message"] for row in rows][0] == "refused: 127.0.0.1 is a private address"
     assert all("unknown url type" in row["error_message"] for row in rows[1:])
     assert Web.asked == []
+
+
+def test_a_shard_as_img2dataset_leaves_it_is_a_source(web_host: str, tmp_path: Path) -> None:
+    fetch_all(web_host, ["/yes", "/no1"], tmp_path / "s")
+    chain = project(tmp_path, source="shards", annotations="s")
+    run(STAGE, chain)
+    rows = read_rows(payload(chain) / "00000.parquet").to_pylist()
+    assert [row["status"] for row in rows] == [SUCCESS, download.REJECTED]
+    assert rows[1]["error_message"].startswith("failed_to_download: ") and "X-Robots-Tag" in rows[1]["error_message"]
+    assert Shard.open(payload(chain), "00000").image_bytes("000000000") == ODD["plain.jpg"]
+    assert Web.asked.count("/yes") == 1
 
 
 def test_the_same_link_twice_is_two_rows(web_host: str, tmp_path: Path) -> None:

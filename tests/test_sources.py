@@ -5,7 +5,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipeline.artifacts.tars import write_tar
 from pipeline.sources import web
 from pipeline.sources.annotations import Annotations, cut, one_line, read, read_slice
 from pipeline.sources.loopback import SceneServer
+from pipeline.sources.rows import Row
 from pipeline.sources.scenes.stage import ROWS_SCHEMA
 
 PAIRS = [
@@ -34,7 +35,12 @@ PAIRS = [
 
 def annotations(path: Path, **changes) -> Annotations:
     fields = {"kind": "urls", "layout": "named", "url_column": "URL", "caption_column": "TEXT", "images": None}
+    fields["weight"] = 1.0
     return Annotations(path=path, **(fields | changes))
+
+
+def pairs(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    return [(row.url, row.caption) for row in rows]
 
 
 def write_list(folder: Path, kind: str) -> Annotations:
@@ -62,7 +68,7 @@ KINDS = ["parquet", "jsonl", "csv", "tsv", "cc3m.tsv", "cc12m.tsv"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
-    assert [(url, caption) for url, caption, _ in read(write_list(tmp_path, kind))] == PAIRS
+    assert pairs(read(write_list(tmp_path, kind))) == PAIRS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +77,7 @@ def test_slices_read_alone_are_the_whole(tmp_path: Path, kind: str, size: int) -
     listed = write_list(tmp_path, kind)
     parts = list(cut(listed, size, None))
     assert [part.rows for part in parts] == [min(size, len(PAIRS) - at) for at in range(0, len(PAIRS), size)]
-    assert [row for part in parts for row in read_slice(listed, part)] == PAIRS
+    assert pairs(row for part in parts for row in read_slice(listed, part)) == PAIRS
 
 
 def test_a_limit_cuts_the_list_and_keeps_the_first_digests(tmp_path: Path) -> None:
@@ -91,7 +97,7 @@ def test_reading_is_a_stream(tmp_path: Path) -> None:
     path = tmp_path / "long.tsv"
     path.write_text("caption\thttp://a.test/x.jpg\n" * 10)
     rows = read(annotations(path, layout="cc3m"))
-    assert next(rows)[2] == len("caption\thttp://a.test/x.jpg\n")
+    assert next(rows).position == len("caption\thttp://a.test/x.jpg\n")
     assert len(list(islice(rows, 3))) == 3
 
 
@@ -103,8 +109,11 @@ def test_broken_lines_become_rows_without_a_link(tmp_path: Path) -> None:
     assert rows[1] == ("", "no tab here")
     assert rows[2] == ("ftp://a.test", "\ufffd\ufffd")
     path = tmp_path / "list.jsonl"
-    path.write_text('{"URL": "http://a.test/1.jpg", "TEXT": "lone \\ud83d"}\nnot json\n[1]\n')
-    assert [row[:2] for row in read(annotations(path))] == [("http://a.test/1.jpg", "lone ?"), ("", ""), ("", "")]
+    path.write_text(
+        '{"URL": "http://a.test/1.jpg", "TEXT": "lone \\ud83d"}\nnot json\n[1]\n' + "[" * 100_000 + "\n" + "9" * 5000
+    )
+    found = [row[:2] for row in read(annotations(path))]
+    assert found == [("http://a.test/1.jpg", "lone ?"), *[("", "")] * 4]
 
 
 def test_captions_are_one_line() -> None:
@@ -117,7 +126,7 @@ def test_quoted_line_breaks_stay_one_record(tmp_path: Path) -> None:
     path.write_text('URL,TEXT\nhttp://a.test/1.jpg,"two\nlines"\nhttp://a.test/2.jpg\n')
     listed = annotations(path)
     expected = [("http://a.test/1.jpg", "two lines"), ("http://a.test/2.jpg", "")]
-    assert [row for part in cut(listed, 1, None) for row in read_slice(listed, part)] == expected
+    assert pairs(row for part in cut(listed, 1, None) for row in read_slice(listed, part)) == expected
 
 
 @pytest.mark.parametrize(
@@ -145,7 +154,7 @@ def test_flickr_captions_are_grouped_by_image(tmp_path: Path) -> None:
     path.write_text('image,caption\nb.jpg,one\na.jpg,"x, y"\nb.jpg,two \n')
     (tmp_path / "images").mkdir()
     listed = annotations(path, kind="flickr8k", images=tmp_path / "images")
-    assert read_slice(listed, next(cut(listed, 10, None))) == [("b.jpg", "one\ntwo"), ("a.jpg", "x, y")]
+    assert pairs(read_slice(listed, next(cut(listed, 10, None)))) == [("b.jpg", "one\ntwo"), ("a.jpg", "x, y")]
     before = next(cut(listed, 10, None)).digest
     (tmp_path / "images" / "a.jpg").write_bytes(b"new")
     assert next(cut(listed, 10, None)).digest != before
@@ -160,7 +169,7 @@ def test_coco_captions_are_grouped_by_image(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     listed = annotations(path, kind="coco_captions", images=tmp_path / "images")
     parts = list(cut(listed, 1, None))
-    assert [read_slice(listed, part) for part in parts] == [[("7.jpg", "one\n3")], [("9.jpg", "two")]]
+    assert [pairs(read_slice(listed, part)) for part in parts] == [[("7.jpg", "one\n3")], [("9.jpg", "two")]]
     path.write_text("{}")
     with pytest.raises(BadInput, match="not COCO's captions"):
         list(cut(listed, 1, None))
@@ -171,13 +180,13 @@ def test_coco_captions_are_grouped_by_image(tmp_path: Path) -> None:
 def test_real_lists(real_data: Path) -> None:
     cc3m = annotations(real_data / "captions/cc3m_validation.tsv", layout="cc3m")
     rows = list(read(cc3m))
-    assert len(rows) > 15_000 and sum(url.startswith("http") for url, _, _ in rows) > 0.999 * len(rows)
+    assert len(rows) > 15_000 and sum(row.url.startswith("http") for row in rows) > 0.999 * len(rows)
     alt = annotations(real_data / "captions/url_text_10k.parquet")
     parts = list(cut(alt, 4000, None))
     assert [part.rows for part in parts] == [4000, 4000, 2000]
     assert len(read_slice(alt, parts[2])) == 2000
     flickr = annotations(real_data / "flickr8k/captions.txt", kind="flickr8k", images=real_data / "flickr8k/images")
-    grouped = [caption for _, caption, _ in read(flickr)]
+    grouped = [row.caption for row in read(flickr)]
     assert len(grouped) == 3500 and sum(len(caption.split("\n")) for caption in grouped) == 17_500
 
 
@@ -332,3 +341,17 @@ def test_the_scene_server_answers_as_the_web_does(tmp_path: Path) -> None:
         host, port = scenes.host.split(":")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)), timeout=5)
+
+
+def test_a_folder_gives_members_of_its_tars(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for path, name in ((tmp_path / "shards/00000.tar", "a.jpg"), (tmp_path / "outside.tar", "b.jpg")):
+        write_tar(path, [(name, b"pixels of " + name.encode()), ("c.txt", b"caption")])
+    (tmp_path / "shards" / "link.tar").symlink_to(tmp_path / "outside.tar")
+    found = opener(folder=tmp_path / "shards")
+    assert body(found, web.folder_address("00000.tar/a.jpg")) == b"pixels of a.jpg"
+    with pytest.raises(web.Refused, match="no such member"):
+        body(found, web.folder_address("00000.tar/b.jpg"))
+    for name in ("../outside.tar/b.jpg", "link.tar/b.jpg"):
+        with pytest.raises(web.Refused, match="outside"):
+            body(found, web.folder_address(name))

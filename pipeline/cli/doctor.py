@@ -45,7 +45,7 @@ def checks(project: Project, *, offline: bool) -> Iterator[tuple[str, str, str]]
     free = shutil.disk_usage(project.root).free
     yield "ok" if free > GIB else "missing", "disk", f"{free / GIB:.1f} GiB free at {project.root}"
     yield _tagger(project)
-    yield _annotations(project)
+    yield from _annotations(project)
     for name in ("dino", "clip"):
         yield _encoder(project, name, offline=offline)
     for benchmark in project.params["evaluate"]["benchmarks"]:
@@ -73,12 +73,16 @@ def _tagger(project: Project) -> tuple[str, str, str]:
     return "ok", "tagger", f"{choice} gives {found}{advice}"
 
 
-def _annotations(project: Project) -> tuple[str, str, str]:
-    source, path = project.params["download"]["source"], project.path(project.params["download"]["annotations"])
-    if source == "scenes":
-        return "ok", "annotations", "generated scenes: nothing to get"
-    state = "ok" if path.exists() else "missing"
-    return state, "annotations", f"{source}: {path}; set download.annotations to where yours lie"
+def _annotations(project: Project) -> Iterator[tuple[str, str, str]]:
+    from pipeline.sources.download import Config
+
+    lists = project.config("download", Config).lists
+    if not lists:
+        yield "ok", "annotations", "generated scenes: nothing to get"
+    for listed in lists:
+        path = project.path(listed.annotations)
+        state = "ok" if path.exists() else "missing"
+        yield state, "annotations", f"{listed.source}: {path}; set download.annotations to where yours lie"
 
 
 def _encoder(project: Project, name: str, *, offline: bool) -> tuple[str, str, str]:

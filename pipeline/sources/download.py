@@ -1,34 +1,38 @@
 """Stage `download`: lists of links to shards of images, a row with a status for every link.
 
 A task is one slice of a list; `fetching` runs it through img2dataset. Links of generated scenes are served on loopback
-and really downloaded; folders of images take the same path without a server.
+and really downloaded; folders of images and of shards take the same path without a server. A row that its reader
+rejected is recorded with the reason, and nobody is asked for its image.
 """
 
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.artifacts.files import CorruptPayload
+from pipeline.artifacts.files import BadInput, CorruptPayload
 from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, make_uid, read_rows, write_shard
 from pipeline.artifacts.tars import index_tar
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
-from pipeline.params import Range, plain
+from pipeline.params import ParamsError, Range, plain
 from pipeline.project import Project
-from pipeline.sources import web
-from pipeline.sources.annotations import Annotations, Layout, Slice, cut, read_slice
+from pipeline.sources import mixes, prebuilt, web, yfcc15m
+from pipeline.sources.annotations import Annotations, Kind, Layout, Slice, cut, read_slice
 from pipeline.sources.fetching import MAX_ROWS, Fetch, Link, Stored, fetch
 from pipeline.sources.loopback import SceneServer
+from pipeline.sources.mixes import Listed
+from pipeline.sources.rows import Row
 from pipeline.sources.scenes.stage import VAL
 
+LINKS = ("urls", "redcaps", "yfcc15m")  # lists of what lies on the web
+REJECTED = "rejected"  # the status of a row that its reader rejected; the others are img2dataset's
 _STAGING = ".staging"
 _REASONS = 50  # kinds of failure that are counted apart
 _CHECKED = 16  # images of a shard that are decoded when it is read back
@@ -36,65 +40,100 @@ _CHECKED = 16  # images of a shard that are decoded when it is read back
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The params block `download`. Paths are relative to the checkout, or absolute."""
+    """The params block `download`. Paths are relative to the checkout (lists of a mix: to `annotations`), or absolute.
 
-    source: Literal["scenes", "urls", "flickr8k", "coco_captions"]
+    Raises:
+        ParamsError: `mix` and `source` do not go together.
+    """
+
+    source: Literal["scenes", "mix", Kind]
     annotations: str
     images: str
     layout: Layout
     url_column: str
     caption_column: str
     limit: Annotated[int, Range(1)] | None
+    mix: tuple[Listed, ...]
     rows_per_shard: Annotated[int, Range(1, MAX_ROWS)]
     stored: Stored
     fetch: Fetch
+
+    def __post_init__(self) -> None:
+        if (self.source == "mix") != bool(self.mix):
+            raise ParamsError(f"download.mix: {len(self.mix)} lists, but download.source is {self.source!r}")
+        if len(self.mix) > mixes.LISTS:
+            raise ParamsError(f"download.mix: {len(self.mix)} lists, more than {mixes.LISTS}")
+
+    @property
+    def lists(self) -> tuple[Listed, ...]:
+        """The lists of links or images: those of the mix, or the one that the block itself names."""
+        if self.source == "scenes":
+            return ()
+        if self.source == "mix":
+            folder = Path(self.annotations)
+            return tuple(replace(listed, annotations=str(folder / listed.annotations)) for listed in self.mix)
+        names = [field.name for field in fields(Listed) if field.name != "weight"]
+        return (Listed(**{name: getattr(self, name) for name in names}, weight=1.0),)
 
 
 class _Job(NamedTuple):
     """A task's arguments: the scenes payload, or a slice of a list."""
 
     config: Config
+    source: str
     scenes: Path | None
     annotations: Annotations | None
     part: Slice | None
 
 
 def tasks(project: Project) -> list[Task]:
-    """A task per slice of the list, or per train shard of scenes.
+    """A task per slice of each list, or per train shard of scenes.
 
     Raises:
-        BadInput: the list or the folder is not there, or a scenes payload is missing.
+        BadInput: a list or a folder is not there, or a scenes payload is missing.
     """
     config = project.config("download", Config)
-    common = {"source": config.source, "stored": plain(config.stored)}
     if config.source == "scenes":
         return [
-            Task(
-                shard=row.shard,
-                fields={**common, "shard": row.shard, "input": row.out},
-                args=_Job(config, folder, None, None),
-                rows=row.rows,
-            )
+            _task(row.shard, row.out, row.rows, _Job(config, config.source, folder, None, None))
             for row, folder in project.inputs("scenes")
             if row.shard != VAL
         ]
-    annotations = Annotations(
-        path=project.path(config.annotations),
-        kind=config.source,
-        layout=config.layout,
-        url_column=config.url_column,
-        caption_column=config.caption_column,
-        images=None if config.source == "urls" else project.path(config.images),
+    return [task for place in range(len(config.lists)) for task in _list_tasks(project, config, place)]
+
+
+def _list_tasks(project: Project, config: Config, place: int) -> Iterator[Task]:
+    """The slices of one list, numbered from its place in the mix."""
+    listed = config.lists[place]
+    annotations = _annotations(project, listed)
+    for number, part in enumerate(cut(annotations, config.rows_per_shard, listed.limit)):
+        if config.mix and number == mixes.SHARDS:
+            problem = f"more than {mixes.SHARDS} shards of one list of a mix"
+            raise BadInput(annotations.path, problem, "Raise download.rows_per_shard")
+        name = f"{place * mixes.SHARDS + number:05d}"
+        yield _task(name, part.digest, part.rows, _Job(config, listed.source, None, annotations, part))
+
+
+def _task(shard: str, source_digest: str, rows: int, job: _Job) -> Task:
+    decisive = {"source": job.source, "stored": plain(job.config.stored), "shard": shard, "input": source_digest}
+    return Task(shard=shard, fields=decisive, args=job, rows=rows)
+
+
+def _annotations(project: Project, listed: Listed) -> Annotations:
+    path, images = project.path(listed.annotations), project.path(listed.images) if listed.images else None
+    if listed.source == "yfcc15m":
+        path = yfcc15m.joined(path, listed.url_column, listed.caption_column, project.store.root / "lists")
+    elif listed.source == "shards":
+        images = prebuilt.root(path, images)
+    return Annotations(
+        path=path,
+        kind=listed.source,
+        layout=listed.layout,
+        url_column=listed.url_column,
+        caption_column=listed.caption_column,
+        images=None if listed.source in LINKS else images or project.root,
+        weight=listed.weight,
     )
-    return [
-        Task(
-            shard=f"{number:05d}",
-            fields={**common, "shard": f"{number:05d}", "input": part.digest},
-            args=_Job(config, None, annotations, part),
-            rows=part.rows,
-        )
-        for number, part in zip(count(), cut(annotations, config.rows_per_shard, config.limit), strict=False)
-    ]
 
 
 def compute(task: Task, folder: Path, machine: Machine) -> Counts:
@@ -103,14 +142,15 @@ def compute(task: Task, folder: Path, machine: Machine) -> Counts:
     Raises:
         OSError: not one link could be reached: the network is at fault, not the links.
     """
-    config: Config = task.args.config
+    config, source = task.args.config, task.args.source
     staging = folder / _STAGING
     staging.mkdir()
-    with _links(task.args) as (links, local, images):
+    with _links(task.args) as (listed, addresses, local, images):
+        links = [Link(row.url, row.caption, address) for row, address in zip(listed, addresses, strict=True)]
         got = fetch(int(task.shard), links, config.stored, config.fetch, staging, local=local, folder=images)
-    if config.source == "urls":
+    if source in LINKS:
         _require_network(got.rows)
-    rows = [{**row, "uid": make_uid(config.source, row["url"], row["caption"])} for row in got.rows]
+    rows = [_recorded(row, found, source) for row, found in zip(listed, got.rows, strict=True)]
     write_shard(folder, task.shard, rows, got.image)
     shutil.rmtree(staging)
     done = sum(row["status"] == SUCCESS for row in rows)
@@ -118,18 +158,35 @@ def compute(task: Task, folder: Path, machine: Machine) -> Counts:
 
 
 @contextmanager
-def _links(job: _Job) -> Iterator[tuple[list[Link], str, Path | None]]:
-    """A slice's links, with the private host and the folder that may be asked for them while the context lasts."""
+def _links(job: _Job) -> Iterator[tuple[list[Row], list[str], str, Path | None]]:
+    """A slice's rows and the addresses of their images, with the private host and the folder that may be asked for them
+    while the context lasts.
+    """
     if job.scenes is not None:
         table = pq.read_table(job.scenes / "rows.parquet", columns=["url", "caption"])
         with SceneServer(job.scenes) as server:
             pairs = zip(table["url"].to_pylist(), table["caption"].to_pylist(), strict=True)
-            yield [Link(*pair, server.address(row)) for row, pair in enumerate(pairs)], server.host, None
+            rows = [Row(url, caption, number + 1) for number, (url, caption) in enumerate(pairs)]
+            yield rows, [server.address(number) for number in range(len(rows))], server.host, None
         return
     assert job.annotations is not None and job.part is not None
-    pairs = read_slice(job.annotations, job.part)
-    images = job.annotations.images
-    yield [Link(url, text, web.folder_address(url) if images else url) for url, text in pairs], "", images
+    rows, images = read_slice(job.annotations, job.part), job.annotations.images
+    yield rows, [_address(row, images) for row in rows], "", images
+
+
+def _address(row: Row, images: Path | None) -> str:
+    """Where a row's image is; a rejected row has no address, and the opener refuses an empty one at once."""
+    if row.rejected:
+        return ""
+    return web.folder_address(row.image or row.url) if images else row.url
+
+
+def _recorded(row: Row, found: dict[str, Any], source: str) -> dict[str, Any]:
+    """A row of the shard. The same link and caption are the same sample, whichever list or shard names them."""
+    linked = source in LINKS or (source == "shards" and row.url.startswith("http"))
+    uid = row.uid or make_uid("urls" if linked else source, row.url, row.caption)
+    rejected = {"status": REJECTED, "error_message": row.rejected} if row.rejected else {}
+    return {**found, **rejected, "uid": uid}
 
 
 def _require_network(rows: list[dict[str, Any]]) -> None:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts.tars import index_tar
+
 FOLDER_SCHEME = "folder"
 _CHUNK = 1 << 16
 
@@ -207,19 +209,34 @@ class _Bounded:
 
 
 class _Folder(urllib.request.BaseHandler):
-    """`folder:///<name>` is a file below one folder, and nothing outside it."""
+    """`folder:///<name>` is a file below one folder, and nothing outside it; `<tar>/<member>` is in a tar there."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
+        self._tars: dict[Path, dict[str, tuple[int, int]]] = {}
+        self._indexing = threading.Lock()
 
     def folder_open(self, request: urllib.request.Request) -> "_Bounded":
         name = urllib.parse.unquote(urllib.parse.urlsplit(request.full_url).path).removeprefix("/")
         path = (self._root / name).resolve()
         if not path.is_relative_to(self._root):
             raise Refused(f"refused: {name} lies outside the folder")
+        if path.parent.suffix == ".tar" and path.parent.is_file():
+            return self._member(path.parent, path.name)
         if not path.is_file():
             raise Refused("no such file in the folder")
         return _Bounded(_File(path), path.stat().st_size, float("inf"))
+
+    def _member(self, tar: Path, name: str) -> _Bounded:
+        with self._indexing:
+            if tar not in self._tars:
+                self._tars[tar] = index_tar(tar)
+        if name not in self._tars[tar]:
+            raise Refused("no such member in the tar")
+        offset, size = self._tars[tar][name]
+        with tar.open("rb") as file:
+            file.seek(offset)
+            return _Bounded(_Member(file.read(size)), size, float("inf"))
 
 
 class _File(io.FileIO):
@@ -234,6 +251,14 @@ class _File(io.FileIO):
         return self.read(size) or b""
 
 
+class _Member(io.BytesIO):
+    """A tar's member with a response's headers."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.headers = http.client.HTTPMessage()
+
+
 def folder_address(name: str) -> str:
-    """The address of a file in the opener's folder."""
+    """The address of a file in the opener's folder, or of a tar's member there."""
     return f"{FOLDER_SCHEME}:///{urllib.parse.quote(name)}"

@@ -1,0 +1,74 @@
+"""A project whose download stage runs here: its parameters, its payloads, and pictures to download."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.machine import Machine
+from pipeline.project import Project
+
+STORED = {
+    "image_size": 64,
+    "resize_mode": "no",
+    "resize_only_if_bigger": True,
+    "skip_reencode": True,
+    "encode_quality": 95,
+    "min_image_size": 4,
+    "max_aspect_ratio": 20.0,
+    "max_bytes": 1_000_000,
+    "refused_directives": ["noai", "noindex"],
+}
+FETCH = {"threads": 4, "timeout": 5.0, "deadline": 10.0, "retries": 0, "user_agent": "test/1"}
+DOWNLOAD = {
+    "source": "scenes",
+    "annotations": "",
+    "images": "",
+    "layout": "named",
+    "url_column": "url",
+    "caption_column": "caption",
+    "limit": None,
+    "mix": [],
+    "rows_per_shard": 100,
+    "stored": STORED,
+    "fetch": FETCH,
+}
+SCENES_BLOCK = {
+    "seed": 0,
+    "image_size": 64,
+    "variant": "easy",
+    "named": 0.9,
+    "unrelated": 0.0,
+    "duplicate": 0.0,
+    "num_train": 24,
+    "num_tune": 1,
+    "num_val": 1,
+    "rows_per_shard": 12,
+    "jpeg_quality": 95,
+    "faults": {"dead": 0.15, "html": 0.01, "truncated": 0.01},
+}
+
+
+def project(root: Path, stored: dict | None = None, **changes) -> Project:
+    machine = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
+    block = DOWNLOAD | {"stored": STORED | (stored or {})} | changes
+    return Project(root, {"scenes": SCENES_BLOCK, "download": block}, machine)
+
+
+def payload(project: Project, shard: str = "00000") -> Path:
+    return {row.shard: folder for row, folder in project.inputs("download")}[shard]
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(width: int = 32, height: int = 24) -> Image.Image:
+    """Smooth, so that JPEG keeps it; red on the left, green at the top."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(255, 0, width)[None]
+    pixels[..., 1] = np.linspace(255, 0, height)[:, None]
+    return Image.fromarray(pixels)
