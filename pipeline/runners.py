@@ -65,6 +65,8 @@ def run_process(work: Callable[[Item], Any], items: Iterable[Item], machine: Mac
                     yield item, future.result() if error is None else error
             for item in running.values():
                 yield item, WorkerLost("a worker process died")
+            if not running:
+                pool.shutdown()  # idle workers go by themselves, and leave nothing behind
         finally:
             _stop(pool)
 
