@@ -230,6 +230,22 @@ def test_other_strategies_have_nothing_to_tune(encoders, strategy):
     assert scores.isfinite().all()
 
 
+def test_a_picture_is_read_once_whatever_is_asked_of_it(encoders, monkeypatch):
+    tower, pixels = model(encoders).eval(), torch.randn(1, 3, SIDE, SIDE)
+    with torch.no_grad():
+        expected = tower.segment(pixels, tower.encode_text(["a dog", "a car"])), tower.regions(pixels)
+    calls = []
+    real = scg.SCG.region_vectors
+    monkeypatch.setattr(scg.SCG, "region_vectors", lambda self, *args: calls.append(1) or real(self, *args))
+    with torch.inference_mode():
+        found = tower.segment(pixels, tower.encode_text(["a dog", "a car"])), tower.regions(pixels)
+        tower.segment(pixels, tower.encode_text(["a cat"]))
+        assert len(calls) == 1
+        tower.regions(pixels + 1)
+        assert len(calls) == 2
+    torch.testing.assert_close(found, expected)
+
+
 def test_own_k_means_of_each_picture_share_one_token(encoders):
     tower = model(encoders, grouping={"kind": "image_kmeans"})
     assert tower.offsets.shape == (1, 1, 12) and tower.clusters == 3

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int16, Int64
 from torch import Tensor, nn
 
 from pipeline.artifacts.files import BadInput
@@ -34,6 +34,7 @@ from pipeline.encoders import load_clip, load_dino
 from pipeline.interfaces import ClipEncoder, PatchEncoder, VisualTower
 from pipeline.losses import noun_region
 from pipeline.losses.contrastive import Temperature
+from pipeline.nn.clip_reader import MEMORY_BYTES, Memory
 from pipeline.nn.codebook import pixel_groups, similarities
 from pipeline.nn.noun_vectors import NounVectors
 from pipeline.nn.region_tokens import (
@@ -161,6 +162,7 @@ class SCG(nn.Module):
         self.hits: Int64[Tensor, " clusters"]
         """How often each cluster's token was a noun's best region in its own picture; the others learn nothing."""
         self._lent: tuple[Any, ...] = ()
+        self._memory = Memory(MEMORY_BYTES)
         self._nouns = NounVectors(templates(config.nouns.templates))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -227,14 +229,25 @@ class SCG(nn.Module):
 
         Source: SCG 3.3 (arg max of cosines); the softmax is for rules with a threshold, and keeps the arg max.
         """
-        high, low = self._regions(pixels)
-        vectors = self.region_vectors(pixels, low, high)[0]
+        owner, vectors = self._named(pixels)
         probabilities = (self.temperature.scale * vectors @ class_embeddings.float().T).softmax(-1)
-        return probabilities[high[0]].permute(2, 0, 1)
+        return probabilities[owner.long()].permute(2, 0, 1)
 
     def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "height width"]:
         """The cluster of every pixel."""
-        return self._regions(pixels)[0][0]
+        return self._named(pixels)[0].long()
+
+    def _named(
+        self, pixels: Float[Tensor, "1 3 height width"]
+    ) -> tuple[Int16[Tensor, "height width"], Float[Tensor, "clusters dim"]]:
+        """The cluster of every pixel and each cluster's vector; in inference mode remembered between calls."""
+
+        def read() -> tuple[Tensor, ...]:
+            high, low = self._regions(pixels)
+            return high[0].short(), self.region_vectors(pixels, low, high)[0]
+
+        owner, vectors = self._memory.recall(pixels, read) if torch.is_inference_mode_enabled() else read()
+        return owner, vectors
 
     @torch.no_grad()
     def _regions(
