@@ -17,7 +17,7 @@ def _settle() -> None:
     memory stays with the process. Other C libraries keep what they do.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is first imported
-    if hasattr(os, "confstr") and "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
+    if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()):
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
