@@ -338,7 +338,7 @@ def test_a_stopped_run_has_written_every_finished_row(tmp_path, monkeypatch):
 
 
 def test_orders_are_counted_pair_by_pair():
-    rows = [row("a", 10, 5.0), row("b", 20, 9.0), row("c", 30, 7.0), row("d", 30, 7.5)]
+    rows = [row("a", 10, 5.0), row("b", 20, 14.0), row("c", 30, 8.0), row("d", 30, 9.0)]
     # a<b and a<c and a<d as in the paper; b<c and b<d reversed; c and d are equal in the paper.
     assert ablation_report.agreement(rows) == (3, 2, 1)
     near = [row("a", 10, 5.0), row("b", 20, 5.0 + ablation_report.NOISE / 2)]
