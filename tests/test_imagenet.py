@@ -101,8 +101,11 @@ def test_reading_keeps_the_order_whatever_the_threads(checkout):
     assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
 
 
-def test_the_probe_equals_scikit_learns_regression():
+@pytest.mark.parametrize("rows", [probe.ROWS, 50])  # 120 images at once, and in parts of 50, 50 and 20
+def test_the_probe_equals_scikit_learns_regression(rows, monkeypatch):
     from sklearn.linear_model import LogisticRegression
+
+    monkeypatch.setattr(probe, "ROWS", rows)
 
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(4, 6, generator=generator)

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     }
     if arguments.train is not None:
         train = read(arguments.train)
-        report["linear_probe"] = probe.measure(train, val, progress=partial(print, file=sys.stderr))
+        report["linear_probe"] = probe.measure(train, val, machine.device, progress=partial(print, file=sys.stderr))
         report["unreadable"] = {**train.unreadable, **val.unreadable}
     atomic_json(arguments.out, report)
     print(f"{summary(report)}. Written to {arguments.out}")
