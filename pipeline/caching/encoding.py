@@ -1,6 +1,7 @@
 """Images of a shard through a frozen encoder into one array: what the features and teacher stages share.
 
-Only kept rows are read. Images are decoded and resized in threads while the encoder works on the batch before. An image
+Only kept rows are read. Images are decoded and resized in threads while the encoder works on the batch before, and that
+is written while a GPU works on the next. An image
 that cannot be decoded becomes a row of `failures.parquet`, and the array's rows are those of `rows.parquet`: row i of
 both is the same sample.
 
@@ -112,10 +113,16 @@ def encode_shard(
     )
     with writer, ThreadPoolExecutor(machine.threads) as pool:
         images = _decoded(shard, rows, prepare, pool, BATCHES_AHEAD * layout.batch_size, failures)
+        before: Callable[[], np.ndarray] | None = None
         while batch := list(islice(images, layout.batch_size)):
             stack = np.stack([image for _, image in batch] + [batch[-1][1]] * (layout.batch_size - len(batch)))
-            writer.append(encode(torch.from_numpy(stack))[: len(batch)].half().cpu().numpy())
+            encoded = _to_host(encode(torch.from_numpy(stack))[: len(batch)].half())
+            if before is not None:  # written while a GPU works on the next
+                writer.append(before())
+            before = encoded
             done += [row for row, _ in batch]
+        if before is not None:
+            writer.append(before())
     write_table(out / "rows.parquet", _table(done))
     write_table(out / "failures.parquet", pa.Table.from_pylist(failures, FAILURES_SCHEMA))
     detail = {f"reason: {UNDECODABLE}": len(failures)} if failures else {}
@@ -171,6 +178,22 @@ def _decoded(
             future.cancel()
 
 
+def _to_host(rows: Tensor) -> Callable[[], np.ndarray]:
+    """Starts the copy; what it returns waits for these rows, and for nothing that the device was given after them."""
+    if not rows.is_cuda:
+        return rows.numpy
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
+
+
 def _table(rows: list[tuple[str, str]]) -> pa.Table:
     keys, uids = [key for key, _ in rows], [uid for _, uid in rows]
     return pa.table({"key": keys, "uid": uids}, schema=ROWS_SCHEMA)
@@ -180,6 +203,8 @@ def normalised(
     images: UInt8[Tensor, "batch height width 3"], mean: Triple, std: Triple, device: str
 ) -> Float[Tensor, "batch 3 height width"]:
     """RGB bytes as an encoder takes them: in [0, 1], less `mean`, over `std`."""
+    if torch.device(device).type == "cuda":
+        images = images.pin_memory()  # else the copy would wait for the batch before
     pixels = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
     shift, scale = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (mean, std))
     return ((pixels - shift) / scale).contiguous()
