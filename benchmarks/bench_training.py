@@ -3,8 +3,8 @@
     python -m benchmarks training                                              CPU: GroupViT and its peer, 16 images
     python -m benchmarks.bench_training --device cuda --batch 256 --compile blocks --methods groupvit zeroseg sseg
 
-Fresh weights and random pixels on the device; captions are 12 tokens long, in a context of 77 for the peer, as its
-processor pads them. Steps are those of `pipeline.training` (forward, backward, clipping, AdamW). Times are medians over
+Fresh weights and random pixels on the device; texts are 12 tokens long, padded to 77 as tokenizers do (OVSegmentor's
+loader pads to the longest of a batch). Steps are those of `pipeline.training` (forward, backward, clipping, AdamW). Times are medians over
 rounds that go through all contestants in turn, so that a busy machine slows all of them. MFU: the step's matrix
 products (counted by torch, attention included) at the rate of a large square product.
 """
@@ -126,7 +126,8 @@ def ours(
     config = paper_config(name, *settings)
     torch.manual_seed(0)
     model = methods.get(name).build(config, None).to(options.device).train()
-    batch = batch_for(name, model, config, options.batch, WORDS).to(options.device)
+    length = WORDS if name == "ovsegmentor" else CONTEXT
+    batch = batch_for(name, model, config, options.batch, length).to(options.device)
     loss = model.loss
     if compiled == "blocks":
         compile_blocks(model)
