@@ -4,9 +4,9 @@
     python -m benchmarks.bench_training --device cuda --batch 256 --compile blocks --methods groupvit zeroseg sseg
 
 Fresh weights and random pixels on the device; texts are 12 tokens long, padded to 77 as tokenizers do (OVSegmentor's
-loader pads to the longest of a batch). Steps are those of `pipeline.training` (forward, backward, clipping, AdamW). Times are medians over
-rounds that go through all contestants in turn, so that a busy machine slows all of them. MFU: the step's matrix
-products (counted by torch, attention included) at the rate of a large square product.
+loader pads to the longest of a batch). Steps are those of `pipeline.training` (forward, backward, clipping, AdamW).
+Times are medians over rounds that go through all contestants in turn, so that a busy machine slows all of them. MFU:
+the step's matrix products (counted by torch, attention included) at the rate of a large square product.
 """
 
 import argparse
