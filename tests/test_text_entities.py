@@ -1,8 +1,11 @@
 """Entities and nouns: CC4M's words, its exact rule against a plain loop, noun mode by hand."""
 
 import json
+import random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from nltk.tokenize import word_tokenize
 
@@ -94,6 +97,34 @@ def test_extract_and_annotate_agree(real_data, textblob) -> None:
     assert np.array_equal(whole.entities.values, only.values)
     assert np.array_equal(whole.entities.offsets, only.offsets)
     assert len(only.values) > 500
+
+
+@pytest.mark.parametrize("mode", ["exact", "noun"])
+def test_the_prefilter_loses_nothing(mode, textblob) -> None:
+    """Made-up captions of vocabulary words and everything that may stand beside them."""
+    draw = random.Random(0)
+    odd = ["cannot", "Gimme", "gonna", "n't", "'s", "'S", "'tis", "'", '"', ",", ".", "..", "-", "_", "1", "s", "x"]
+    odd += ["\u212aite", "K\u0130TE", "\ud800", "é", "\u3000", "\n", "(", "/", "the", "can", "I"]
+    parts = [*CC4M.words, *(plural(word.lower()) for word in CC4M.words), *odd * 6]
+    captions = []
+    for _ in range(6000):
+        count = draw.randint(1, 6)
+        captions.append("".join(draw.choice(parts) + (" " if draw.random() < 0.5 else "") for _ in range(count)))
+    small = Vocabulary.make("small", ["can", "ca", "na", "gon", "not", "dog", "t-shirt"], {})
+    for words in (CC4M, small):
+        annotator = Annotator(words, mode, textblob)
+        for start in range(0, len(captions), 50):  # some batches without a surrogate
+            batch = captions[start : start + 50]
+            whole, only = annotator(batch), annotator.entities(batch)
+            assert np.array_equal(whole.entities.offsets, only.offsets), batch
+            assert np.array_equal(whole.entities.values, only.values)
+
+
+def test_few_captions_pass_the_prefilter() -> None:
+    pattern = CC4M.pattern("noun")
+    captions = pa.array(["A Dog.", "two dogs' beds", "the dogma", "hotdog", "a catalogue of cartoons", "nothing"])
+    assert pc.match_substring_regex(captions, pattern).to_pylist() == [True, True, False, False, False, False]
+    assert Vocabulary.make("x", ["café"], {}).pattern("noun") == ""
 
 
 def test_nouns_and_word_counts(textblob) -> None:

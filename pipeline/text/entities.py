@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.artifacts.files import BadInput
 from pipeline.text import tagging
@@ -84,6 +86,20 @@ class Vocabulary:
                 forms.setdefault(plural(low), (number, "NNS"))
         return forms
 
+    def pattern(self, mode: Mode) -> str:
+        """RE2 expression that every caption with a token of the vocabulary matches, and few others; "" for none.
+
+        Tokens end at blanks and at characters that are no letters; else a rule for contractions has parted them
+        ("do|n't", "can|not").
+        """
+        words = self.exact if mode == "exact" else self.forms
+        if not all(word.isascii() for word in words):
+            return ""  # lower() and RE2 fold some letters differently
+        either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+        flags, letter = ("", "A-Za-z") if mode == "exact" else ("(?i)", "a-z")
+        joined = "cannot|g[iİı]mme|gonna|gotta|lemme|wanna|'t[iwİı]"
+        return f"{flags}(?:^|[^{letter}])(?:{either})(?:$|[^{letter}]|n't|N'T)|(?i:{joined})"
+
     @cached_property
     def nouns(self) -> tuple[tuple[str, str], ...]:
         """The forms with their noun tags, the prior of a tagger that was counted on other text."""
@@ -137,16 +153,20 @@ class Annotator:
         self.lemmas = Types()
         self._types = Types()
         self._columns = TypeColumns(self._describe, 4)
+        self._classes = TypeColumns(lambda word: (self._class(word),), 1)
+        self._pattern = vocabulary.pattern(mode)
         self._noun_tags = np.array([tag in tagging.NOUNS for tag in tagger.tags])
         self._plural_tags = np.array([tag in tagging.PLURALS for tag in tagger.tags])
 
+    def _class(self, word: str) -> int:
+        """Class of a word, or -1."""
+        if self.mode == "exact":
+            return self.vocabulary.exact.get(word, -1)
+        return self.vocabulary.forms.get(word.lower().rstrip("."), (-1, ""))[0]
+
     def _describe(self, word: str) -> tuple[int, int, int, int]:
         """Class of a word or -1, whether it has a letter, and its lemma as a singular and as a plural, or -1."""
-        low = word.lower().rstrip(".")
-        if self.mode == "exact":
-            entity = self.vocabulary.exact.get(word, -1)
-        else:
-            entity = self.vocabulary.forms.get(low, (-1, ""))[0]
+        low, entity = word.lower().rstrip("."), self._class(word)
         is_word = any(map(str.isalpha, word))
         if not _LETTERS.search(low) or len(low) > LONGEST_NOUN:
             return entity, is_word, -1, -1
@@ -177,19 +197,26 @@ class Annotator:
         )
 
     def entities(self, captions: Sequence[str]) -> Ragged:
-        """Only the entities: captions without a word of the vocabulary are never tagged."""
-        lines, row_of_line = _split(captions)
+        """Only the entities: captions without a word of the vocabulary are never split, nor other words tagged."""
+        candidates = self._candidates(captions)
+        lines, row_of_line = _split([captions[at] for at in candidates.tolist()])
+        row_of_line = candidates[row_of_line]
         tokens = tokenise(lines, self._types)
-        entity = self._columns.of(self._types)[:, 0]
+        entity = self._classes.of(self._types)[tokens.ids, 0]
+        found = entity >= 0
         if self.mode == "noun":
-            candidate = np.zeros(len(lines), dtype=bool)
-            candidate[tokens.line[entity[tokens.ids] >= 0]] = True
-            kept = np.flatnonzero(candidate)
-            tokens, row_of_line = tokens.take(kept), row_of_line[kept]
-        found = entity[tokens.ids] >= 0
-        if self.mode == "noun":
-            found &= self._noun_tags[self.tagger.tag(tokens)]
-        return _each_once(row_of_line[tokens.line][found], entity[tokens.ids[found]], len(captions))
+            found &= self._noun_tags[self.tagger.tag(tokens, found)]
+        return _each_once(row_of_line[tokens.line[found]], entity[found], len(captions))
+
+    def _candidates(self, captions: Sequence[str]) -> np.ndarray:
+        """Rows whose captions may name an entity, int64, rising."""
+        if not self._pattern:
+            return np.arange(len(captions))
+        try:
+            matches = pc.match_substring_regex(pa.array(captions, pa.string()), self._pattern)
+        except UnicodeEncodeError:  # a lone surrogate
+            return np.arange(len(captions))
+        return np.flatnonzero(matches.to_numpy(zero_copy_only=False))
 
 
 def extract(

@@ -27,8 +27,8 @@ class Tagger(Protocol):
     name: str
     tags: tuple[str, ...]
 
-    def tag(self, tokens: Tokens) -> np.ndarray:
-        """Tag number of each token, int64 [tokens]."""
+    def tag(self, tokens: Tokens, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Tag number of each token, int64 [tokens]; with `wanted`, bool [tokens], those need be right alone."""
         ...
 
 
