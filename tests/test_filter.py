@@ -26,6 +26,7 @@ MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0
 BLOCK = {
     "vocabulary": "cc4m",
     "mode": "noun",
+    "nouns": "lemmas",
     "tagger": "textblob",
     "min_words": 2,
     "max_words": 50,
@@ -170,7 +171,8 @@ def test_keys_follow_inputs_params_and_the_tagger(tmp_path, real_data, monkeypat
     project = download(tmp_path, {"00000": shard_of(CAPTIONS)})
     first = run(STAGE, project)
     assert run(STAGE, project).rows == first.rows
-    for change in ({"min_words": 1}, {"mode": "exact"}, {"require_entity": False}):
+    assert "nouns" not in STAGE.key_fields(STAGE.tasks(project)[0])["params"]  # as before there was a choice
+    for change in ({"min_words": 1}, {"mode": "exact"}, {"require_entity": False}, {"nouns": "groupvit"}):
         other = Project(tmp_path, {"filter": {**BLOCK, **change}}, MACHINE)
         assert STAGE.key(STAGE.tasks(other)[0]) != first.rows[0].key
     auto = Project(tmp_path, {"filter": {**BLOCK, "tagger": "auto"}}, MACHINE)
@@ -181,6 +183,12 @@ def test_keys_follow_inputs_params_and_the_tagger(tmp_path, real_data, monkeypat
     again = run(STAGE, auto)
     about = project.store.describe("filter", again.rows[0].key)
     assert about is not None and about["counts"]["detail"]["tagger: nltk"] == len(CAPTIONS)
+
+
+def test_groupvits_nouns_are_tokens_as_they_stand(tmp_path) -> None:
+    project = download(tmp_path, {"00000": shard_of(["Dogs chase Dogs"])}, nouns="groupvit")
+    run(STAGE, project)
+    assert table(project)["nouns"].to_pylist() == [["Dogs", "chase", "Dogs"]]
 
 
 def test_a_lost_download_stops_it(tmp_path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 
+import nltk
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -135,6 +136,26 @@ def test_nouns_and_word_counts(textblob) -> None:
     assert nouns == [["dog", "ball", "park"], [], [], ["woman", "man"]]
     assert said.fewest_words.tolist() == [4, 0, 0, 3]
     assert said.most_words.tolist() == [5, 0, 0, 3]
+
+
+def test_groupvits_nouns_are_those_of_its_loop(real_data, monkeypatch) -> None:
+    """Card section 6: raw tokens, verbs among them, repetitions kept, no NNPS."""
+    monkeypatch.setattr(nltk.data, "path", [str(real_data / "nltk_data")])
+    lines = (real_data / "captions" / "cc3m_validation.tsv").read_text(encoding="utf-8").splitlines()
+    captions = [line.split("\t")[0] for line in lines[::40]] + ["Dogs chase Dogs in the Alps", "", "!!"]
+    kept = {"NN", "NNS", "NNP", "VB", "VBD", "VBG", "VBN", "VBP", "VBZ"}
+    expected = [[word for word, tag in nltk.pos_tag(word_tokenize(text, preserve_line=True)) if tag in kept]
+                for text in captions]  # fmt: skip
+    tagger = tagging.load(tagging.resolve("nltk", [str(real_data / "nltk_data")]))
+    annotator = Annotator(CC4M, "exact", tagger, "groupvit")
+    said = annotator(captions)
+    names = list(annotator.lemmas)
+    parts = [[names[number] for number in part] for part in np.split(said.nouns.values, said.nouns.offsets[1:-1])]
+    assert parts == expected
+    assert any(len(part) != len(set(part)) for part in parts)
+    plain = Annotator(CC4M, "exact", tagger)(captions)
+    assert np.array_equal(plain.entities.values, said.entities.values)
+    assert np.array_equal(plain.most_words, said.most_words)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,18 @@ def test_the_short_way_for_plain_lines_gives_the_same_tokens(real_data) -> None:
     draw = random.Random(1)
     coco = json.loads((real_data / "captions" / "coco_captions_val2017.json").read_text())["annotations"]
     lines = [each["caption"].replace("\n", " ") for each in coco][::6]
-    lines += ["g\u0130mme that", "a dog .", ".", " . ", "a dog.  ", "U.S.", "x..", "\u3000", "can not", "he Cannot sit."]
+    lines += [
+        "g\u0130mme that",
+        "a dog .",
+        ".",
+        " . ",
+        "a dog.  ",
+        "U.S.",
+        "x..",
+        "\u3000",
+        "can not",
+        "he Cannot sit.",
+    ]
     for _ in range(20_000):
         count = draw.randint(0, 5)
         lines.append("".join(draw.choice(PARTS) + (" " if draw.random() < 0.6 else "") for _ in range(count)))

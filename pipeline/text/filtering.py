@@ -24,7 +24,7 @@ from pipeline.machine import Machine
 from pipeline.params import Range
 from pipeline.project import Project
 from pipeline.text import entities, tagging
-from pipeline.text.entities import Annotation, Annotator, Mode, Ragged, Vocabulary
+from pipeline.text.entities import Annotation, Annotator, Mode, NounRule, Ragged, Vocabulary
 from pipeline.text.index import EntityIndex, check_index, write_index
 from pipeline.text.verdicts import KEPT, NAME, REJECTED, SCHEMA, kept, where
 
@@ -41,6 +41,8 @@ class Config:
         vocabulary: "cc4m", or the path of a JSON file of its form.
         mode: "exact": a word of the vocabulary letter by letter (CC4M's rule); "noun": tagged as a noun, in any case
             and number.
+        nouns: what column `nouns` holds: "lemmas" (lower-case singulars, each once) or "groupvit" (the tokens that
+            GroupViT draws prompts from, verbs among them). OVSegmentor's masked nouns and SCG need lemmas.
         tagger: "nltk", "textblob", or "auto": nltk's where its data is on this machine, TextBlob's otherwise.
         min_words, max_words: bounds on the words of a caption; of several captions one within them is enough.
         require_entity: reject samples whose captions name no entity.
@@ -50,6 +52,7 @@ class Config:
 
     vocabulary: str
     mode: Mode
+    nouns: NounRule
     tagger: tagging.Choice
     min_words: Annotated[int, Range(0)]
     max_words: Annotated[int, Range(1)]
@@ -73,8 +76,11 @@ def _tasks(project: Project) -> list[Task]:
     config = project.config("filter", Config)
     vocabulary = _vocabulary(project, config.vocabulary)
     source = tagging.resolve(config.tagger)
+    decisive = params.plain(config)
+    if config.nouns == "lemmas":
+        del decisive["nouns"]  # payloads from before there was a choice keep their keys
     settings = {
-        **params.plain(config),
+        **decisive,
         "vocabulary": digest([vocabulary.words, vocabulary.classes, vocabulary.class_of]),
         "tagger": source.name,
         "tagger_data": source.digest,
@@ -95,16 +101,17 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
     rows = read_rows(args.folder / f"{task.shard}.parquet")
     rows = where(rows, "status", SUCCESS).sort_by("key")
     captions = _texts(rows["caption"])
-    annotator = Annotator(args.vocabulary, args.config.mode, tagging.load(args.tagger, args.vocabulary.nouns))
+    config, tagger = args.config, tagging.load(args.tagger, args.vocabulary.nouns)
+    annotator = Annotator(args.vocabulary, config.mode, tagger, config.nouns)
     reasons: list[str] = []
     nouns, classes = [], []
     for start in range(0, len(captions), entities.BATCH):
         batch = captions[start : start + entities.BATCH]
         said = annotator(batch)
-        reasons += _judge(batch, said, args.config)
+        reasons += _judge(batch, said, config)
         nouns.append(said.nouns)
         classes.append(said.entities)
-    _mark_duplicates(reasons, captions, rows["sha256"].to_pylist(), args.config.duplicates)
+    _mark_duplicates(reasons, captions, rows["sha256"].to_pylist(), config.duplicates)
     lemmas = pa.array(list(annotator.lemmas), pa.string())
     table = pa.table(
         {

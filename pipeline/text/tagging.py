@@ -17,6 +17,8 @@ from pipeline.text.tokenise import Tokens
 
 Choice = Literal["auto", "nltk", "textblob"]
 NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
+# Source: GroupViT card section 6: what its prompts are drawn from. Verbs are among them, plural names are not.
+GROUPVIT = frozenset({"NN", "NNS", "NNP", "VB", "VBD", "VBG", "VBN", "VBP", "VBZ"})
 PLURALS = frozenset({"NNS", "NNPS"})
 
 
