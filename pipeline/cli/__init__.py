@@ -19,6 +19,7 @@ COMMANDS = {
         "pipeline.cli.convert",
         "write a benchmark's masks from its published annotations: Context, COCO-Object",
     ),
+    "retry-failed": ("pipeline.cli.retry_failed", "download again what failed, as further shards"),
     "mine": ("pipeline.cli.mine", "a vocabulary from captions: their frequent nouns that name things"),
     "evaluate": ("pipeline.evaluation", "score a model on a benchmark"),
     "imagenet": ("pipeline.imagenet", "zero-shot accuracy and linear probe on ImageNet-1k"),
