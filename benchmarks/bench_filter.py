@@ -97,7 +97,7 @@ def _shards(listed: Path) -> ShardStage:
 def measure(rows: int, mode: str, workers: int, out: "multiprocessing.SimpleQueue[dict]") -> None:
     """Seconds of each step and the peak resident set in MB of this process and of its largest worker."""
     block = {"vocabulary": "cc4m", "mode": mode, "nouns": "lemmas", "tagger": "textblob", "min_words": 2}
-    block |= {"max_words": 128, "require_entity": True, "duplicates": "keep"}
+    block |= {"max_words": 128, "require_entity": True, "duplicates": "keep", "reject": []}
     runner = "process" if workers > 1 else "inline"
     machine = Machine(runner=runner, workers=workers, device="cpu", threads=1, retries=0)
     found: dict[str, float] = {"rows": rows}

@@ -32,6 +32,7 @@ BLOCK = {
     "max_words": 50,
     "require_entity": True,
     "duplicates": "pair",
+    "reject": [],
 }
 CAPTIONS = [
     "a dog and two cats",

@@ -20,6 +20,7 @@ COMMANDS = {
         "write a benchmark's masks from its published annotations: Context, COCO-Object",
     ),
     "retry-failed": ("pipeline.cli.retry_failed", "download again what failed, as further shards"),
+    "duplicates": ("pipeline.cli.duplicates", "mark rows that repeat an earlier one or stand in a benchmark"),
     "mine": ("pipeline.cli.mine", "a vocabulary from captions: their frequent nouns that name things"),
     "evaluate": ("pipeline.evaluation", "score a model on a benchmark"),
     "imagenet": ("pipeline.imagenet", "zero-shot accuracy and linear probe on ImageNet-1k"),

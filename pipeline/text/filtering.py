@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import params
+from pipeline.artifacts import decisions
 from pipeline.artifacts.files import CorruptPayload, digest
 from pipeline.artifacts.shards import SUCCESS, read_rows
 from pipeline.artifacts.tables import read_table, write_table
@@ -48,6 +49,7 @@ class Config:
         require_entity: reject samples whose captions name no entity.
         duplicates: what makes a later sample of the shard a duplicate of an earlier one: "pair" is the same image
             bytes and captions, "image" and "caption" one of them, "keep" nothing.
+        reject: decisions of `tessera duplicates`, over all shards, that reject a row.
     """
 
     vocabulary: str
@@ -58,6 +60,7 @@ class Config:
     max_words: Annotated[int, Range(1)]
     require_entity: bool
     duplicates: Literal["keep", "pair", "image", "caption"]
+    reject: tuple[Literal["leak", "image", "near", "url", "caption"], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class _Args:
     config: Config
     vocabulary: Vocabulary
     tagger: tagging.Source
+    decisions: Path | None
 
 
 def _vocabulary(project: Project, name: str) -> Vocabulary:
@@ -79,6 +83,11 @@ def _tasks(project: Project) -> list[Task]:
     decisive = params.plain(config)
     if config.nouns == "lemmas":
         del decisive["nouns"]  # payloads from before there was a choice keep their keys
+    decided = None
+    if config.reject:
+        decisive["decisions"], decided = decisions.find(project.root, project.store.root)
+    else:
+        del decisive["reject"]
     settings = {
         **decisive,
         "vocabulary": digest([vocabulary.words, vocabulary.classes, vocabulary.class_of]),
@@ -89,7 +98,7 @@ def _tasks(project: Project) -> list[Task]:
         Task(
             shard=row.shard,
             fields={"input": row.out, "params": settings},
-            args=_Args(folder, config, vocabulary, source),
+            args=_Args(folder, config, vocabulary, source, decided),
             rows=row.rows,
         )
         for row, folder in project.inputs("download")
@@ -111,6 +120,9 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
         reasons += _judge(batch, said, config)
         nouns.append(said.nouns)
         classes.append(said.entities)
+    if args.decisions is not None:
+        found = decisions.of_shard(args.decisions, task.shard)
+        _reject(reasons, [found.get(key) for key in rows["key"].to_pylist()], config.reject)
     _mark_duplicates(reasons, captions, rows["sha256"].to_pylist(), config.duplicates)
     lemmas = pa.array(list(annotator.lemmas), pa.string())
     table = pa.table(
@@ -158,6 +170,13 @@ def _judge(captions: Sequence[str], said: Annotation, config: Config) -> list[st
         else:
             reasons.append("")
     return reasons
+
+
+def _reject(reasons: list[str], decided: Sequence[str | None], kinds: Sequence[str]) -> None:
+    """Reject rows with a decision of these kinds that had no reason before."""
+    for at, kind in enumerate(decided):
+        if not reasons[at] and kind in kinds:
+            reasons[at] = kind if kind == "leak" else f"duplicate_{kind}"
 
 
 def _mark_duplicates(reasons: list[str], captions: Sequence[str], images: Sequence[str], rule: str) -> None:
