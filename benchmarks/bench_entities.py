@@ -77,7 +77,9 @@ def whole_annotation(lines: list[str], words: Vocabulary, tagger: Tagger) -> Non
 
 
 def measure(lines: list[str], words: Vocabulary, source: tagging.Source, rounds: int) -> dict[str, float]:
-    """Captions a second of the loop and of ours (noun and exact mode, the stage's whole annotation), and agreement."""
+    """Captions a second of the loop and of ours (noun and exact mode, the stage's whole annotation), agreement, and how
+    many captions name an entity.
+    """
     sample = lines[:: max(1, len(lines) // SAMPLE)]
     best = dict.fromkeys(("loop", "noun", "exact", "annotation"), float("inf"))
     for _ in range(rounds):
@@ -93,7 +95,10 @@ def measure(lines: list[str], words: Vocabulary, source: tagging.Source, rounds:
             best[name] = min(best[name], timed(call) / count)
     tagger = tagging.load(source, words.nouns)
     f1 = agreement(extract(sample, words, tagger=tagger), plain_loop(sample, words))
-    return {**{name: 1 / seconds for name, seconds in best.items()}, "f1": f1}
+    named = {
+        f"{mode} named": sum(map(bool, extract(lines, words, mode=mode, tagger=tagger))) for mode in ("noun", "exact")
+    }
+    return {**{name: 1 / seconds for name, seconds in best.items()}, **named, "f1": f1}
 
 
 def main() -> None:
@@ -115,6 +120,8 @@ def main() -> None:
     for name, lines in sets.items():
         found = measure(lines, words, source, options.rounds)
         print(f"  {name:10s} {len(lines):6,d} captions   nltk loop {found['loop']:8,.0f}   f1 {found['f1']:.4f}")
+        kept = ", ".join(f"{mode} {int(found[f'{mode} named']):,d}" for mode in ("noun", "exact"))
+        print(f"    captions with an entity: {kept}")
         for mode, wanted in (("noun", f"   to reach: {RATIO:.0f} at f1 {F1}"), ("exact", ""), ("annotation", "")):
             print(f"    {mode:10s} {found[mode]:10,.0f} {found[mode] / found['loop']:7.1f} x{wanted}")
 
