@@ -87,7 +87,7 @@ class Polite(urllib.request.OpenerDirector):
             try:
                 response = super().open(fullurl, data, timeout)
                 if response.headers.get("X-Robots-Tag") is None:  # else it may be one that must not be read
-                    response.load()
+                    _load(response)
                 return response
             except Exception as error:
                 asked = _retry_after(error)
@@ -115,6 +115,14 @@ class Polite(urllib.request.OpenerDirector):
         with self._lock:
             until = time.monotonic() + seconds
             self._free[domain] = max(until, self._free.get(domain, until))
+
+
+def _load(response: Any) -> None:
+    try:
+        response.load()
+    except BaseException:
+        response.close()
+        raise
 
 
 def is_transient(error: BaseException) -> bool:
