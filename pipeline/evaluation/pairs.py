@@ -1,5 +1,6 @@
 """A pair is a candidate and a benchmark: opened, resolved against the parameters, scored, drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipeline.artifacts.files import BadInput, digest
 from pipeline.datasets.benchmarks import Benchmark, Protocol, open_benchmark
 from pipeline.evaluation import candidates, panels
 from pipeline.evaluation.config import BenchmarkConfig, Config, pick, thresholds
-from pipeline.evaluation.scoring import Candidate, Regions, Scored, Settings, passes, score
+from pipeline.evaluation.scoring import Candidate, Regions, Scored, Settings, Watcher, passes, score
 from pipeline.inference import BACKGROUNDS, BackgroundName
 from pipeline.params import ParamsError
 from pipeline.project import Project
@@ -96,11 +97,14 @@ def data_digest(pair: Pair) -> str:
     return pair.benchmark.digest([*pair.settings.tune_ids, *pair.ids])
 
 
-def evaluate(pair: Pair, candidate: Candidate, *, bar: bool) -> Scored:
-    """Score a candidate, with a progress bar where asked; the report is what the metrics file holds."""
+def evaluate(pair: Pair, candidate: Candidate, *, bar: bool, watchers: Sequence[Watcher] = ()) -> Scored:
+    """Score a candidate, with a progress bar where asked; the report is what the metrics file holds.
+
+    `watchers` are told every answer that the reported score counts.
+    """
     total, label = passes(candidate, len(pair.ids), pair.settings), f"{candidate.name} on {pair.benchmark.name}"
     with tqdm(total=total, desc=label, unit="image", mininterval=1.0, disable=not bar) as progress:
-        scored = score(candidate, pair.benchmark, pair.ids, pair.settings, progress.update)
+        scored = score(candidate, pair.benchmark, pair.ids, pair.settings, progress.update, watchers)
     known = candidate.digests
     scored.report["benchmark_digest"] = data_digest(pair)
     scored.report["digests"] = known

@@ -11,7 +11,8 @@ from pipeline.datasets.benchmarks import Benchmark
 from pipeline.evaluation.resampling import spread
 from pipeline.metrics import ConfusionMatrix, ThresholdSweep
 
-DIGITS = 6  # of a stored fraction: below what one pixel of a small benchmark weighs
+DIGITS = 10  # of a stored fraction: an independent count of the same label maps agrees to 1e-9
+THRESHOLD_DIGITS = 6  # of a stored threshold, which is a float32
 CURVE_POINTS = 20  # intervals of the stored sweep, unless it has few more thresholds; its maximum is exact
 
 
@@ -26,7 +27,7 @@ def curve(sweep: ThresholdSweep) -> dict[str, Any]:
         "best_threshold": value,
         "chosen_on": "test split (not used for the score)",
         "miou": [fraction(scores[index]) for index in shown],
-        "thresholds": [round(sweep.thresholds[index].item(), DIGITS) for index in shown],
+        "thresholds": [round(sweep.thresholds[index].item(), THRESHOLD_DIGITS) for index in shown],
     }
 
 

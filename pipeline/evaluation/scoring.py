@@ -5,7 +5,7 @@ same model gives the same bytes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ GROUP_INTERVALS = 20  # of a rule by group's thresholds: 0, 0.05 ... 1, so that 
 CONFUSION_CLASSES = 32  # a larger matrix is left out of the report
 Answer = Callable[[Sample], Int64[Tensor, "height width"]]
 Regions = Callable[[UInt8[np.ndarray, "height width 3"]], Int64[Tensor, "height width"]]
+Watcher = Callable[[Sample, Int64[Tensor, "height width"]], object]  # is told each test image's answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,6 @@ class Tally:
     """
 
     total: ConfusionMatrix
-    boundaries: BoundaryIoU
     per_image: dict[str, float] = field(default_factory=dict)
     areas: list[Int64[Tensor, "3 classes"]] = field(default_factory=list)
     seconds: float = 0.0
@@ -98,17 +98,24 @@ class Scored:
     rate: float
 
 
-def tally(benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[], object]) -> Tally:
-    """Confusion counts of `answer` over the images, in order."""
+def tally(
+    benchmark: Benchmark,
+    ids: list[str],
+    answer: Answer,
+    step: Callable[[], object],
+    watchers: Sequence[Watcher] = (),
+) -> Tally:
+    """Confusion counts of `answer` over the images, in order; each watcher is told every answer."""
     classes, ignore = len(benchmark.classes), benchmark.ignore_index
-    counts = Tally(ConfusionMatrix(classes, ignore), BoundaryIoU(classes, ignore))
+    counts = Tally(ConfusionMatrix(classes, ignore))
     started = time.perf_counter()
     for image_id in ids:
         sample = benchmark.sample(image_id)
         predicted, single = answer(sample), ConfusionMatrix(classes, ignore)
         single.update(predicted, sample.label)
         counts.total.merge(single)
-        counts.boundaries.update(predicted, sample.label)
+        for watcher in watchers:
+            watcher(sample, predicted)
         counts.per_image[image_id] = single.miou()
         counts.areas.append(torch.stack([single.counts.diagonal(), single.counts.sum(0), single.counts.sum(1)]))
         step()
@@ -117,13 +124,26 @@ def tally(benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[
 
 
 def score(
-    candidate: Candidate, benchmark: Benchmark, ids: list[str], settings: Settings, step: Callable[[], object]
+    candidate: Candidate,
+    benchmark: Benchmark,
+    ids: list[str],
+    settings: Settings,
+    step: Callable[[], object],
+    watchers: Sequence[Watcher] = (),
 ) -> Scored:
-    """Score a candidate on the test images; `step` is called once per image and pass (see `passes`)."""
+    """Score a candidate on the test images; `step` is called once per image and pass (see `passes`).
+
+    `watchers` are told the answers that the reported score counts, each once.
+    """
+    boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
+    reported = (lambda sample, predicted: boundaries.update(predicted, sample.label), *watchers)
     if isinstance(candidate.model, ScoreModel):
-        runs = [_run_rule(candidate.model, benchmark, ids, rule, settings, step) for rule in settings.backgrounds]
+        runs = [
+            _run_rule(candidate.model, benchmark, ids, rule, settings, step, () if number else reported)
+            for number, rule in enumerate(settings.backgrounds)
+        ]
     else:
-        runs = [_run_labels(candidate.model, benchmark, ids, step)]
+        runs = [_run_labels(candidate.model, benchmark, ids, step, reported)]
     headline, counts, answer = runs[0]
     report = {
         "benchmark": benchmark.name,
@@ -136,7 +156,7 @@ def score(
         **headline,
         **figures(counts.total, benchmark),
         **by_split(counts.total, benchmark),
-        "boundary_miou": fraction(counts.boundaries.miou()),
+        "boundary_miou": fraction(boundaries.miou()),
         **uncertainty(torch.stack(counts.areas).numpy()),
         **_image_accuracy(candidate.model, benchmark, ids, settings, step),
         **oracle(candidate, benchmark, ids, answer, step),
@@ -157,7 +177,11 @@ def passes(candidate: Candidate, num_images: int, settings: Settings) -> int:
 
 
 def _run_labels(
-    model: LabelModel, benchmark: Benchmark, ids: list[str], step: Callable[[], object]
+    model: LabelModel,
+    benchmark: Benchmark,
+    ids: list[str],
+    step: Callable[[], object],
+    watchers: Sequence[Watcher],
 ) -> tuple[dict[str, Any], Tally, Answer]:
     def answer(sample: Sample) -> Int64[Tensor, "height width"]:
         return model.label(sample, len(benchmark.classes), benchmark.ignore_index)
@@ -173,7 +197,7 @@ def _run_labels(
         "window": None,
         **(model.described() if isinstance(model, ClosedVocabulary) else {}),
     }
-    return described, tally(benchmark, ids, answer, step), answer
+    return described, tally(benchmark, ids, answer, step, watchers), answer
 
 
 def _run_rule(
@@ -183,6 +207,7 @@ def _run_rule(
     rule: BackgroundName,
     settings: Settings,
     step: Callable[[], object],
+    watchers: Sequence[Watcher],
 ) -> tuple[dict[str, Any], Tally, Answer]:
     """One background rule on the test split: what was done, the counts, and how to answer for one image."""
     background = BACKGROUNDS[rule]
@@ -199,7 +224,7 @@ def _run_rule(
             sweep.update(best.cpu(), labels.cpu(), sample.label)
         return threshold_labels(best, labels, threshold["value"]).cpu()
 
-    counts = tally(benchmark, ids, answer, step)
+    counts = tally(benchmark, ids, answer, step, watchers)
     described = {
         "background": rule,
         "pamr": settings.pamr,
