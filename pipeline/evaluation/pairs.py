@@ -122,10 +122,14 @@ def draw(
     def pictures(image_id: str) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
         sample = benchmark.sample(image_id)
         columns = {"image": sample.image}
-        maps = [regions(sample.image).numpy() for regions in (pseudo_masks, candidate.regions) if regions is not None]
+        sources = (pseudo_masks, None if candidate.stages else candidate.regions)
+        maps = [regions(sample.image).numpy() for regions in sources if regions is not None]
         if len(maps) == 2 and np.array_equal(maps[0], maps[1]):  # the oracle's own masks are the pseudo-masks
             maps.pop()
-        for column, regions in zip(("regions", "masks"), maps, strict=False):
+        named = dict(zip(("regions", "masks"), maps, strict=False))
+        for number, groups in enumerate(candidate.stages(sample.image) if candidate.stages else (), start=1):
+            named[f"stage{number}"] = groups.numpy()
+        for column, regions in named.items():
             columns[column] = panels.colored(regions, panels.REGIONS)
         columns["prediction"] = panels.colored_classes(scored.answer(sample).numpy(), len(classes), None)
         columns["truth"] = panels.colored_classes(sample.label, len(classes), ignore)

@@ -1,4 +1,4 @@
-"""Pictures of single images: image | pseudo-masks | prediction | truth, as PNG files and a `panels.json`.
+"""Pictures of single images: image | pseudo-masks | groups | prediction | truth, as PNG files and a `panels.json`.
 
 Label maps are written in flat colours, background black, the ignored border light; an image is reduced to a given
 longer side, label maps by nearest neighbour.
@@ -75,7 +75,8 @@ def draw(
     """Write every chosen image's pictures, then `panels.json`.
 
     `pictures(id)` gives them by column: `image`, `prediction`, `truth`, and where there are any `regions` (the
-    pseudo-masks, or else the model's own) and `masks` (the model's own).
+    pseudo-masks, or else the model's own), `masks` (the model's own), or instead of these `stage1`, `stage2`, ... (the
+    groups of a model that groups in stages).
     """
     folder.mkdir(parents=True, exist_ok=True)
     panels: list[dict[str, Any]] = []

@@ -47,12 +47,14 @@ class Candidate:
         model: gives class scores, or label maps.
         digests: what its answers depend on beside code, by name.
         regions: its hard masks of an image, at the image's size; None where it has none.
+        stages: where it groups in stages, the groups of each, first to last, at the image's size; for the pictures.
     """
 
     name: str
     model: ScoreModel | LabelModel
     digests: dict[str, str]
     regions: Regions | None
+    stages: Callable[[UInt8[np.ndarray, "height width 3"]], list[Int64[Tensor, "height width"]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
