@@ -231,7 +231,9 @@ class Segmenter:
         if background.by_group and not isinstance(model, GroupModel):
             raise ParamsError(f"background group_threshold: {type(model).__name__} has no groups; choose another rule")
         if background.against_zero and isinstance(model, GroupModel):
-            raise ParamsError(f"background constant_logit: {type(model).__name__} segments by groups; choose another rule")
+            raise ParamsError(
+                f"background constant_logit: {type(model).__name__} segments by groups; choose another rule"
+            )
         if background.by_group and pamr:
             raise ParamsError("pamr: background group_threshold has no score maps to refine; choose another rule")
         if background.by_group and (not thresholds or sorted(set(thresholds)) != list(thresholds)):

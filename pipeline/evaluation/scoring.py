@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.baselines import ClosedVocabulary, LabelModel
 from pipeline.datasets.benchmarks import Benchmark, Sample
 from pipeline.evaluation.classification import ImageModel, classify
-from pipeline.evaluation.rates import brief, by_split, curve, figures, fraction, uncertainty
+from pipeline.evaluation.rates import brief, by_split, confused, curve, figures, fraction, uncertainty
 from pipeline.inference import (
     BACKGROUNDS,
     BackgroundName,
@@ -32,7 +32,8 @@ from pipeline.mask_metrics import BoundaryIoU, best_jaccard
 from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_classes, region_counts
 
 GROUP_INTERVALS = 20  # of a rule by group's thresholds: 0, 0.05 ... 1, so that the papers' are among them
-CONFUSION_CLASSES = 32  # a larger matrix is left out of the report
+CONFUSION_CLASSES = 32  # a larger matrix is left out of the report, but for its largest mistakes
+MISTAKES = 10
 Answer = Callable[[Sample], Int64[Tensor, "height width"]]
 Regions = Callable[[UInt8[np.ndarray, "height width 3"]], Int64[Tensor, "height width"]]
 Watcher = Callable[[Sample, Int64[Tensor, "height width"]], object]  # is told each test image's answer
@@ -162,6 +163,7 @@ def score(
         **uncertainty(torch.stack(counts.areas).numpy()),
         **_image_accuracy(candidate.model, benchmark, ids, settings, step),
         **oracle(candidate, benchmark, ids, answer, step),
+        "confused": confused(counts.total, benchmark.classes, MISTAKES),
         "other_backgrounds": {rule["background"]: brief(rule, run.total, benchmark) for rule, run, _ in runs[1:]},
     }
     if len(benchmark.classes) <= CONFUSION_CLASSES:

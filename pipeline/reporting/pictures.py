@@ -155,6 +155,16 @@ def _panel(source: PanelSet, panel: dict[str, Any], name: str, config: Config) -
         ),
         "miou": points(100 * miou) if isinstance(miou, int | float) and miou == miou else MISSING,
         "caption": clean(panel.get("caption") or ""),
+        "worst": panel.get("picked") == "worst",
+        "mistakes": _mistakes(panel.get("confused") or []),
         "present": present,
         "pictures": pictures,
     }
+
+
+def _mistakes(confused: Sequence[dict[str, Any]]) -> str:
+    """An image's largest mistakes in words, with their share of its pixels."""
+    return "; ".join(
+        f"{clean(item['truth'])} taken for {clean(item['answer'])} ({points(100 * item['share'])} %)"
+        for item in confused
+    )

@@ -6,6 +6,7 @@ Escaping is the templates' business (autoescape is on); `labels.clean` has made 
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.reporting import mistakes
 from pipeline.reporting.collect import Curve, Findings, Rule, Score, Seeds
 from pipeline.reporting.funnel import Data
 from pipeline.reporting.labels import (
@@ -127,6 +128,7 @@ def benchmarks(findings: Findings, base: Base) -> list[dict[str, Any]]:
                 "rules": [rule for score in group for rule in _rules(score)],
                 "sweeps": [_sweep(score) for score in group if score.sweep],
                 "splits": _splits(group),
+                "confusion": mistakes.tables(group, winner),
                 "classes": _classes(group),
             }
         )
