@@ -75,7 +75,7 @@ def plain_miou(pairs: Sequence[tuple[UInt8[np.ndarray, "h w"], UInt8[np.ndarray,
 
 
 def random_groupvit(folder: Path) -> Path:
-    """transformers' GroupViT at its released size with weights as it draws them, but for those above; a hub's folder."""
+    """A hub's folder with transformers' GroupViT at its released size, its weights as drawn but for those above."""
     from transformers import GroupViTConfig, GroupViTModel
 
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def random_encoders(checkout: Path) -> None:
 
 
 def prepare(checkout: Path, root: Path, profile: str) -> Path:
-    """A checkout with parameters, the imported GroupViT, the encoders and COCO's masks; returns the benchmarks' root."""
+    """A checkout with parameters, GroupViT, encoders and COCO's masks; returns the root of the benchmarks."""
     write(REPO / "profiles", profile, list(THRESHOLDS), checkout / "params.yaml")
     (checkout / "machine.yaml").write_text(f"threads: {torch.get_num_threads()}\n")
     run("import", "groupvit-hf", str(random_groupvit(checkout / "hub")), str(checkout / GROUPVIT))

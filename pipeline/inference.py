@@ -121,7 +121,8 @@ class Background:
 
 
 # Source: evaluation card section 6. "group_threshold": the released code of GroupViT and OVSegmentor, and ZeroSeg that
-# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "constant_logit": TCL (section 9). "none": answers foreground classes everywhere, for
+# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "constant_logit":
+# TCL (section 9). "none": answers foreground classes everywhere, for
 # benchmarks without a background class.
 BACKGROUNDS = {
     "group_threshold": Background(stuff_words=False, thresholded=True, by_group=True),
@@ -139,8 +140,8 @@ BackgroundName = Literal[
     "extra_vocabulary_threshold",
     "none",
 ]
-# Of the words' length under "constant_logit". Source: TCL's sigmoid starts at 10 times the cosine, CLIP's softmax has 100
-# times, at which a sigmoid is 0 or 1.
+# Of the words' length under "constant_logit". Source: TCL's sigmoid starts at 10 times the cosine; CLIP's softmax has
+# 100 times, at which a sigmoid is 0 or 1.
 SINGLE_SHARE = 0.1
 
 
@@ -209,8 +210,8 @@ class Segmenter:
 
     Raises:
         ValueError: a background rule on a benchmark without background.
-        ParamsError: a rule by group for a model without groups, or with `pamr`, which needs score maps; a constant logit
-            for a model by groups, whose gate leaves words out of the softmax.
+        ParamsError: a rule by group for a model without groups, or with `pamr`, which needs score maps; a constant
+            logit for a model by groups, whose gate leaves words out of the softmax.
     """
 
     def __init__(

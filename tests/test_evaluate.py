@@ -23,9 +23,8 @@ from pipeline.evaluation import Config, candidates, panels, stage
 from pipeline.evaluation.classification import classify
 from pipeline.evaluation.config import BenchmarkConfig, PanelConfig, pick, thresholds
 from pipeline.evaluation.pairs import benchmark_root, draw, evaluate, open_pair
-from pipeline.evaluation.rates import by_split, confused
+from pipeline.evaluation.rates import by_split
 from pipeline.machine import Machine
-from pipeline.mask_metrics import BoundaryIoU
 from pipeline.metrics import ConfusionMatrix
 from pipeline.project import Project
 from pipeline.reporting.collect import read_panels, read_score
@@ -131,41 +130,6 @@ def test_classes_named_together_are_averaged_apart(project):
     found = by_split(counts, benchmark)["splits"]["warm"]
     assert found == {"classes": ["red"], "miou": 0.5, "others_miou": 0.75}
     assert report_of(project)["splits"] == {}
-
-
-def test_the_largest_mistakes_are_named(project):
-    counts = ConfusionMatrix(3)
-    counts.update(np.array([0, 1, 1, 2, 2, 2, 0, 1]), np.array([0, 0, 0, 1, 1, 2, 2, 1]))
-    found = confused(counts, ("background", "cat", "dog"), 2)
-    third = round(2 / 3, 10)
-    assert found == [
-        {"truth": "background", "answer": "cat", "share": 0.25, "of_truth": third},
-        {"truth": "cat", "answer": "dog", "share": 0.25, "of_truth": third},
-    ]
-    assert len(confused(counts, ("background", "cat", "dog"), 9)) == 3
-    report = report_of(project, "baseline:constant")
-    shares = {item["truth"]: item["of_truth"] for item in report["confused"]}
-    assert set(shares.values()) == {1.0} and {item["answer"] for item in report["confused"]} == {"background"}
-    stage.evaluate_all(project)
-    panels_file = project.root / "reports/figures/baseline-constant/scenes/panels.json"
-    for panel in json.loads(panels_file.read_text())["panels"]:
-        assert {item["truth"] for item in panel["confused"]} == set(panel["present"])
-        assert 0 < sum(item["share"] for item in panel["confused"]) < 1
-
-
-def test_label_maps_and_boundaries_are_of_the_reported_rule_alone(project, monkeypatch):
-    told, bounded, real = [], [], BoundaryIoU.update
-    monkeypatch.setattr(BoundaryIoU, "update", lambda self, p, t: bounded.append(p) or real(self, p, t))
-    config = config_of(project, native={**RULES, "backgrounds": {"default": ["max_probability", "none"]}})
-    pair = open_pair("tiny", config.benchmarks[0], project.path("sets"), "native", config, project)
-    candidate = candidates.load("tiny", project, config.geometry)
-    report = evaluate(pair, candidate, bar=False, watchers=[lambda sample, found: told.append((sample, found))]).report
-    assert [sample.id for sample, _ in told] == pair.ids and len(bounded) == len(pair.ids) == 5
-    counts = ConfusionMatrix(4)
-    for sample, found in told:
-        counts.update(found, sample.label)
-    assert counts.counts.tolist() == report["confusion"]
-    assert report["miou"] != report["other_backgrounds"]["none"]["miou"]
 
 
 def test_images_of_one_class_are_classified(project):

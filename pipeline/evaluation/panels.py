@@ -67,8 +67,9 @@ class Look(NamedTuple):
     """One image as a panel shows it.
 
     pictures: by column `image`, `prediction`, `truth`, and where there are any `regions` (the pseudo-masks, or else the
-    model's own), `masks` (the model's own), or instead of these `stage1`, `stage2`, ... (the groups of a model that groups
-    in stages). present: names of its classes, background left out. confused: its mistakes, as `rates.confused`.
+    model's own), `masks` (the model's own), or instead of these `stage1`, `stage2`, ... (the groups of a model that
+    groups in stages). present: names of its classes, background left out. confused: its mistakes, see
+    `rates.confused`.
     """
 
     pictures: dict[str, UInt8[np.ndarray, "height width 3"]]

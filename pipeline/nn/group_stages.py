@@ -35,8 +35,8 @@ def stage_maps(
 ) -> list[Float[Tensor, "groups rows columns"]]:
     """For each stage, first to last, the share of every patch in its groups; sums to 1 over groups.
 
-    `answer(pixels)` is any call that runs the model's encoder once, such as its `regions`. A stage's share of a patch is
-    the product of the soft assignments up to it, as `Grouped.soft_maps` takes it for the last.
+    `answer(pixels)` is any call that runs the model's encoder once, such as its `regions`. A stage's share of a patch
+    is the product of the soft assignments up to it, as `Grouped.soft_maps` takes it for the last.
 
     Source: GroupViT card section 9, steps 1 and 2 (released code), for earlier stages too.
 

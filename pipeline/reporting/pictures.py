@@ -1,4 +1,4 @@
-"""The panels image | regions | groups by stage | prediction | truth, embedded small enough that a page of them opens at once."""
+"""The panels image | regions | groups | prediction | truth, embedded small enough that a page of them opens at once."""
 
 import base64
 import io
