@@ -121,9 +121,8 @@ class Background:
 
 
 # Source: evaluation card section 6. "group_threshold": the released code of GroupViT and OVSegmentor, and ZeroSeg that
-# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "constant_logit":
-# TCL (section 9). "none": answers foreground classes everywhere, for
-# benchmarks without a background class.
+# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "constant_logit": TCL (section 9). "none": answers
+# foreground classes everywhere, for benchmarks without a background class.
 BACKGROUNDS = {
     "group_threshold": Background(stuff_words=False, thresholded=True, by_group=True),
     "max_probability": Background(stuff_words=False, thresholded=True),

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from test_evaluate import RULES, config_of, project, report_of
+from test_report_html import EVIL, Page, full, page
 
 from pipeline.artifacts.files import BadInput
 from pipeline.datasets.benchmarks import read_layout
@@ -18,6 +19,7 @@ from pipeline.reporting.mistakes import largest, rows_in_percent, sentence, tabl
 from pipeline.source_code import REPO
 
 __all__ = ["project"]  # the fixture
+MISTAKE = {"truth": "dog", "answer": "background", "share": 0.312, "of_truth": 0.8}
 
 
 def test_the_largest_mistakes_are_named(project):
@@ -80,9 +82,9 @@ def test_mistakes_of_a_matrix_by_hand():
     assert rows_in_percent(matrix)[1] == [75, 25, 0] and rows_in_percent([[0, 0], [0, 1]])[0] == [0, 0]
     assert largest(matrix, names, 2) == [("cat", "background", 75), ("background", "cat", 10)]
     assert sentence(largest(matrix, names)) == (
-        "cat taken for background (75 %); background taken for cat (10 %); dog taken for cat (100 %)"
+        "cat taken for background (75\u00a0%); background taken for cat (10\u00a0%); dog taken for cat (100\u00a0%)"
     )
-    assert largest([[5, 0], [0, 5]], names) == [] and sentence([("a", "b", 0.3)]) == "a taken for b (<1 %)"
+    assert largest([[5, 0], [0, 5]], names) == [] and sentence([("a", "b", 0.3)]) == "a taken for b (<1\u00a0%)"
 
 
 def test_the_page_has_a_matrix_for_what_was_trained_here_and_words_for_the_rest():
@@ -97,7 +99,23 @@ def test_the_page_has_a_matrix_for_what_was_trained_here_and_words_for_the_rest(
     found = tables(scores, None)
     assert [len(item["rows"]) for item in found] == [3, 0, 0]
     assert found[0]["rows"][1] == ("cat", [("75", 0.75), ("25", 0.25), ("", 0.0)])
-    assert found[2]["mistakes"] == "cat taken for dog (40 %)"
+    assert found[2]["mistakes"] == "cat taken for dog (40\u00a0%)"
     assert len(tables(scores, scores[1])[1]["rows"]) == 3
     with pytest.raises(BadInput, match="no 3 x 3 matrix"):
         score_of("sseg", confusion=[[1, 2], [3, 4]])
+
+
+def test_the_page_shows_failure_cases_matrix_and_named_classes(tmp_path):
+    full(tmp_path, ("background", EVIL), {"picked": "worst", "confused": [{**MISTAKE, "truth": EVIL}]})
+    path = tmp_path / "metrics/sseg/scenes.json"
+    split = {EVIL: {"classes": [], "miou": 0.123, "others_miou": None}}
+    values = json.loads(path.read_text()) | {"confusion": [[7, 1], [2, 0]], "splits": split}
+    path.write_text(json.dumps(values))
+    text = page(tmp_path)
+    parsed = Page(text)
+    assert not parsed.errors and EVIL not in text
+    assert "Failure cases" in parsed.text
+    assert f"{EVIL} taken for background (31.2\u00a0%)" in "".join(parsed.words)
+    assert [attrs for attrs in parsed.all("table") if attrs.get("class") == "confusion"]
+    assert [attrs["style"] for attrs in parsed.all("td") if "style" in attrs] == ["--d:0.875", "--d:0.125", "--d:1.0"]
+    assert "12.3" in parsed.text and "mIoU over these classes alone" in parsed.text

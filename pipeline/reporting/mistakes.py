@@ -30,7 +30,7 @@ def largest(matrix: Sequence[Sequence[int]], names: Sequence[str], number: int =
 
 def sentence(mistakes: Sequence[tuple[str, str, float]]) -> str:
     """Mistakes in words: `dog taken for cat (31 %)`."""
-    return "; ".join(f"{true} taken for {taken} ({_whole(share)} %)" for true, taken, share in mistakes)
+    return "; ".join(f"{true} taken for {taken} ({_whole(share)}\u00a0%)" for true, taken, share in mistakes)
 
 
 def tables(group: Sequence[Score], best: Score | None) -> list[dict[str, Any]]:

@@ -165,6 +165,6 @@ def _panel(source: PanelSet, panel: dict[str, Any], name: str, config: Config) -
 def _mistakes(confused: Sequence[dict[str, Any]]) -> str:
     """An image's largest mistakes in words, with their share of its pixels."""
     return "; ".join(
-        f"{clean(item['truth'])} taken for {clean(item['answer'])} ({points(100 * item['share'])} %)"
+        f"{clean(item['truth'])} taken for {clean(item['answer'])} ({points(100 * item['share'])}\u00a0%)"
         for item in confused
     )
