@@ -129,7 +129,7 @@ def draw(
         maps = [regions(sample.image).numpy() for regions in sources if regions is not None]
         if len(maps) == 2 and np.array_equal(maps[0], maps[1]):  # the oracle's own masks are the pseudo-masks
             maps.pop()
-        named = dict(zip(("regions", "masks"), maps, strict=False))
+        named: dict[str, np.ndarray] = dict(zip(("regions", "masks"), maps, strict=False))
         for number, groups in enumerate(candidate.stages(sample.image) if candidate.stages else (), start=1):
             named[f"stage{number}"] = groups.numpy()
         for column, regions in named.items():

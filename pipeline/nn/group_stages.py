@@ -45,7 +45,7 @@ def stage_maps(
     """
     seen: list[Grouped] = []
     hooks = [
-        part.register_forward_hook(lambda _module, _inputs, grouped: seen.append(grouped))
+        part.register_forward_hook(lambda _module, _inputs, grouped: seen.append(grouped))  # type: ignore
         for part in model.modules()
         if isinstance(part, GroupingStages)
     ]

@@ -125,7 +125,7 @@ def decide(
     }
     repeats = np.any([found >= 0 for found in (leaks, *earlier.values())], axis=0)
     for row in np.flatnonzero(repeats).tolist():
-        kind, of = ("leak", names[leaks[row]]) if leaks[row] >= 0 else ("", "")
+        kind, of = ("leak", str(names[leaks[row]])) if leaks[row] >= 0 else ("", "")
         for name, found in earlier.items():
             if not kind and found[row] >= 0:
                 kind, of = name, str(marks.names[found[row]][2])
