@@ -18,7 +18,7 @@ LAYERS = [
     ["pipeline.methods", "pipeline.baselines", "pipeline.evaluation", "pipeline.prediction", "pipeline.reporting"]
     + ["pipeline.checkpoints", "pipeline.selftraining", "pipeline.comparison", "pipeline.imagenet"]
     + ["pipeline.conversion"],
-    ["pipeline.chain", "pipeline.cli", "stages"],
+    ["pipeline.chain", "pipeline.cli", "pipeline.planning", "stages"],
 ]
 MODULES = sorted(
     path.relative_to(REPO).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")

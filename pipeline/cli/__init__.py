@@ -10,6 +10,10 @@ from pipeline.params import ParamsError
 
 COMMANDS = {
     "profile": ("pipeline.cli.profile", "write params.yaml from a profile"),
+    "plan": (
+        "pipeline.cli.plan",
+        "per stage, before it runs: images, bytes, files, hours, and whether the disk holds it",
+    ),
     "status": ("pipeline.cli.status", "per stage: shards done, stale, failed, and samples lost"),
     "why": ("pipeline.cli.why", "which key field of a shard changed"),
     "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),
