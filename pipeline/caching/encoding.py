@@ -11,7 +11,7 @@ the same rows recompute nothing.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -77,6 +77,18 @@ def image_tasks(project: Project, encoder: str, config: Any, settings: dict[str,
         args = Args(images, filtered[row.shard], folder, weights, config)
         tasks.append(Task(shard=row.shard, fields=fields, args=args, rows=rows.num_rows))
     return tasks
+
+
+def half_batch(task: Task) -> Task | None:
+    """The task with half its batch, for a device that had too little memory; None for a batch of one.
+
+    Bytes stay those of the key, but for the last bit of a product in a thousand (`features.Config.batch_size`).
+    """
+    config = task.args.config
+    if config.batch_size == 1:
+        return None
+    smaller = replace(config, batch_size=config.batch_size // 2)
+    return replace(task, args=replace(task.args, config=smaller))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.artifacts.files import BadInput, CorruptPayload
 from pipeline.artifacts.vectors import Codec, map_vectors
-from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, image_tasks, normalised
+from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, half_batch, image_tasks, normalised
 from pipeline.caching.payloads import FEATURES, Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import Facet, PatchEncoder
@@ -147,4 +147,6 @@ def _check(folder: Path, counts: Counts) -> None:
             raise CorruptPayload(folder / FEATURES, f"row {row} has tokens that are not finite, or zero")
 
 
-STAGE = ShardStage(name="features", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check)
+STAGE = ShardStage(
+    name="features", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check, shrink=half_batch
+)

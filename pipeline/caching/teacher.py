@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.artifacts.files import CorruptPayload, atomic_json, read_json
 from pipeline.artifacts.vectors import Codec, map_vectors
-from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, image_tasks, normalised
+from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, half_batch, image_tasks, normalised
 from pipeline.caching.payloads import Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import ClipEncoder
@@ -168,4 +168,6 @@ def _check(folder: Path, counts: Counts) -> None:
             raise CorruptPayload(folder / ARRAY, f"rows from {start} have vectors that are not of unit length")
 
 
-STAGE = ShardStage(name="teacher", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check)
+STAGE = ShardStage(
+    name="teacher", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check, shrink=half_batch
+)

@@ -17,6 +17,7 @@ COMMANDS = {
     "status": ("pipeline.cli.status", "per stage: shards done, stale, failed, and samples lost"),
     "why": ("pipeline.cli.why", "which key field of a shard changed"),
     "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),
+    "cluster": ("pipeline.cli.cluster", "run a command with one Prefect server and one Dask or Ray cluster around it"),
     "doctor": ("pipeline.cli.doctor", "weights, corpora, data sets, device, disk: what is there, what is missing"),
     "import": ("pipeline.cli.import_", "make a model folder of released weights: GroupViT, OVSegmentor, DINO, CLIP"),
     "convert": (

@@ -22,7 +22,9 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--disk", type=_size, metavar="SIZE", help="bytes that the plan may take in all, such as 500G")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"core-seconds of one measurement, at most (default {SECONDS:g})")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"core-seconds of one measurement, at most (default {SECONDS:g})"
+    )
     parser.add_argument("--tflops", type=float, default=TFLOPS, help=f"a GPU's pace (default {TFLOPS:g})")
     parser.add_argument("--fresh", action="store_true", help="measure again, though nothing changed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
