@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from pipeline.artifacts.files import BadInput, CorruptPayload, atomic_json, atomic_write, digest
+from pipeline.artifacts.files import BadInput, CorruptPayload, atomic_json, atomic_write, digest, read_json
 from pipeline.artifacts.manifest import Manifest
 from pipeline.machine import Machine
 from pipeline.project import Project
@@ -130,6 +131,7 @@ def run(stage: ShardStage, project: Project) -> Manifest:
         tasks = stage.tasks(project)
         by_key = {stage.key(task): task for task in tasks}
         missing = {key: task for key, task in by_key.items() if store.problem(stage.name, key)}
+        _require_room(stage.name, project, missing)
         started = time.perf_counter()
         failures = _compute(stage, project, missing)
         failures_path = project.logs / f"{stage.name}.failures.json"
@@ -149,6 +151,24 @@ def run(stage: ShardStage, project: Project) -> Manifest:
         atomic_write(store.marker(stage.name), manifest.digest + "\n")
         _log_run(project.logs / f"{stage.name}.jsonl", manifest, len(missing), time.perf_counter() - started)
         return manifest
+
+
+def _require_room(stage: str, project: Project, missing: dict[str, Task]) -> None:
+    """Hold what `tessera plan` expects of the missing shards against the free disk; nothing where there is no plan.
+
+    Raises:
+        BadInput: it does not fit; with the settings that need less.
+    """
+    path = project.logs / "plan.json"
+    known = read_json(path, "Delete it").get("disk", {}) if missing and path.exists() else {}
+    if known.get("params") != digest(project.params):
+        return
+    needed = round(known["bytes_per_row"].get(stage, 0) * sum(task.rows for task in missing.values()))
+    free = shutil.disk_usage(project.store.root).free
+    if needed > free:
+        cheaper = ", ".join(setting for setting, _ in known["options"])
+        problem = f"{stage} will write {needed:,} bytes, and {free:,} are free"
+        raise BadInput(project.store.root, problem, f"Free space, or try one of {cheaper} (`tessera plan`)")
 
 
 @dataclass(frozen=True, slots=True)

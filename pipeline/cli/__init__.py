@@ -18,6 +18,10 @@ COMMANDS = {
     "why": ("pipeline.cli.why", "which key field of a shard changed"),
     "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),
     "cluster": ("pipeline.cli.cluster", "run a command with one Prefect server and one Dask or Ray cluster around it"),
+    "store": (
+        "pipeline.cli.store",
+        "push payloads to a second place, pull them from there, remove what no commit names",
+    ),
     "doctor": ("pipeline.cli.doctor", "weights, corpora, data sets, device, disk: what is there, what is missing"),
     "import": ("pipeline.cli.import_", "make a model folder of released weights: GroupViT, OVSegmentor, DINO, CLIP"),
     "convert": (

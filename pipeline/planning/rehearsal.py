@@ -26,6 +26,7 @@ from pipeline.project import Project
 SMALL, MIDDLE, LARGE = 4, 64, 1000  # images of a checkout
 VAL_IMAGES = 8  # of a checkout's generated val set and tune set; more in the largest
 HEAVY = ("features", "teacher")  # stages with a network, whose operations are counted
+SLACK = 4.0  # by which a training's first, small, counted batches may overrate an image
 STEPS = 6  # of a rehearsed training; the second half is measured
 
 
@@ -175,7 +176,7 @@ class Rehearsal:
                 break
             samples.append(_training_sample(project, self.real.params, name, spent, sum(flops), batch))
             following = batches[min(place + 1, len(batches) - 1)]
-            if samples[-1].core_seconds * following / batch > self.seconds:
+            if samples[-1].core_seconds * following / batch > self.seconds * (1 if place else SLACK):
                 break
         if samples:
             self.measured[name] = Measured(tuple(samples))
