@@ -65,9 +65,8 @@ def main(root: Path | None = None) -> None:
         return
     config = project.config("pseudo_masks", pseudo_masks.Config)
     tokens, views = map_vectors(stored[0] / FEATURES)[:IMAGES], map_vectors(stored[1] / teacher.ARRAY)[:IMAGES]
-    print(
-        f"{len(tokens)} images; {tokens.shape[1]} tokens of {tokens.shape[2]}, {views.shape[1]} views of {views.shape[2]}"
-    )
+    shapes = [f"{array.shape[1]} {name} of {array.shape[2]}" for name, array in (("tokens", tokens), ("views", views))]
+    print(f"{len(tokens)} images: {', '.join(shapes)}")
     line = "{:10}{:9}{:>12}{:>12}{:>10}{:>11}".format
     print(line("cached", "store", "bytes/image", "cosine min", "mean", "agreement"))
     names = [str(number) for number in range(len(tokens))]
