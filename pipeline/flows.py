@@ -8,6 +8,8 @@ The flow reports to the server at PREFECT_API_URL; without one, Prefect starts o
 (`tessera cluster` starts one for a whole run).
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -86,6 +88,13 @@ def _share(machine: Machine) -> int:
     return max(1, machine.threads // machine.workers)
 
 
+def _limit(threads: int) -> None:
+    """Torch threads of a worker; torch itself is not imported for it: stages without it start faster."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        limit_threads(threads)
+
+
 def _run(
     work: Callable[[Item], Any], items: Iterable[Item], task_runner: Any, threads: int
 ) -> Iterator[tuple[Item, Outcome]]:
@@ -96,7 +105,7 @@ def _run(
 
     @task(name="shard", retries=0, cache_policy=NO_CACHE, persist_result=False)
     def shard(item: Any) -> Any:
-        limit_threads(threads)
+        _limit(threads)
         return work(item)
 
     @flow(name="tessera", task_runner=task_runner, persist_result=False, validate_parameters=False)

@@ -17,7 +17,10 @@ LAYERS = [
         "pipeline.engine",
         "pipeline.runners",
         "pipeline.flows",
+        "pipeline.history",
         "pipeline.project",
+        "pipeline.remote",
+        "pipeline.serving",
         "pipeline.text.filtering",
         "pipeline.datasets",
     ]
