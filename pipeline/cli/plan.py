@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     """
     if arguments.seconds <= 0 or arguments.tflops <= 0:
         raise ParamsError("--seconds, --tflops: expected a number above 0")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan asks no other machine; timm's weights are not needed
     amount = amounts.of_download(project)
     measured, notes, now = record.measured(project, arguments.seconds, fresh=arguments.fresh)
     found = estimates(project, measured, amount)
