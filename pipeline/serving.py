@@ -19,7 +19,7 @@ from pipeline.artifacts.files import BadInput
 from pipeline.flows import dask_cluster, ray_cluster
 from pipeline.machine import Machine
 
-START_SECONDS = 180.0  # longest wait for the server; 2 s on an idle machine
+START_SECONDS = 600.0  # longest wait for the server; 2 s on an idle machine
 POLL_SECONDS = 0.2
 STOP_SECONDS = 20.0
 LOOPBACK = "127.0.0.1"
