@@ -48,7 +48,7 @@ def run_threads(work: Callable[[Item], Any], items: Iterable[Item], machine: Mac
 
 def run_dask(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
     """Items on the Dask cluster at `machine.address`, or on a local one of `machine.workers` processes."""
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask import DaskTaskRunner  # type: ignore[import-not-found]  # of the cluster group
 
     if machine.address:
         task_runner = DaskTaskRunner(address=machine.address)
@@ -59,7 +59,7 @@ def run_dask(work: Callable[[Item], Any], items: Iterable[Item], machine: Machin
 
 def run_ray(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
     """Items on the Ray cluster at `machine.address`, or on a local one of `machine.workers` processes."""
-    from prefect_ray import RayTaskRunner
+    from prefect_ray import RayTaskRunner  # type: ignore[import-not-found]  # of the cluster group
 
     if machine.address:
         task_runner = RayTaskRunner(address=machine.address)

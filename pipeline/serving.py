@@ -68,16 +68,16 @@ def local_cluster(runner: str, machine: Machine) -> Iterator[str]:
     if runner in flows.PACKAGES:
         flows.runner(runner)
     if runner == "dask":
-        from distributed import LocalCluster
+        from distributed import LocalCluster  # type: ignore[import-not-found]  # of the cluster group
 
         with LocalCluster(**dask_cluster(machine)) as cluster:
             yield str(cluster.scheduler_address)
     elif runner == "ray":
-        import ray
+        import ray  # type: ignore[import-not-found]
 
         context = ray.init(**ray_cluster(machine))
         try:
-            yield str(context.address_info["gcs_address"])  # type: ignore[attr-defined]
+            yield str(context.address_info["gcs_address"])
         finally:
             ray.shutdown()
     else:

@@ -87,7 +87,9 @@ def table(found: dict[str, Estimate], tflops: float) -> list[str]:
         sum(one.seconds for one in every) / HOUR,
     ]
     files = f"{sum(one.files for one in every):,}"
-    rows.append(("total", "", "", *map(_bytes, sums), files, *map(_hours, hours)))
+    read, written = map(_bytes, sums)
+    cores, gpus, clock = map(_hours, hours)
+    rows.append(("total", "", "", read, written, files, cores, gpus, clock))
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     return [
         "  ".join(f"{cell:{width}}" if not column else f"{cell:>{width}}" for column, (cell, width) in enumerate(pairs))
