@@ -1,7 +1,7 @@
 """k-means of ViT-sized images against faiss, scikit-learn and a plain batched torch, interleaved in one run.
 
     python -m benchmarks kmeans                                     the CPU, torch's default number of threads
-    python benchmarks/bench_kmeans.py --device cuda --images 512    a GPU
+    python -m benchmarks.bench_kmeans --device cuda --images 512    a GPU
 
 784 unit tokens of 384 values, 16 clusters, 10 iterations, Euclidean: every peer does the same work on the same tokens
 and is scored by the same objective. Times are the least of the rounds, per image; rounds go through all contestants in
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.peak import device_name, multiplies_bfloat16, product_rate, wait_for
 from pipeline.clustering import kmeans
 
 TOKENS, DIM, K, ITERS = 784, 384, 16, 10
@@ -56,6 +57,7 @@ def ours(products: torch.dtype, init: str = "k-means++") -> Callable[[Tensor], T
 
 def plain_torch(x: Tensor) -> Tensor:
     """What one writes first: cdist, argmin, one-hot products over the whole batch; random first centroids."""
+    x = x.float()
     centroids = x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:K].to(x.device)]
     for _ in range(ITERS):
         labels = torch.cdist(x, centroids).argmin(2)
@@ -85,20 +87,12 @@ def sklearn_each(x: Tensor) -> Tensor:
 
 def objective(x: Tensor, centroids: Tensor) -> float:
     """Mean over images of the squared distance of every token to its nearest centroid."""
-    return float(torch.cdist(x, centroids.to(x)).square().amin(2).sum(1).mean())
-
-
-def fast_products(device: str) -> bool:
-    """Whether this device multiplies bfloat16 faster than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_capability() >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return float(torch.cdist(x.float(), centroids.to(x.device)).square().amin(2).sum(1).mean())
 
 
 def contestants(device: str, images: int) -> dict[str, Contestant]:
     found = {"ours, float32": Contestant(ours(torch.float32), images)}
-    if fast_products(device):
+    if multiplies_bfloat16(device):
         found["ours, bfloat16"] = Contestant(ours(torch.bfloat16), images)
         found["ours, bfloat16, random start"] = Contestant(ours(torch.bfloat16, "random"), images)
     found["plain torch"] = Contestant(plain_torch, images)
@@ -115,33 +109,18 @@ def measure(entries: dict[str, Contestant], x: Tensor, rounds: int) -> None:
         entry.objective = objective(shared, entry.run(shared))
     for _ in range(rounds):
         for entry in entries.values():
-            _synchronise(x)
+            wait_for(str(x.device))
             started = time.perf_counter()
             entry.run(x[: entry.images])
-            _synchronise(x)
+            wait_for(str(x.device))
             entry.seconds = min(entry.seconds, (time.perf_counter() - started) / entry.images)
 
 
-def floors(x: Tensor) -> dict[str, float]:
+def floors(device: str) -> dict[str, float]:
     """Seconds an image of the assignment products alone, at the rate of a large square product, per type."""
     flops = 2 * TOKENS * DIM * K * ITERS
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16) if fast_products(str(x.device)) else (torch.float32,):
-        square = torch.randn(2048, 2048, device=x.device).to(dtype)
-        best = float("inf")
-        for _ in range(5):
-            _synchronise(x)
-            started = time.perf_counter()
-            square @ square
-            _synchronise(x)
-            best = min(best, time.perf_counter() - started)
-        found[str(dtype).removeprefix("torch.")] = flops / (2 * 2048**3 / best)
-    return found
-
-
-def _synchronise(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
+    types = (torch.float32, torch.bfloat16) if multiplies_bfloat16(device) else (torch.float32,)
+    return {str(dtype).removeprefix("torch."): flops / product_rate(device, dtype) for dtype in types}
 
 
 def main() -> None:
@@ -152,6 +131,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     x = synthetic(options.images).to(options.device)
+    if x.is_cuda:
+        x = x.half()  # as the cache holds them
     entries = contestants(options.device, options.images)
     measure(entries, x, options.rounds)
     report(entries, x)
@@ -160,12 +141,12 @@ def main() -> None:
 def report(entries: dict[str, Contestant], x: Tensor) -> None:
     """Ratios are to the faster of our two with k-means++; a random start, as faiss has, costs less."""
     mine = min((e for name, e in entries.items() if name in OURS), key=lambda entry: entry.seconds)
-    where = f"{torch.get_num_threads()} threads" if x.device.type == "cpu" else torch.cuda.get_device_name(x.device)
+    where = device_name(str(x.device))
     print(f"{TOKENS} x {DIM} tokens, {K} clusters, {ITERS} iterations; {where}; a batch of {len(x)} images")
     for name, entry in entries.items():
         ratio = f"{entry.seconds / mine.seconds:6.2f} x ours"
         print(f"  {name:30s} {entry.seconds * 1e3:8.3f} ms an image {ratio}   objective {entry.objective:7.2f}")
-    for name, seconds in floors(x).items():
+    for name, seconds in floors(str(x.device)).items():
         print(
             f"  floor: products in {name:11s} {seconds * 1e3:8.3f} ms an image {mine.seconds / seconds:6.2f} x above it"
         )

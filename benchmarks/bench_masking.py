@@ -1,7 +1,7 @@
 """SCG's three masking strategies side by side: what it costs to read the regions of an image.
 
     python -m benchmarks masking                            CLIP's ViT-B/16 at 224 px with 27 regions, as in the paper
-    python benchmarks/bench_masking.py --tower small        a tower of the scenes' size
+    python -m benchmarks.bench_masking --tower small        a tower of the scenes' size
 
 Fresh weights, which take as long as trained ones. Every region has pixels, so that strategy a is M forward passes.
 Times are the medians of the rounds, per image; a round goes through all strategies in turn, so that a busy machine
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.peak import device_name, wait_for
 from pipeline.encoders.open_clip_towers import OpenClipTower, build_model
 from pipeline.nn.region_tokens import context_vectors, image_vectors, token_vectors
 from pipeline.nn.visual_tower import run
@@ -57,18 +58,13 @@ def measure(entries: Mapping[str, Callable[[], object]], rounds: int, device: st
     times: dict[str, list[float]] = {name: [] for name in entries}
     for number in range(rounds + 1):
         for name, call in entries.items():
-            _wait(device)
+            wait_for(device)
             started = time.perf_counter()
             call()
-            _wait(device)
+            wait_for(device)
             if number:
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -80,7 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the seconds an image")
     options = parser.parse_args()
     seconds = measure(contestants(options.tower, options.device), options.rounds, options.device)
-    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
+    where = device_name(options.device)
     size = TOWERS[options.tower]
     print(f"{size['width']} wide, {size['layers']} layers, {size['image_size']} px, {REGIONS} regions; {where}")
     for name, value in seconds.items():

@@ -7,8 +7,9 @@ Unusual choices, each for a measured reason (benchmarks/bench_kmeans.py):
 - Scores are relative to the mean centroid, which changes no comparison and makes them small where tokens share a
   large common part, as a ViT's do: bfloat16 then rounds differences, not the common part.
 - Nearest centroids come from two vectorised maxima over [clusters, tokens]; torch's argmax runs at one value a cycle.
-- Sums are corrected in float32 for the tokens that changed clusters. On a GPU, where scattering is not deterministic,
-  they are one-hot products.
+- Sums are corrected in float32 for the tokens that changed clusters.
+- On a GPU all iterations of an image are one program of one kernel (`pipeline.fused_lloyd`); where that does not fit,
+  the steps above run there too, with one-hot products for sums, since scattering is not deterministic.
 
 Same image, same result: every draw is a hash of (the image's seed, the draw's number), every sum runs over one image's
 tokens in their order, and the bits of `tokens @ centroids^T` do not depend on the batch or the number of threads
@@ -17,7 +18,8 @@ tokens in their order, and the bits of `tokens @ centroids^T` do not depend on t
 Axes: batch (images), tokens, dim, clusters, picks (tokens among which first centroids are drawn).
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -34,7 +36,8 @@ BLOCK_BYTES = {"cpu": 10 << 20, "cuda": 1 << 30}
 PICKS_PER_CLUSTER, LEAST_PICKS, MOST_PICKS = 4, 64, 1024
 # A token this close to its centroid (squared distance, as a share of its squared length) lies on it: rounding.
 ON_CENTROID = 1e-9
-SEEDED_TOGETHER = 64  # images whose first centroids are drawn in one go: many small steps
+# Images whose first centroids are drawn in one go, many small steps: within a CPU's cache, few launches on a GPU.
+SEEDED_TOGETHER = {"cpu": 64, "cuda": 4096}
 UNIT_TOLERANCE = 1e-5  # lengths this close to 1 are left alone, so that unit tokens keep their bits
 HUGE = 3e38  # below float32's largest value
 
@@ -84,15 +87,24 @@ def kmeans(
     centroids = torch.empty(batch, k, dim, device=x.device)
     size = min(batch, max(1, BLOCK_BYTES[x.device.type] // (tokens * dim * 4)))
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, batch, SEEDED_TOGETHER):
-            group = slice(start, start + SEEDED_TOGETHER)
+        together = SEEDED_TOGETHER[x.device.type]
+        for start in range(0, batch, together):
+            group = slice(start, start + together)
             centroids[group] = _first_centroids(x[group], k, seeds[group], init, metric)
-        lloyd = _Lloyd((size, tokens, dim), k, metric, products, x.device)
+        fused = x.is_cuda and fused_lloyd().fits(k, dim, x.device)
+        lloyd = (_FusedLloyd if fused else _Lloyd)((size, tokens, dim), k, metric, products, x.device)
         for start in range(0, batch, max(1, size)):
             block = slice(start, start + size)
             values = lloyd.prepare(x[block], start)
             labels[block], centroids[block] = lloyd.run(values, centroids[block], iters)
     return labels, centroids
+
+
+def fused_lloyd() -> Any:
+    """The kernel's module, which imports Triton: torch has it on Linux alone."""
+    from pipeline import fused_lloyd
+
+    return fused_lloyd
 
 
 def _lengths(values: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens 1"]:
@@ -157,9 +169,7 @@ class _Lloyd:
         """Float32 tokens, of unit length where the metric asks for it; refuses what is not finite."""
         own = self.values[: len(x)]
         values = x if x.dtype == torch.float32 and x.is_contiguous() else own.copy_(x)
-        finite = torch.isfinite(values.sum((1, 2)))  # isfinite of every value takes fifty times as long
-        if not finite.all():
-            raise ValueError(f"image {start + int(finite.int().argmin())} of the batch has tokens that are not finite")
+        _demand_finite(values, start)
         if self.metric == "cosine" and ((lengths := _lengths(values)) != 1).any():
             values = torch.div(values, lengths, out=own)
         return values
@@ -205,6 +215,40 @@ class _Lloyd:
         gap = scores.sub_(scores.amax(1, keepdim=True))  # 0 at the best, negative elsewhere
         best = torch.add(self.rank, gap, alpha=HUGE, out=gap).amax(1)
         return (self.k - best).long()
+
+
+@dataclass(frozen=True)
+class _FusedLloyd:
+    """`_Lloyd` in one kernel. It has no restarts: images that need one are done again by the other."""
+
+    shape: tuple[int, int, int]
+    k: int
+    metric: Metric
+    products: torch.dtype
+    device: torch.device
+
+    def prepare(self, x: Float[Tensor, "batch tokens dim"], start: int) -> Float[Tensor, "batch tokens dim"]:
+        """Tokens in their own type, or float32 ones of unit length; refuses what is not finite."""
+        _demand_finite(x, start)
+        return x if self.metric == "euclidean" else (values := x.float()) / _lengths(values)
+
+    def run(
+        self, values: Float[Tensor, "batch tokens dim"], first: Float[Tensor, "batch clusters dim"], iters: int
+    ) -> tuple[Int64[Tensor, "batch tokens"], Float[Tensor, "batch clusters dim"]]:
+        """Labels and centroids of `values`, from the `first` centroids."""
+        exact = self.products == torch.float32
+        labels, means, lost = fused_lloyd().lloyd(values, first, iters, spherical=self.metric == "cosine", exact=exact)
+        if lost.any():
+            again = values[lost].float()
+            stepwise = _Lloyd((len(again), *self.shape[1:]), self.k, self.metric, self.products, self.device)
+            labels[lost], means[lost] = stepwise.run(again, first[lost], iters)
+        return labels, means
+
+
+def _demand_finite(x: Float[Tensor, "batch tokens dim"], start: int) -> None:
+    finite = torch.isfinite(x.sum((1, 2), dtype=torch.float32))  # isfinite of every value takes fifty times as long
+    if not finite.all():
+        raise ValueError(f"image {start + int(finite.int().argmin())} of the batch has tokens that are not finite")
 
 
 def _move(

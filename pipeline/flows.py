@@ -11,6 +11,7 @@ The flow reports to the server at PREFECT_API_URL; without one, Prefect starts o
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any
 
@@ -98,23 +99,40 @@ def _limit(threads: int) -> None:
 def _run(
     work: Callable[[Item], Any], items: Iterable[Item], task_runner: Any, threads: int
 ) -> Iterator[tuple[Item, Outcome]]:
+    """Every item's outcome, once the flow has ended; Prefect's page shows them as they come."""
     from prefect import flow, task
     from prefect.cache_policies import NO_CACHE
-    from prefect.futures import as_completed
     from prefect.utilities.annotations import quote
 
-    @task(name="shard", retries=0, cache_policy=NO_CACHE, persist_result=False)
-    def shard(item: Any) -> Any:
-        _limit(threads)
-        return work(item)
+    shard = task(_shard, name="shard", retries=0, cache_policy=NO_CACHE, persist_result=False)
+    found: list[tuple[Item, Outcome]] = []
 
-    @flow(name="tessera", task_runner=task_runner, persist_result=False, validate_parameters=False)
-    def stage() -> Iterator[tuple[Any, Outcome]]:
-        submitted = {shard.with_options(task_run_name=str(item)).submit(quote(item)): item for item in items}
-        for future in as_completed(list(submitted)):
-            yield submitted[future], _outcome(future)
+    def body() -> None:
+        submitted = [
+            (item, shard.with_options(task_run_name=str(item)).submit(quote(work), quote(item), threads))
+            for item in items
+        ]
+        found.extend((item, _outcome(future)) for item, future in submitted)
 
-    yield from stage()
+    reset = _BODY.set(body)
+    try:
+        flow(_stage, name="tessera", task_runner=task_runner, persist_result=False, validate_parameters=False)()
+    finally:
+        _BODY.reset(reset)
+    yield from found
+
+
+# Every task carries its flow to the worker: a function that is imported there, not one with all the items in it.
+_BODY: ContextVar[Callable[[], None]] = ContextVar("body")
+
+
+def _stage() -> None:
+    _BODY.get()()
+
+
+def _shard(work: Callable[[Any], Any], item: Any, threads: int) -> Any:
+    _limit(threads)
+    return work(item)
 
 
 def _outcome(future: Any) -> Outcome:

@@ -6,11 +6,14 @@ They come from `machine.yaml` (ignored by git) or `TESSERA_*` variables; an abse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pipeline import params
 from pipeline.params import Range
+
+DRIVER = Path("/dev/nvidiactl")  # of NVIDIA's kernel module
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,14 +21,17 @@ class Machine:
     """Runner and resources.
 
     Attributes:
-        runner: `inline` computes shards one after the other in this process, `process` in worker processes; `threads`,
-            `dask` and `ray` as the tasks of a Prefect flow (`pipeline.flows`; needs the cluster group).
+        runner: `process` computes shards in worker processes, `inline` one after the other in this one; `threads`,
+            `dask` and `ray` as the tasks of a Prefect flow (`pipeline.flows`; the last two need the cluster group).
         workers: worker processes or threads, and the size of a local cluster.
         device: torch device string, such as `cpu` or `cuda:0`.
-        threads: torch threads of one process. Sums are split among threads, so another number rounds otherwise and
-            weights trained with it differ in their last bits; hence the default does not grow with the machine.
+        threads: torch threads of one process (shared out among workers), and those of a worker that decode images.
+            Sums are split among torch's threads, so another number rounds otherwise and weights trained with it differ
+            in their last bits; hence the default does not grow with the machine.
         retries: further attempts at a shard that failed with an I/O error, a killed worker or too little memory.
         address: of a Dask scheduler (`tcp://host:8786`) or Ray head (`host:6379`, `auto`); empty: a local cluster.
+        compile: methods train with the elementwise work of their transformer blocks fused (`torch.compile`): faster on
+            a GPU after a minute, and rounded otherwise.
     """
 
     runner: Literal["inline", "process", "threads", "dask", "ray"]
@@ -34,13 +40,26 @@ class Machine:
     threads: Annotated[int, Range(1)]
     retries: Annotated[int, Range(0)]
     address: str = ""
+    compile: bool = False
 
 
 def defaults() -> dict[str, Any]:
-    """One process with two threads; as many workers as this process may use cores, should `process` be asked for."""
+    """A worker for each core that this process may use, or for every other one where they share a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    where = {"runner": "inline", "workers": cores, "address": ""}
-    return where | {"device": "cpu", "threads": min(2, cores), "retries": 2}
+    device = find_device()
+    workers = cores if device == "cpu" else max(1, cores // 2)
+    found = {"runner": "process", "workers": workers, "device": device, "threads": min(2, cores), "retries": 2}
+    return found | {"address": "", "compile": False}
+
+
+@lru_cache(maxsize=1)
+def find_device() -> str:
+    """`cuda` where torch can use a GPU, else `cpu`. torch is imported only where there is a driver."""
+    if not DRIVER.exists():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Machine:
@@ -59,8 +78,9 @@ def load(path: Path, environ: Mapping[str, str]) -> Machine:
     for name, default in defaults().items():
         text = environ.get(f"TESSERA_{name.upper()}")
         if text is not None:
-            try:
-                values[name] = type(default)(text)
-            except ValueError:
-                raise params.ParamsError(f"TESSERA_{name.upper()}: expected a number, found {text!r}") from None
+            value = text if isinstance(default, str) else params.parse(text)
+            if type(value) is not type(default):
+                wanted = "true or false" if isinstance(default, bool) else "a number"
+                raise params.ParamsError(f"TESSERA_{name.upper()}: expected {wanted}, found {text!r}")
+            values[name] = value
     return params.build(Machine, values, "machine")

@@ -38,10 +38,13 @@ def run_inline(work: Callable[[Item], Any], items: Iterable[Item], machine: Mach
 def run_process(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
     """Items in `machine.workers` spawned processes; the threads are shared out among them.
 
-    A worker that dies takes the pool with it: what was running then is given back as `WorkerLost`, and a new pool
-    carries on with the rest.
+    A single item is left to this process. A worker that dies takes the pool with it: what was running then is given
+    back as `WorkerLost`, and a new pool carries on with the rest.
     """
     waiting = list(items)
+    if len(waiting) == 1:
+        yield from run_inline(work, waiting, machine)
+        return
     while waiting:
         pool = ProcessPoolExecutor(
             max_workers=min(machine.workers, len(waiting)),

@@ -15,6 +15,7 @@ from pipeline.datasets.pairs import PairLoader, PairShard
 from pipeline.project import Project
 from pipeline.source_code import code_digest
 from pipeline.training import FitResult, Run, fit
+from pipeline.training.compiling import compile_blocks
 from pipeline.training.phases import Phase, TrainingData
 from stages import open_project, report_errors
 
@@ -53,6 +54,8 @@ def train(project: Project, name: str) -> None:
     torch.set_num_threads(project.machine.threads)
     model = methods.fresh(method, config, method.vocabulary(config, data), encoders)
     methods.attach(method, model, encoders)
+    if project.machine.compile:
+        compile_blocks(model)
     results = fit_phases(project, method, model, config, data, key)
     trained = {
         "images": sum(result.images for result in results),

@@ -88,12 +88,15 @@ def test_yaml_that_repeats_a_key_or_is_no_mapping_is_refused(tmp_path):
 
 def test_machine_settings_come_from_the_file_then_the_environment(tmp_path):
     path = tmp_path / "machine.yaml"
-    assert machine.load(path, {}).runner == "inline"
-    path.write_text("runner: process\nworkers: 3\n")
+    assert machine.load(path, {}).runner == "process"
+    path.write_text("runner: inline\nworkers: 3\n")
     found = machine.load(path, {"TESSERA_WORKERS": "5", "HOME": "/"})
-    assert (found.runner, found.workers) == ("process", 5)
+    assert (found.runner, found.workers) == ("inline", 5)
     with pytest.raises(ParamsError, match="TESSERA_WORKERS: expected a number, found 'many'"):
         machine.load(path, {"TESSERA_WORKERS": "many"})
+    assert machine.load(path, {"TESSERA_COMPILE": "true"}).compile and not found.compile
+    with pytest.raises(ParamsError, match="TESSERA_COMPILE: expected true or false, found '3'"):
+        machine.load(path, {"TESSERA_COMPILE": "3"})
     path.write_text("wrokers: 3\n")
     with pytest.raises(ParamsError, match="unknown key 'wrokers'"):
         machine.load(path, {})

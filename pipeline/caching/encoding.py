@@ -1,8 +1,8 @@
 """Images of a shard through a frozen encoder, in batches or into one array: what the caching stages share.
 
-Only kept rows are read. Images are decoded and resized in threads while the encoder works on the batch before. An image
-that cannot be decoded becomes a row of `failures.parquet`, and the array's rows are those of `rows.parquet`: row i of
-both is the same sample.
+Only kept rows are read. Images are decoded and resized in threads while the encoder works on the batch before, and that
+is written while a GPU works on the next. An image that cannot be decoded becomes a row of `failures.parquet`, and the
+array's rows are those of `rows.parquet`: row i of both is the same sample.
 
 The payload's key holds the list of kept rows and the tar's digest, not the filter's settings: other settings that keep
 the same rows recompute nothing.
@@ -146,11 +146,17 @@ class Stream:
 def encode_shard(stream: Stream, out: Path, name: str, codec: Codec, chunk_rows: int, machine: Machine) -> Counts:
     """Write the array `name`, `rows.parquet` and `failures.parquet`."""
     done: list[Named] = []
+    before: Callable[[], np.ndarray] | None = None
     with VectorWriter(out / name, stream.encoding.row_shape, codec, chunk_rows=chunk_rows) as writer:
         for rows, vectors in stream.batches(machine.threads):
             # int8 is rounded once, from what the encoder gave
-            writer.append((vectors.half() if codec == "float16" else vectors.float()).cpu().numpy())
+            encoded = _to_host(vectors.half() if codec == "float16" else vectors.float())
+            if before is not None:  # written while a GPU works on the next
+                writer.append(before())
+            before = encoded
             done += rows
+        if before is not None:
+            writer.append(before())
     return stream.finish(out, done)
 
 
@@ -203,6 +209,22 @@ def _decoded(
             future.cancel()
 
 
+def _to_host(rows: Tensor) -> Callable[[], np.ndarray]:
+    """Starts the copy; what it returns waits for these rows, and for nothing that the device was given after them."""
+    if not rows.is_cuda:
+        return rows.numpy
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
+
+
 def named_table(rows: list[Named]) -> pa.Table:
     """`rows.parquet` of these rows."""
     keys, uids = [key for key, _ in rows], [uid for _, uid in rows]
@@ -213,6 +235,8 @@ def normalised(
     images: UInt8[Tensor, "batch height width 3"], mean: Triple, std: Triple, device: str
 ) -> Float[Tensor, "batch 3 height width"]:
     """RGB bytes as an encoder takes them: in [0, 1], less `mean`, over `std`."""
+    if torch.device(device).type == "cuda":
+        images = images.pin_memory()  # else the copy would wait for the batch before
     pixels = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
     shift, scale = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (mean, std))
     return ((pixels - shift) / scale).contiguous()

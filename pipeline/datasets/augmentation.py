@@ -37,7 +37,8 @@ OPERATIONS: dict[str, Arguments] = {
     "Equalize": lambda strength, sign: (),
     "Invert": lambda strength, sign: (),
     "Rotate": lambda strength, sign: (sign * 30.0 * strength,),
-    "PosterizeIncreasing": lambda strength, sign: (4 - int(4 * strength),),
+    # At least one bit: at full strength timm asks for none, a black picture, which Pillow 13 refuses.
+    "PosterizeIncreasing": lambda strength, sign: (max(1, 4 - int(4 * strength)),),
     "SolarizeIncreasing": lambda strength, sign: (256 - min(256, int(256 * strength)),),
     "SolarizeAdd": lambda strength, sign: (min(128, int(110 * strength)),),
     "ColorIncreasing": _enhance,

@@ -1,0 +1,281 @@
+"""A training step of each method at its paper's size, and GroupViT's against transformers' in the same run.
+
+    python -m benchmarks training                                              CPU: GroupViT and its peer, 16 images
+    python -m benchmarks.bench_training --device cuda --batch 256 --compile blocks --methods groupvit zeroseg sseg
+
+Fresh weights and random pixels on the device; texts are 12 tokens long, padded to 77 as tokenizers do (OVSegmentor's
+loader pads to the longest of a batch). Steps are those of `pipeline.training` (forward, backward, clipping, AdamW).
+Times are medians over rounds that go through all contestants in turn, so that a busy machine slows all of them. MFU:
+the step's matrix products (counted by torch, attention included) at the rate of a large square product.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.peak import device_name, multiplies_bfloat16, product_rate, wait_for
+from pipeline import methods, params
+from pipeline.cli import profile
+from pipeline.datasets.entity_batches import EntityBatch
+from pipeline.interfaces import TrainBatch
+from pipeline.training.compiling import compile_blocks
+from pipeline.training.optimiser import adamw, parameter_groups
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = 12  # tokens of a caption, start and end among them: CC12M's mean is about 20 words, its prompts' about 8
+CONTEXT = 77
+REGIONS = 16  # pseudo-masks of an image
+# Method: the profile that has its paper's sizes, and what cannot be had offline.
+PAPER = {
+    "groupvit": ("cc12m", []),
+    "ovsegmentor": ("cc4m", ["train.ovsegmentor.text.tokenizer=bpe"]),
+    "zeroseg": ("cc12m", []),
+    "sseg": ("cc12m", ["train.sseg.backbone.init=random"]),
+    "pseudo_mask_vit": ("cc12m", []),
+}
+TO_REACH = {"cpu": 1.5, "cuda": 2.0}  # images/s of GroupViT over transformers'
+
+
+@dataclass
+class Contestant:
+    """One setting of one model.
+
+    Attributes:
+        loss: the batch's loss, forward only.
+        seconds: of forward, backward and update, a list each.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    precision: torch.dtype
+    flops: float = 0.0
+    memory: int = 0
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "backward": [], "update": []})
+
+    @property
+    def step(self) -> float:
+        """Median seconds."""
+        return sum(statistics.median(values) for values in self.seconds.values())
+
+
+def paper_config(name: str, *more: str) -> Any:
+    """The method's block of params.yaml at its paper's size, with `more` settings."""
+    overlay, settings = PAPER[name]
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "params.yaml"
+        profile.write(ROOT / "profiles", overlay, [*settings, *more], target)
+        block = params.read(target)["train"][name]
+    return params.build(methods.get(name).Config, block, f"train.{name}")
+
+
+def token_ids(texts: int, end: int, length: int, generator: torch.Generator) -> Tensor:
+    """Texts of `WORDS` tokens padded with zeros; the end token is the last of each."""
+    found = torch.zeros(texts, length, dtype=torch.int64)
+    found[:, : WORDS - 1] = torch.randint(1, 40_000, (texts, WORDS - 1), generator=generator)
+    found[:, WORDS - 1] = end
+    return found
+
+
+def batch_for(name: str, model: Any, config: Any, images: int, length: int) -> Any:
+    """Random inputs of the sizes that the method's loader would give."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, 3, 224, 224, generator=generator)
+    uids = [str(i) for i in range(images)]
+
+    def ids(texts: int) -> Tensor:
+        return token_ids(texts, model.tokenizer.eot, length, generator)
+
+    if name == "ovsegmentor":
+        return EntityBatch(
+            pixels=pixels, token_ids=ids(images), uids=uids, masked_ids=ids(images), answer_ids=ids(images)
+        )
+    batch = TrainBatch(
+        pixels=pixels, captions=[""] * images, token_ids=torch.zeros(images, 1).long(), regions=None, uids=uids
+    )
+    if name == "zeroseg":
+        views = sum(n * n for n in config.scales)
+        batch.views = nn.functional.normalize(torch.randn(images, views, config.embed_dim, generator=generator), dim=-1)
+        return batch
+    batch.token_ids = ids(images)
+    if name == "groupvit" and config.loss.num_prompts:
+        batch.prompt_ids = torch.stack([ids(images) for _ in range(config.loss.num_prompts)])
+    if name in ("sseg", "pseudo_mask_vit"):
+        batch.regions = torch.randint(REGIONS, (images, 28, 28), generator=generator).to(torch.uint8)
+    return batch
+
+
+def ours(
+    name: str,
+    options: argparse.Namespace,
+    precision: torch.dtype,
+    *,
+    compiled: str = "none",
+    settings: Sequence[str] = (),
+) -> Contestant:
+    """A method of this package at its paper's size, with `settings` of params.yaml besides."""
+    config = paper_config(name, *settings)
+    torch.manual_seed(0)
+    model = methods.get(name).build(config, None).to(options.device).train()
+    length = WORDS if name == "ovsegmentor" else CONTEXT
+    batch = batch_for(name, model, config, options.batch, length).to(options.device)
+    loss = model.loss
+    if compiled == "blocks":
+        compile_blocks(model)
+    elif compiled == "whole":
+        loss = torch.compile(model.loss)
+    return Contestant(model, lambda: loss(batch)["total"], precision)
+
+
+def peer(options: argparse.Namespace, precision: torch.dtype) -> Contestant:
+    """transformers' GroupViT, the released sizes, with its own contrastive loss."""
+    from transformers import GroupViTConfig, GroupViTModel
+
+    torch.manual_seed(0)
+    model: Any = GroupViTModel(GroupViTConfig()).to(options.device).train()
+    generator = torch.Generator().manual_seed(0)
+    end = model.config.text_config.eos_token_id
+    inputs = {
+        "pixel_values": torch.randn(options.batch, 3, 224, 224, generator=generator),
+        "input_ids": token_ids(options.batch, end, CONTEXT, generator),
+    }
+    inputs["attention_mask"] = (inputs["input_ids"] > 0).long()
+    inputs = {key: value.to(options.device) for key, value in inputs.items()}
+    return Contestant(model, lambda: model(**inputs, return_loss=True).loss, precision)
+
+
+def step(contestant: Contestant, optimiser: torch.optim.Optimizer, device: str) -> dict[str, float]:
+    """Seconds of its parts, each waited for."""
+    marks = [_now(device)]
+    optimiser.zero_grad(set_to_none=True)
+    kind = torch.device(device).type
+    with torch.autocast(kind, torch.bfloat16, enabled=contestant.precision == torch.bfloat16):
+        loss = contestant.loss()
+    marks.append(_now(device))
+    loss.backward()
+    marks.append(_now(device))
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+    optimiser.step()
+    marks.append(_now(device))
+    return {name: marks[i + 1] - marks[i] for i, name in enumerate(("forward", "backward", "update"))}
+
+
+def _now(device: str) -> float:
+    wait_for(device)
+    return time.perf_counter()
+
+
+def measure(entries: dict[str, Contestant], options: argparse.Namespace) -> None:
+    """Fill in times, memory and FLOPs. The first two steps of each warm up, and compile where it compiles."""
+    optimisers = {}
+    for name, entry in entries.items():
+        groups = parameter_groups(entry.model, lr=1e-4, weight_decay=0.05, lr_multipliers={})
+        optimisers[name] = adamw(groups, (0.9, 0.999))
+        if "compiled" not in name:
+            with FlopCounterMode(display=False) as counter:
+                entry.loss().backward()
+            entry.flops = counter.get_total_flops()
+        for _ in range(2):
+            step(entry, optimisers[name], options.device)
+    for _ in range(options.rounds):
+        for name, entry in entries.items():
+            optimisers[name].zero_grad(set_to_none=True)
+            others = _allocated(options.device) - _state_bytes(entry.model, optimisers[name])
+            for part, seconds in step(entry, optimisers[name], options.device).items():
+                entry.seconds[part].append(seconds)
+            if options.device != "cpu":
+                entry.memory = torch.cuda.max_memory_allocated() - others
+
+
+def _allocated(device: str) -> int:
+    """Bytes of the GPU's memory in use; from here on its peak is counted."""
+    if device == "cpu":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _state_bytes(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    """Of weights and moments."""
+    moments = [value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in [*model.state_dict().values(), *moments])
+
+
+def contestants(options: argparse.Namespace) -> dict[str, Contestant]:
+    """transformers' GroupViT and ours with the same inputs (captions alone); then methods as their papers have them."""
+    captions = ["train.groupvit.loss.num_prompts=0", "train.groupvit.loss.multi_label=0"]
+    captions.append("train.groupvit.loss.share_scale=true")
+    settings = [(torch.float32, "none"), *((torch.bfloat16, kind) for kind in ("none", *options.compile))]
+    if not multiplies_bfloat16(options.device):
+        settings = settings[:1]
+    found = {}
+    for precision, compiled in settings:
+        kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision]
+        if compiled == "none":
+            found[f"transformers' GroupViT, {kind}"] = peer(options, precision)
+        label = kind if compiled == "none" else f"{kind}, compiled {compiled}"
+        for name in options.methods:
+            if name == "groupvit":
+                found[f"groupvit, captions, {label}"] = ours(
+                    name, options, precision, compiled=compiled, settings=captions
+                )
+            if precision == torch.bfloat16 or len(settings) == 1:
+                found[f"{name}, {label}"] = ours(name, options, precision, compiled=compiled)
+    return found
+
+
+def report(entries: dict[str, Contestant], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the table and GroupViT's ratio to its peer; returns the rows."""
+    rates = {entry.precision: product_rate(options.device, entry.precision) for entry in entries.values()}
+    print(f"a step of {options.batch} images of 224 px; {device_name(options.device)}; torch {torch.__version__}")
+    for precision, rate in rates.items():
+        print(f"  a large product in {precision}: {rate / 1e12:.2f} TFLOP/s")
+    print(f"  {'':44s} images/s  forward backward  update  memory   MFU  floor")
+    rows = []
+    for name, entry in entries.items():
+        parts = {part: statistics.median(values) for part, values in entry.seconds.items()}
+        flops = entry.flops or next(e.flops for n, e in entries.items() if e.flops and n == name.split(", compiled")[0])
+        floor = flops / rates[entry.precision]
+        row = {"name": name, "images_per_second": options.batch / entry.step, **parts, "memory": entry.memory}
+        rows.append(row | {"tflop": flops / 1e12, "mfu": floor / entry.step, "floor": floor})
+        times = " ".join(f"{1e3 * seconds:7.0f}" for seconds in parts.values())
+        memory, rate = entry.memory / 2**30, options.batch / entry.step
+        print(f"  {name:44s} {rate:8.1f} {times} ms {memory:5.1f} GiB {floor / entry.step:5.1%} {1e3 * floor:6.0f} ms")
+    peers = {name: entry.step for name, entry in entries.items() if name.startswith("transformers")}
+    mine = {name: entry.step for name, entry in entries.items() if name.startswith("groupvit, captions")}
+    if mine and peers:
+        best, wanted = min(mine, key=lambda name: mine[name]), TO_REACH[torch.device(options.device).type]
+        for name, seconds in peers.items():
+            print(f"  {seconds / mine[best]:.2f} x as fast ({best}) as {name}; to reach: {wanted}")
+    return rows
+
+
+def main() -> None:
+    """Print the table; write it where `--out` says."""
+    parser = argparse.ArgumentParser(description="training steps at the papers' sizes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", choices=sorted(PAPER), default=["groupvit"])
+    parser.add_argument("--compile", nargs="*", choices=["blocks", "whole"], default=[], help="bf16 variants to add")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    options = parser.parse_args()
+    entries = contestants(options)
+    measure(entries, options)
+    rows = report(entries, options)
+    if options.out:
+        options.out.write_text(json.dumps({"device": device_name(options.device), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
