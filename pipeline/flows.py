@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -102,21 +103,21 @@ def _run(
     """Every item's outcome, once the flow has ended; Prefect's page shows them as they come."""
     from prefect import flow, task
     from prefect.cache_policies import NO_CACHE
-    from prefect.utilities.annotations import quote
 
-    shard = task(_shard, name="shard", retries=0, cache_policy=NO_CACHE, persist_result=False)
+    shard = task(name="shard", retries=0, cache_policy=NO_CACHE, persist_result=False)(_shard)
     found: list[tuple[Item, Outcome]] = []
 
     def body() -> None:
         submitted = [
-            (item, shard.with_options(task_run_name=str(item)).submit(quote(work), quote(item), threads))
+            # a partial: Prefect looks into other arguments for futures, and rebuilds them
+            (item, shard.with_options(task_run_name=str(item)).submit(partial(work, item), threads))
             for item in items
         ]
         found.extend((item, _outcome(future)) for item, future in submitted)
 
     reset = _BODY.set(body)
     try:
-        flow(_stage, name="tessera", task_runner=task_runner, persist_result=False, validate_parameters=False)()
+        flow(name="tessera", task_runner=task_runner, persist_result=False, validate_parameters=False)(_stage)()
     finally:
         _BODY.reset(reset)
     yield from found
@@ -130,9 +131,9 @@ def _stage() -> None:
     _BODY.get()()
 
 
-def _shard(work: Callable[[Any], Any], item: Any, threads: int) -> Any:
+def _shard(work: Callable[[], Any], threads: int) -> Any:
     _limit(threads)
-    return work(item)
+    return work()
 
 
 def _outcome(future: Any) -> Outcome:

@@ -84,14 +84,13 @@ def test_errors_are_retried_by_their_class(tmp_path):
     assert (tmp_path / "attempts-2").read_text() == "2", "a bug: once per run"
 
 
-@pytest.mark.parametrize("runner", ["inline", "process"])
-def test_out_of_memory_halves_the_batch_until_it_fits(tmp_path, runner):
-    run(STAGE, project(tmp_path, runner=runner, retries=3, batch=8, behaviour={1: "large"}))
+def test_out_of_memory_halves_the_batch_until_it_fits(tmp_path):
+    run(STAGE, project(tmp_path, retries=3, batch=8, behaviour={1: "large"}))
     assert (tmp_path / "attempts-1").read_text() == "3", "8 and 4 are too many, 2 fit"
     run(STAGE, project(tmp_path / "calm", batch=8))
     assert payload_bytes(tmp_path) == payload_bytes(tmp_path / "calm")
     with pytest.raises(StageFailed, match="00001: MemoryError"):
-        run(STAGE, project(tmp_path / "small", runner=runner, retries=1, batch=8, behaviour={1: "large"}))
+        run(STAGE, project(tmp_path / "small", retries=1, batch=8, behaviour={1: "large"}))
 
 
 def test_io_errors_back_off(tmp_path, monkeypatch):

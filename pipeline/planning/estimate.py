@@ -15,6 +15,7 @@ from pipeline.planning.samples import Measured
 from pipeline.project import Project
 
 HOUR = 3600.0
+FILES_OF_VAL_IMAGE = 2  # a picture and its mask
 SINGLE = ("index", "codebook")  # one payload, however many shards
 # What a stage reads of each stage above it, by suffix or array ("" = all of it).
 READS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -95,11 +96,22 @@ def _of_shards(
         read=round(read * worked / max(rows, 1)),
         written=sum(written.values()),
         by_kind=written,
-        files=round(largest.files * shards),
+        files=_files(name, project, measured, shards),
         seconds=measured.start("seconds") + measured.line("seconds")(worked, shards),
         core_seconds=measured.start("core_seconds") + measured.line("core_seconds")(worked, shards),
         flops=measured.flops_per_row * rows,
     )
+
+
+def _files(name: str, project: Project, measured: Measured, shards: int) -> int:
+    """So many of each shard; of generated val and tune sets, so many of each image."""
+    largest = measured.largest
+    if name != "scenes" or not largest.val_files:
+        return round(largest.files * shards)
+    block = project.params["scenes"]
+    images = block["num_tune"] + block["num_val"]
+    others = largest.files - largest.val_files  # of two shards: one to train on, and the val set
+    return round(others / 2 * shards + FILES_OF_VAL_IMAGE * images)
 
 
 def _rows(name: str, project: Project, amount: Amount, found: Mapping[str, Estimate]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from pipeline.planning.rehearsal import Rehearsal
 from pipeline.planning.samples import Measured, Sample
 from pipeline.project import Project
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def fingerprint(project: Project, seconds: float) -> str:

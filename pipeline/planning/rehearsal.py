@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import chain
@@ -27,6 +27,7 @@ SMALL, MIDDLE, LARGE = 4, 64, 1000  # images of a checkout
 VAL_IMAGES = 8  # of a checkout's generated val set and tune set; more in the largest
 HEAVY = ("features", "teacher")  # stages with a network, whose operations are counted
 SLACK = 4.0  # by which a training's first, small, counted batches may overrate an image
+IMAGES = (".jpg", ".png")  # of generated val and tune sets; those of training are in tars
 STEPS = 6  # of a rehearsed training; the second half is measured
 
 
@@ -230,6 +231,7 @@ def _shard_sample(stage: ShardStage, project: Project, count: bool) -> Sample | 
         flops=sum(operations),
         bytes=by_kind(files),
         files=len(files) + len(manifest.rows),
+        val_files=sum(PurePosixPath(name).suffix in IMAGES for name, _ in files) if stage.name == "scenes" else 0,
     )
 
 

@@ -25,6 +25,7 @@ class Sample:
         flops: of the encoder or model; 0 where not counted.
         bytes: written, by the files' suffix or array's name.
         files: written.
+        val_files: those of them in the val and tune sets, which have a file for each image.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Sample:
     flops: float = 0.0
     bytes: dict[str, int] = field(default_factory=dict)
     files: int = 0
+    val_files: int = 0
 
     @property
     def size(self) -> int:
