@@ -1,4 +1,4 @@
-"""Runners on Prefect: the shards of a stage as the task runs of one flow, on threads, Dask or Ray.
+"""Runners on Prefect: the shards of a stage as the task runs of one flow, on threads or Dask.
 
 The functions and the bytes are those of the other runners; Prefect decides where and when, and has a page about it.
 Its own retries and result cache stay off: the engine knows which error is worth another attempt, and the store knows
@@ -20,11 +20,10 @@ from pipeline.artifacts.files import BadInput
 from pipeline.machine import Machine
 from pipeline.runners import Item, Outcome, WorkerLost, limit_threads
 
-PACKAGES = {"threads": "prefect", "dask": "prefect_dask", "ray": "prefect_ray"}
-# Exceptions by which Dask, Ray and Prefect tell that a worker went away with its task, by package and name.
+PACKAGES = {"threads": "prefect", "dask": "prefect_dask"}
+# Exceptions by which Dask and Prefect tell that a worker went away with its task, by package and name.
 LOST = frozenset(
     {("distributed", name) for name in ("KilledWorker", "FutureCancelledError", "CommClosedError")}
-    | {("ray", name) for name in ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")}
     | {("concurrent", "CancelledError"), ("asyncio", "CancelledError"), ("prefect", "CrashedRun")}
 )
 
@@ -38,7 +37,7 @@ def runner(name: str) -> Callable[[Callable[[Item], Any], Iterable[Item], Machin
     if find_spec(PACKAGES[name]) is None:
         remedy = 'Install them with `make setup GROUPS="dev cluster"`, or set runner to process'
         raise BadInput("machine.yaml", f"runner {name} needs the packages of the cluster group", remedy)
-    return {"threads": run_threads, "dask": run_dask, "ray": run_ray}[name]
+    return {"threads": run_threads, "dask": run_dask}[name]
 
 
 def run_threads(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
@@ -59,17 +58,6 @@ def run_dask(work: Callable[[Item], Any], items: Iterable[Item], machine: Machin
     yield from _run(work, items, task_runner, _share(machine))
 
 
-def run_ray(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
-    """Items on the Ray cluster at `machine.address`, or on a local one of `machine.workers` processes."""
-    from prefect_ray import RayTaskRunner  # type: ignore[import-not-found]  # of the cluster group
-
-    if machine.address:
-        task_runner = RayTaskRunner(address=machine.address)
-    else:
-        task_runner = RayTaskRunner(init_kwargs=ray_cluster(machine))
-    yield from _run(work, items, task_runner, _share(machine))
-
-
 def dask_cluster(machine: Machine) -> dict[str, Any]:
     """Arguments of a local Dask cluster: one task at a time in each process, no page on the network."""
     return {
@@ -79,11 +67,6 @@ def dask_cluster(machine: Machine) -> dict[str, Any]:
         "dashboard_address": None,
         "host": "127.0.0.1",
     }
-
-
-def ray_cluster(machine: Machine) -> dict[str, Any]:
-    """Arguments of `ray.init` for a local cluster."""
-    return {"num_cpus": machine.workers, "include_dashboard": False, "log_to_driver": False}
 
 
 def _share(machine: Machine) -> int:

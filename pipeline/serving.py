@@ -1,4 +1,4 @@
-"""What a whole run shares on this machine: one Prefect server, and one local Dask or Ray cluster.
+"""What a whole run shares on this machine: one Prefect server, and one local Dask cluster.
 
 Starting them costs 15 to 40 s each, so they are started once around all stages and stopped with the run.
 """
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.artifacts.files import BadInput
-from pipeline.flows import dask_cluster, ray_cluster
+from pipeline.flows import dask_cluster
 from pipeline.machine import Machine
 
 START_SECONDS = 600.0  # longest wait for the server; 2 s on an idle machine
@@ -27,8 +27,6 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_LEVEL": "WARNING",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
 
@@ -58,7 +56,7 @@ def prefect_server(home: Path, environ: Mapping[str, str]) -> Iterator[str]:
 
 @contextmanager
 def local_cluster(runner: str, machine: Machine) -> Iterator[str]:
-    """The address of a Dask or Ray cluster of `machine.workers` processes; empty for runners that need none.
+    """The address of a Dask cluster of `machine.workers` processes; empty for runners that need none.
 
     Raises:
         BadInput: the packages are not installed.
@@ -72,14 +70,6 @@ def local_cluster(runner: str, machine: Machine) -> Iterator[str]:
 
         with LocalCluster(**dask_cluster(machine)) as cluster:
             yield str(cluster.scheduler_address)
-    elif runner == "ray":
-        import ray  # type: ignore[import-not-found]
-
-        context = ray.init(**ray_cluster(machine))
-        try:
-            yield str(context.address_info["gcs_address"])
-        finally:
-            ray.shutdown()
     else:
         yield ""
 

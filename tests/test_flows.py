@@ -1,4 +1,4 @@
-"""Runners on Prefect: real Dask and Ray here write what `inline` writes, and a worker that is killed loses nothing."""
+"""Runners on Prefect: real threads and Dask write what `inline` writes, and a worker that is killed loses nothing."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pipeline import flows, serving
 from pipeline.artifacts.files import BadInput
 from pipeline.engine import StageFailed, run
 
-# Dask's and Ray's own, of Python 3.11 and of sockets they leave to the garbage collector.
+# Dask's own, of Python 3.11 and of sockets they leave to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -25,7 +25,7 @@ def installed(runner: str):
     )
 
 
-RUNNERS = [installed(runner) for runner in ("threads", "dask", "ray")]
+RUNNERS = [installed(runner) for runner in ("threads", "dask")]
 CLUSTERS = RUNNERS[1:]
 
 

@@ -1,4 +1,4 @@
-"""`tessera cluster threads|dask|ray -- COMMAND`: a command with one Prefect server and one local cluster around it.
+"""`tessera cluster threads|dask -- COMMAND`: a command with one Prefect server and one local cluster around it.
 
 A server that PREFECT_API_URL names, or a cluster that `address` in machine.yaml names, is used and left alone.
 """
@@ -16,7 +16,7 @@ from pipeline.serving import QUIET, local_cluster, prefect_server
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("runner", choices=("threads", "dask", "ray"), help="where shards run")
+    parser.add_argument("runner", choices=("threads", "dask"), help="where shards run")
     parser.add_argument("line", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="such as -- dvc repro")
 
 
