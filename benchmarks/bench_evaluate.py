@@ -24,6 +24,7 @@ from pipeline.cli.profile import write
 from pipeline.datasets.benchmarks import Benchmark, open_benchmark
 from pipeline.evaluation.scoring import tally
 from pipeline.inference import BACKGROUNDS, Geometry, Segmenter, normalise, resize_image, threshold_labels
+from pipeline.mask_metrics import BoundaryIoU
 from pipeline.methods import groupvit
 from pipeline.source_code import REPO
 
@@ -89,7 +90,14 @@ def contestants(benchmark: Benchmark, classes: int, device: str) -> dict[str, Ca
         _wait(device)
 
     def harness() -> None:
-        tally(benchmark, ids, lambda s: threshold_labels(*segmenter(s.image), 0.95).cpu(), step=lambda: None)
+        boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
+        tally(
+            benchmark,
+            ids,
+            lambda s: threshold_labels(*segmenter(s.image), 0.95).cpu(),
+            step=lambda: None,
+            watchers=[lambda sample, predicted: boundaries.update(predicted, sample.label)],
+        )
 
     return {"bare model": bare, "harness": harness}
 

@@ -111,24 +111,37 @@ class Background:
         thresholded: a pixel whose best score is below the threshold is background; the threshold can be swept.
         by_group: the threshold is applied to the groups of each window, before windows are averaged: a background
             channel with scores of its own beside the classes. Needs a `GroupModel`.
+        against_zero: each class is scored alone, against a constant: the sigmoid of its logit (`single_scores`).
     """
 
     stuff_words: bool
     thresholded: bool
     by_group: bool = False
+    against_zero: bool = False
 
 
 # Source: evaluation card section 6. "group_threshold": the released code of GroupViT and OVSegmentor, and ZeroSeg that
-# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "none": answers foreground classes everywhere, for
-# benchmarks without a background class.
+# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "constant_logit": TCL (section 9). "none": answers
+# foreground classes everywhere, for benchmarks without a background class.
 BACKGROUNDS = {
     "group_threshold": Background(stuff_words=False, thresholded=True, by_group=True),
     "max_probability": Background(stuff_words=False, thresholded=True),
+    "constant_logit": Background(stuff_words=False, thresholded=True, against_zero=True),
     "extra_vocabulary": Background(stuff_words=True, thresholded=False),
     "extra_vocabulary_threshold": Background(stuff_words=True, thresholded=True),
     "none": Background(stuff_words=False, thresholded=False),
 }
-BackgroundName = Literal["group_threshold", "max_probability", "extra_vocabulary", "extra_vocabulary_threshold", "none"]
+BackgroundName = Literal[
+    "group_threshold",
+    "max_probability",
+    "constant_logit",
+    "extra_vocabulary",
+    "extra_vocabulary_threshold",
+    "none",
+]
+# Of the words' length under "constant_logit". Source: TCL's sigmoid starts at 10 times the cosine; CLIP's softmax has
+# 100 times, at which a sigmoid is 0 or 1.
+SINGLE_SHARE = 0.1
 
 
 @torch.inference_mode()
@@ -176,6 +189,18 @@ def normalise(image: UInt8[np.ndarray, "height width 3"], device: str) -> Float[
     return (pixels - mean) / std
 
 
+def single_scores(scores: Float[Tensor, "words_and_zero height width"]) -> Float[Tensor, "words height width"]:
+    """Of a softmax over words and, last, a word whose logit is 0 everywhere, the sigmoid of each word's logit.
+
+    p_word / (p_word + p_zero) = e^l / (e^l + 1): the other words cancel, so that the level of the score does not depend
+    on how many there are, and one constant serves every vocabulary. 0 where a word has no probability.
+
+    Source: evaluation card section 9 (TCL's masks are such sigmoids, background is a constant among them).
+    """
+    words, zero = scores[:-1], scores[-1:]
+    return torch.where(words > 0, words / (words + zero), 0)
+
+
 class Segmenter:
     """A model that knows its class list, applied to whole images.
 
@@ -184,7 +209,8 @@ class Segmenter:
 
     Raises:
         ValueError: a background rule on a benchmark without background.
-        ParamsError: a rule by group for a model without groups, or with `pamr`, which needs score maps.
+        ParamsError: a rule by group for a model without groups, or with `pamr`, which needs score maps; a constant
+            logit for a model by groups, whose gate leaves words out of the softmax.
     """
 
     def __init__(
@@ -204,6 +230,10 @@ class Segmenter:
             raise ValueError("this benchmark has no background class: use background: none")
         if background.by_group and not isinstance(model, GroupModel):
             raise ParamsError(f"background group_threshold: {type(model).__name__} has no groups; choose another rule")
+        if background.against_zero and isinstance(model, GroupModel):
+            raise ParamsError(
+                f"background constant_logit: {type(model).__name__} segments by groups; choose another rule"
+            )
         if background.by_group and pamr:
             raise ParamsError("pamr: background group_threshold has no score maps to refine; choose another rule")
         if background.by_group and (not thresholds or sorted(set(thresholds)) != list(thresholds)):
@@ -215,6 +245,8 @@ class Segmenter:
         ids = torch.arange(num_foreground) + int(has_background)
         stuff = torch.zeros(len(embeddings) - num_foreground, dtype=torch.int64)
         self.label_ids = torch.cat([ids, stuff]).to(device)
+        if background.against_zero:  # a word of length 0 has cosine 0, and so the logit 0, with everything
+            self.embeddings = torch.cat([SINGLE_SHARE * embeddings, torch.zeros_like(embeddings[:1])])
 
     @torch.inference_mode()
     def __call__(
@@ -249,6 +281,8 @@ class Segmenter:
         if self.background.by_group and isinstance(self.model, GroupModel):
             return group_table(self.model.groups(crop, self.embeddings), (crop.shape[2], crop.shape[3]))
         scores = self.model.segment(crop, self.embeddings)
+        if self.background.against_zero:
+            scores = single_scores(scores.float())
         return GridScores(refine(crop, scores) if self.pamr else scores)
 
 

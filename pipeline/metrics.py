@@ -114,7 +114,7 @@ class ConfusionMatrix:
         truth = self.counts.sum(1)
         label = int(truth.argmax())
         present = int((truth > 0).sum())
-        return label, (truth[label] / truth.sum() / present).item() if present else float("nan")
+        return label, (truth[label].double() / truth.sum() / present).item() if present else float("nan")
 
 
 class ThresholdSweep:

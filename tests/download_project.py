@@ -21,6 +21,7 @@ STORED = {
     "refused_directives": ["noai", "noindex"],
 }
 FETCH = {"threads": 4, "timeout": 5.0, "deadline": 10.0, "retries": 0, "user_agent": "test/1"}
+FETCH |= {"backoff": 0.01, "max_wait": 5.0, "rate": 0.0}
 DOWNLOAD = {
     "source": "scenes",
     "annotations": "",

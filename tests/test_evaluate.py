@@ -421,8 +421,12 @@ def test_the_command_writes_a_metrics_file(project, capsys):
     out = project.root / "out" / "file.json"
     root = str(project.path("sets"))
     arguments = ["--root", str(project.root), "evaluate", "--model", str(project.root / "models/tiny")]
-    assert tessera([*arguments, "--benchmark", "scenes", "--root", root, "--limit", "2", "--out", str(out)]) == 0
+    maps = ["--maps", str(project.root / "maps")]
+    assert tessera([*arguments, "--benchmark", "scenes", "--root", root, "--limit", "2", "--out", str(out), *maps]) == 0
     report = json.loads(out.read_text())
+    shown = {path.stem: np.array(Image.open(path)) for path in (project.root / "maps").iterdir()}
+    assert set(shown) == {"val_000", "val_001"} and shown["val_000"].shape == (32, 48)
+    assert set(np.unique(list(shown.values()))) <= {0, 1, 2, 3}
     assert report["num_images"] == 2 and report["method"] == "tiny" and report["protocol"] == "native"
     assert "tiny on scenes: mIoU" in capsys.readouterr().out
     # voc is no benchmark of the parameters, but its root stands on the command line

@@ -26,11 +26,13 @@ MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0
 BLOCK = {
     "vocabulary": "cc4m",
     "mode": "noun",
+    "nouns": "lemmas",
     "tagger": "textblob",
     "min_words": 2,
     "max_words": 50,
     "require_entity": True,
     "duplicates": "pair",
+    "reject": [],
 }
 CAPTIONS = [
     "a dog and two cats",
@@ -136,7 +138,7 @@ def test_null_and_invalid_captions(tmp_path) -> None:
     out.mkdir()
     config = project.config("filter", filtering.Config)
     source = filtering.tagging.resolve("textblob")
-    args = filtering._Args(path.parent, config, vocabulary("cc4m"), source)
+    args = filtering._Args(path.parent, config, vocabulary("cc4m"), source, None)
     counts = STAGE.compute(Task(shard="00000", fields={}, args=args, rows=3), out, MACHINE)
     assert pq.read_table(out / "rows.parquet")["reason"].to_pylist() == ["empty", "", "not_text"]
     assert counts.failed == 2
@@ -170,7 +172,8 @@ def test_keys_follow_inputs_params_and_the_tagger(tmp_path, real_data, monkeypat
     project = download(tmp_path, {"00000": shard_of(CAPTIONS)})
     first = run(STAGE, project)
     assert run(STAGE, project).rows == first.rows
-    for change in ({"min_words": 1}, {"mode": "exact"}, {"require_entity": False}):
+    assert "nouns" not in STAGE.key_fields(STAGE.tasks(project)[0])["params"]  # as before there was a choice
+    for change in ({"min_words": 1}, {"mode": "exact"}, {"require_entity": False}, {"nouns": "groupvit"}):
         other = Project(tmp_path, {"filter": {**BLOCK, **change}}, MACHINE)
         assert STAGE.key(STAGE.tasks(other)[0]) != first.rows[0].key
     auto = Project(tmp_path, {"filter": {**BLOCK, "tagger": "auto"}}, MACHINE)
@@ -181,6 +184,12 @@ def test_keys_follow_inputs_params_and_the_tagger(tmp_path, real_data, monkeypat
     again = run(STAGE, auto)
     about = project.store.describe("filter", again.rows[0].key)
     assert about is not None and about["counts"]["detail"]["tagger: nltk"] == len(CAPTIONS)
+
+
+def test_groupvits_nouns_are_tokens_as_they_stand(tmp_path) -> None:
+    project = download(tmp_path, {"00000": shard_of(["Dogs chase Dogs"])}, nouns="groupvit")
+    run(STAGE, project)
+    assert table(project)["nouns"].to_pylist() == [["Dogs", "chase", "Dogs"]]
 
 
 def test_a_lost_download_stops_it(tmp_path) -> None:
@@ -232,8 +241,22 @@ def test_partners_share_an_entity_and_every_one_is_drawn(tmp_path) -> None:
     wanted = [opened.classes.index("dog"), opened.classes.index("bus")]
     allowed = {tuple(each) for number in wanted for each in opened.rows(number).tolist()}
     generator = np.random.default_rng(1)
-    drawn = {opened.partner(wanted, generator) for _ in range(3000)}
-    assert drawn == allowed
+    drawn = [opened.partner(wanted, None, generator) for _ in range(3000)]
+    assert set(drawn) == allowed
+    again = np.random.default_rng(1)
+    assert drawn == [opened.partner(wanted, None, again) for _ in range(3000)]
+
+
+def test_a_sample_is_its_own_partner_only_where_it_is_alone(tmp_path) -> None:
+    project = download(tmp_path, {"00000": shard_of(["a cat here", "two dogs", "one dog", "dogs at home"])})
+    run(STAGE, project)
+    run(INDEX, project)
+    opened = EntityIndex.open(project.inputs("index")[0][1])
+    generator = np.random.default_rng(0)
+    cat, dog = (opened.classes.index(name) for name in ("cat", "dog"))
+    assert opened.partner([cat], (0, 0), generator) == (0, 0)
+    drawn = [opened.partner([dog], (0, 2), generator)[1] for _ in range(4000)]
+    assert set(drawn) == {1, 3} and 1800 < drawn.count(1) < 2200  # both alike: 2000 +- 6 standard deviations
 
 
 def test_index_is_the_same_bytes_again(tmp_path) -> None:

@@ -155,6 +155,42 @@ def test_stuff_words_become_background():
     assert labels[:, :3].eq(1).all() and labels[:, 3:].eq(0).all()
 
 
+def test_a_constant_logit_is_compared_with_each_class_alone():
+    """Sigmoids of the shrunk logits, averaged over windows, against a constant: a plain loop, unlike the softmax's."""
+    geometry, image = dataclasses.replace(NATIVE, window=6, stride=4), picture(6, 10)
+    names = ("red", "green", "blue")
+    best, labels = segmenter(PixelModel(), geometry, "constant_logit", names)(image)
+    cells, vectors = normalise(image, "cpu")[0].double(), PixelModel().encode_text(list(names)).double()
+    vectors = F.normalize(vectors, dim=1)
+    for y in range(6):
+        for x in range(10):
+            scores = [1 / (1 + np.exp(-0.1 * float(cells[:, y, x] @ vector))) for vector in vectors]
+            assert best[y, x].item() == pytest.approx(max(scores), abs=1e-6)
+            assert labels[y, x] == 1 + int(np.argmax(scores))
+    # A logit below 0 is background at the constant 0.5, whatever else is asked; the softmax has another order.
+    dark = threshold_labels(best, labels, 0.5) == 0
+    assert torch.equal(dark, (torch.einsum("dhw,cd->chw", cells, vectors).amax(0) < 0)) and 0 < dark.sum() < 60
+    probability, _ = segmenter(PixelModel(), geometry, "max_probability", names)(image)
+    assert probability[dark].max() > probability[~dark].min()
+
+
+def test_more_words_do_not_move_a_constant_logit_but_a_softmax():
+    image, few, many = picture(8, 9), ("red", "green"), ("red", "green", *(f"x{i}" for i in range(30)))
+    alone = [segmenter(PixelModel(), background="constant_logit", names=names) for names in (few, many)]
+    shared = [segmenter(PixelModel(), background="max_probability", names=names) for names in (few, many)]
+    (one, first), (other, second) = (found(image) for found in alone)
+    same = (first == second) & (first > 0)
+    assert same.any() and torch.allclose(one[same], other[same], atol=1e-6)
+    (one, _), (other, _) = (found(image) for found in shared)
+    assert (one > 2 * other).any()
+
+
+def test_a_word_without_probability_scores_nothing():
+    scores = torch.tensor([0.0, 0.25, 0.5]).view(3, 1, 1)  # the last is the word whose logit is 0
+    assert inference.single_scores(scores).flatten().tolist() == pytest.approx([0, 1 / 3])
+    assert inference.single_scores(torch.zeros(2, 1, 1)).item() == 0
+
+
 def test_benchmark_without_background():
     _, labels = segmenter(PixelModel(), background="none", has_background=False)(picture(5, 5))
     assert labels.min() == 0 and labels.max() == 2

@@ -23,7 +23,7 @@ def test_links_and_pictures_exist():
 def test_the_commands_it_shows_exist():
     from pipeline.cli import COMMANDS
 
-    shown = set(re.findall(r"^tessera (\w+)", README, flags=re.MULTILINE))
+    shown = set(re.findall(r"^tessera ([\w-]+)", README, flags=re.MULTILINE))
     assert shown and shown <= set(COMMANDS)
     makefile = (REPO / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):

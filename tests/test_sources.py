@@ -144,6 +144,32 @@ def test_unusable_lists_are_refused(tmp_path: Path, name: str, content: bytes, m
         list(cut(annotations(tmp_path / name), 10, None))
 
 
+def test_a_parquet_file_that_is_damaged_between_its_ends_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    table = pa.table(
+        {"URL": [f"http://a.test/{n}.jpg" for n in range(5000)], "TEXT": [f"dog {n}" for n in range(5000)]}
+    )
+    pq.write_table(table, path, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4 : len(data) // 2] = b"\xff" * (len(data) // 2 - len(data) // 4)
+    path.write_bytes(data)
+    assert pq.ParquetFile(path).metadata.num_rows == 5000  # its end is whole
+    with pytest.raises(BadInput, match="damaged inside"):
+        list(cut(annotations(path), 1000, None))
+
+
+@pytest.mark.parametrize("text", ["\u202eabc dog", "\u0643\u0644\u0628", "\U0001f415" * 30, "a\x00dog", "x" * 100_000])
+def test_odd_captions_stand_in_every_kind_of_list(tmp_path: Path, text: str) -> None:
+    """Right-to-left, emoji, NUL, 100 kB: one row each, and the row after it is whole."""
+    rows = [("http://a.test/1.jpg", text), ("http://a.test/2.jpg", "after")]
+    expected = [(url, one_line(caption)) for url, caption in rows]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"URL": u, "TEXT": t}) + "\n" for u, t in rows))
+    pq.write_table(pa.table({"URL": [u for u, _ in rows], "TEXT": [t for _, t in rows]}), tmp_path / "list.parquet")
+    (tmp_path / "list.tsv").write_bytes("".join(f"{t}\t{u}\n" for u, t in rows).encode())
+    for name, layout in (("list.jsonl", "named"), ("list.parquet", "named"), ("list.tsv", "cc3m")):
+        assert [row[:2] for row in read(annotations(tmp_path / name, layout=layout))] == expected, name
+
+
 def test_an_absent_list_names_file_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"absent.tsv: no such list of captioned images. Set download.annotations"):
         list(cut(annotations(tmp_path / "absent.tsv"), 10, None))

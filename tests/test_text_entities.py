@@ -1,8 +1,12 @@
 """Entities and nouns: CC4M's words, its exact rule against a plain loop, noun mode by hand."""
 
 import json
+import random
 
+import nltk
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from nltk.tokenize import word_tokenize
 
@@ -96,6 +100,34 @@ def test_extract_and_annotate_agree(real_data, textblob) -> None:
     assert len(only.values) > 500
 
 
+@pytest.mark.parametrize("mode", ["exact", "noun"])
+def test_the_prefilter_loses_nothing(mode, textblob) -> None:
+    """Made-up captions of vocabulary words and everything that may stand beside them."""
+    draw = random.Random(0)
+    odd = ["cannot", "Gimme", "gonna", "n't", "'s", "'S", "'tis", "'", '"', ",", ".", "..", "-", "_", "1", "s", "x"]
+    odd += ["\u212aite", "K\u0130TE", "\ud800", "é", "\u3000", "\n", "(", "/", "the", "can", "I"]
+    parts = [*CC4M.words, *(plural(word.lower()) for word in CC4M.words), *odd * 6]
+    captions = []
+    for _ in range(6000):
+        count = draw.randint(1, 6)
+        captions.append("".join(draw.choice(parts) + (" " if draw.random() < 0.5 else "") for _ in range(count)))
+    small = Vocabulary.make("small", ["can", "ca", "na", "gon", "not", "dog", "t-shirt"], {})
+    for words in (CC4M, small):
+        annotator = Annotator(words, mode, textblob)
+        for start in range(0, len(captions), 50):  # some batches without a surrogate
+            batch = captions[start : start + 50]
+            whole, only = annotator(batch), annotator.entities(batch)
+            assert np.array_equal(whole.entities.offsets, only.offsets), batch
+            assert np.array_equal(whole.entities.values, only.values)
+
+
+def test_few_captions_pass_the_prefilter() -> None:
+    pattern = CC4M.pattern("noun")
+    captions = pa.array(["A Dog.", "two dogs' beds", "the dogma", "hotdog", "a catalogue of cartoons", "nothing"])
+    assert pc.match_substring_regex(captions, pattern).to_pylist() == [True, True, False, False, False, False]
+    assert Vocabulary.make("x", ["café"], {}).pattern("noun") == ""
+
+
 def test_nouns_and_word_counts(textblob) -> None:
     annotator = Annotator(CC4M, "noun", textblob)
     said = annotator(["two Dogs chase 3 dogs\na red ball in parks", "", "12 !", "women and men"])
@@ -104,6 +136,26 @@ def test_nouns_and_word_counts(textblob) -> None:
     assert nouns == [["dog", "ball", "park"], [], [], ["woman", "man"]]
     assert said.fewest_words.tolist() == [4, 0, 0, 3]
     assert said.most_words.tolist() == [5, 0, 0, 3]
+
+
+def test_groupvits_nouns_are_those_of_its_loop(real_data, monkeypatch) -> None:
+    """Card section 6: raw tokens, verbs among them, repetitions kept, no NNPS."""
+    monkeypatch.setattr(nltk.data, "path", [str(real_data / "nltk_data")])
+    lines = (real_data / "captions" / "cc3m_validation.tsv").read_text(encoding="utf-8").splitlines()
+    captions = [line.split("\t")[0] for line in lines[::40]] + ["Dogs chase Dogs in the Alps", "", "!!"]
+    kept = {"NN", "NNS", "NNP", "VB", "VBD", "VBG", "VBN", "VBP", "VBZ"}
+    expected = [[word for word, tag in nltk.pos_tag(word_tokenize(text, preserve_line=True)) if tag in kept]
+                for text in captions]  # fmt: skip
+    tagger = tagging.load(tagging.resolve("nltk", [str(real_data / "nltk_data")]))
+    annotator = Annotator(CC4M, "exact", tagger, "groupvit")
+    said = annotator(captions)
+    names = list(annotator.lemmas)
+    parts = [[names[number] for number in part] for part in np.split(said.nouns.values, said.nouns.offsets[1:-1])]
+    assert parts == expected
+    assert any(len(part) != len(set(part)) for part in parts)
+    plain = Annotator(CC4M, "exact", tagger)(captions)
+    assert np.array_equal(plain.entities.values, said.entities.values)
+    assert np.array_equal(plain.most_words, said.most_words)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import gc
 import warnings
 
 import nltk
+import numpy as np
 import pytest
 from nltk.tag import PerceptronTagger as Reference
 from textblob._text import find_tags
@@ -41,6 +42,16 @@ def test_perceptron_equals_nltk(real_data, nltk_data) -> None:
     reference = Reference()
     theirs = [[tag for _, tag in reference.tag(words(text))] for text in texts]
     assert ours == theirs
+
+
+def test_wanted_tags_are_those_of_the_whole(real_data) -> None:
+    tokens = tokenise(captions(real_data, 30), Types())
+    draw = np.random.default_rng(0)
+    for tagger in (PerceptronTagger(real_data / "nltk_data" / "taggers" / NAME), LexiconTagger()):
+        whole = tagger.tag(tokens)
+        for share in (0.0, 0.05, 0.5):
+            wanted = draw.random(len(tokens.ids)) < share
+            assert np.array_equal(tagger.tag(tokens, wanted)[wanted], whole[wanted])
 
 
 @pytest.fixture

@@ -77,6 +77,37 @@ def test_real_captions(real_data) -> None:
         assert words(caption) == word_tokenize(caption, preserve_line=True), caption
 
 
+def texts_of(tokens: Tokens) -> list[list[str]]:
+    names = list(tokens.types)
+    parts = [names[number] for number in tokens.ids]
+    return [parts[one:two] for one, two in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)]
+
+
+def test_the_short_way_for_plain_lines_gives_the_same_tokens(real_data) -> None:
+    draw = random.Random(1)
+    coco = json.loads((real_data / "captions" / "coco_captions_val2017.json").read_text())["annotations"]
+    lines = [each["caption"].replace("\n", " ") for each in coco][::6]
+    lines += [
+        "g\u0130mme that",
+        "a dog .",
+        ".",
+        " . ",
+        "a dog.  ",
+        "U.S.",
+        "x..",
+        "\u3000",
+        "can not",
+        "he Cannot sit.",
+    ]
+    for _ in range(20_000):
+        count = draw.randint(0, 5)
+        lines.append("".join(draw.choice(PARTS) + (" " if draw.random() < 0.6 else "") for _ in range(count)))
+    for line, ours in zip(lines, texts_of(tokenise(lines, Types())), strict=True):
+        assert ours == words(line), repr(line)
+    broken = [*lines[:50], "a \ud800 cat, two dogs."]
+    assert texts_of(tokenise(broken, Types())) == [words(line) for line in broken]
+
+
 @pytest.mark.parametrize(
     "text", ["a" * 100_000, "a. " * 40_000, "'" * 100_000, ". " + " " * 100_000 + "x", ",:" * 50_000]
 )
@@ -113,6 +144,12 @@ def test_columns_are_worked_out_once_per_type() -> None:
     assert columns.of(types).tolist() == [[1], [3], [5]]
     assert asked == ["a", "dog", "horse"]
     assert columns.of(Types()).shape == (0, 1)
+    other = Types()
+    tokenise(["a dog barks"], other)
+    assert columns.some(other, np.array([2])).tolist() == [[0], [0], [5]]
+    assert asked[3:] == ["barks"]
+    assert columns.of(other).tolist() == [[1], [3], [5]]
+    assert asked[3:] == ["barks", "a", "dog"]
 
 
 def test_no_lines() -> None:

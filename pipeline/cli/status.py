@@ -3,29 +3,35 @@
 import argparse
 import json
 from collections import Counter
+from dataclasses import asdict
 
 from pipeline import chain
 from pipeline.artifacts.files import BadInput, read_json
 from pipeline.engine import ShardStage
 from pipeline.project import Project
+from pipeline.reporting import card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--card", action="store_true", help="the card of the data as well; reads every shard's table")
 
 
 def run(arguments: argparse.Namespace, project: Project) -> int:
     """Print the table; the exit status is 0 whatever it says."""
     stages = {name: stage_status(chain.shard_stage(name), project) for name in chain.SHARD_STAGES}
+    made = card.card(project) if arguments.card else None
     if arguments.json:
-        print(json.dumps(stages, indent=1))
+        print(json.dumps(stages | ({"card": asdict(made)} if made else {}), indent=1))
         return 0
     print(f"{'stage':14}{'shards':>8}{'done':>8}{'stale':>8}{'failed':>8}{'rows':>12}{'lost':>10}  what")
     for name, status in stages.items():
         numbers = [status[column] for column in ("shards", "done", "stale", "failed")]
         counts = "".join(f"{number:>8,}" for number in numbers)
         print(f"{name:14}{counts}{status['rows']:>12,}{status['lost']:>10,}  {_what(status)}")
+    if made:
+        print(f"\n{card.text(made)}")
     return 0
 
 

@@ -7,14 +7,18 @@ A trained model's folder, `untrained:<method>`, `baseline:<name>`; and of one be
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
 
 from pipeline import baselines, methods
 from pipeline.artifacts.files import BadInput, digest
 from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, model_digest
 from pipeline.datasets.benchmarks import Benchmark
 from pipeline.evaluation.scoring import Candidate, Regions
-from pipeline.inference import Geometry, square_regions
+from pipeline.inference import Geometry, nearest, square_pixels, square_regions
+from pipeline.nn.group_stages import groups_by_stages, stage_groups
 from pipeline.project import Project
 from pipeline.selftraining import students
 
@@ -100,7 +104,13 @@ def load(spec: str, project: Project, geometry: Geometry, benchmark: Benchmark |
     else:
         read = methods.load_untrained if spec.startswith(UNTRAINED) else methods.load
         model = read(model_folder(spec.removeprefix(UNTRAINED), project), project.encoder("dino").parent).to(device)
-    return Candidate(name=folder_name(spec), model=model, digests=known, regions=_regions(model, geometry, device))
+    return Candidate(
+        name=folder_name(spec),
+        model=model,
+        digests=known,
+        regions=_regions(model, geometry, device),
+        stages=_stages(model, geometry, device),
+    )
 
 
 def pseudo_mask_digests(project: Project) -> dict[str, str] | None:
@@ -154,6 +164,22 @@ def _own_student(spec: str, project: Project, benchmark: Benchmark | None) -> Pa
         problem = f"knows another class list than {benchmark.name} under the {benchmark.protocol} protocol"
         raise BadInput(folder, f"{problem} ({', '.join(differing[:4])})", "Train it under this protocol")
     return folder
+
+
+def _stages(
+    model: object, geometry: Geometry, device: str
+) -> Callable[[UInt8[np.ndarray, "height width 3"]], list[Int64[Tensor, "height width"]]] | None:
+    """The groups of each stage, of the whole image squashed as `square_regions` does it."""
+    regions: Callable[[Tensor], Tensor] | None = getattr(model, "regions", None)
+    if regions is None or not isinstance(model, torch.nn.Module) or not groups_by_stages(model):
+        return None
+    side = geometry.window or geometry.short_side
+
+    def stages(image: UInt8[np.ndarray, "height width 3"]) -> list[Int64[Tensor, "height width"]]:
+        found = stage_groups(model, regions, square_pixels(image, side, device))
+        return [nearest(labels, image.shape[:2]).cpu() for labels in found]
+
+    return stages
 
 
 def _regions(model: object, geometry: Geometry, device: str) -> Regions | None:

@@ -3,13 +3,18 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Int64
+from PIL import Image
+from torch import Tensor
 
 from pipeline.artifacts.files import atomic_json
-from pipeline.datasets.benchmarks import names
+from pipeline.datasets.benchmarks import Sample, names
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import BenchmarkConfig, Config
 from pipeline.evaluation.pairs import SCENES, benchmark_root, evaluate, open_pair
+from pipeline.evaluation.scoring import Watcher
 from pipeline.evaluation.stage import summary
 from pipeline.params import ParamsError
 from pipeline.project import Project
@@ -33,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", choices=("native", "unified"), help="default: evaluate.protocol in params.yaml")
     parser.add_argument("--limit", type=int, metavar="N", help="score the first N images only")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
+    parser.add_argument(
+        "--maps",
+        type=Path,
+        metavar="FOLDER",
+        help="write the label maps that the score counts: FOLDER/<image id>.png, 8-bit grey, class ids",
+    )
 
 
 def run(arguments: argparse.Namespace, project: Project) -> int:
@@ -48,7 +59,9 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     entry, root = _entry(arguments, config, project)
     protocol = arguments.protocol or config.protocol
     pair = open_pair(arguments.model, entry, root, protocol, config, project)
-    scored = evaluate(pair, candidates.load(arguments.model, project, config.geometry, pair.benchmark), bar=True)
+    candidate = candidates.load(arguments.model, project, config.geometry, pair.benchmark)
+    watchers = [] if arguments.maps is None else [_writer(arguments.maps)]
+    scored = evaluate(pair, candidate, bar=True, watchers=watchers)
     atomic_json(arguments.out, scored.report)
     print(f"{summary(scored.report, scored.rate)}. Written to {arguments.out}")
     return 0
@@ -68,3 +81,14 @@ def _entry(arguments: argparse.Namespace, config: Config, project: Project) -> t
     # A root on the command line is a path as the shell sees it, even one called "scenes".
     root = Path(arguments.layout_root) if arguments.layout_root else benchmark_root(project, entry.name, entry.root)
     return entry, root
+
+
+def _writer(folder: Path) -> Watcher:
+    """Writes every answer as a grey PNG of class ids, which no benchmark has more of than a byte holds."""
+
+    def write(sample: Sample, predicted: Int64[Tensor, "height width"]) -> None:
+        path = folder / f"{sample.id}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(predicted.numpy().astype(np.uint8)).save(path)
+
+    return write

@@ -1,22 +1,25 @@
 """A pair is a candidate and a benchmark: opened, resolved against the parameters, scored, drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 from tqdm import tqdm
 
 from pipeline.artifacts.files import BadInput, digest
 from pipeline.datasets.benchmarks import Benchmark, Protocol, open_benchmark
 from pipeline.evaluation import candidates, panels
 from pipeline.evaluation.config import BenchmarkConfig, Config, pick, thresholds
-from pipeline.evaluation.scoring import Candidate, Regions, Scored, Settings, passes, score
+from pipeline.evaluation.rates import confused
+from pipeline.evaluation.scoring import Candidate, Regions, Scored, Settings, Watcher, passes, score
 from pipeline.inference import BACKGROUNDS, BackgroundName
+from pipeline.metrics import ConfusionMatrix
 from pipeline.params import ParamsError
 from pipeline.project import Project
 from pipeline.text.prompts import templates
 
+MISTAKES = 3  # named under a picture
 SCENES = "scenes"  # the root that stands for the set which the scenes stage writes
 VALIDATION = "val"  # its shard
 
@@ -96,11 +99,14 @@ def data_digest(pair: Pair) -> str:
     return pair.benchmark.digest([*pair.settings.tune_ids, *pair.ids])
 
 
-def evaluate(pair: Pair, candidate: Candidate, *, bar: bool) -> Scored:
-    """Score a candidate, with a progress bar where asked; the report is what the metrics file holds."""
+def evaluate(pair: Pair, candidate: Candidate, *, bar: bool, watchers: Sequence[Watcher] = ()) -> Scored:
+    """Score a candidate, with a progress bar where asked; the report is what the metrics file holds.
+
+    `watchers` are told every answer that the reported score counts.
+    """
     total, label = passes(candidate, len(pair.ids), pair.settings), f"{candidate.name} on {pair.benchmark.name}"
     with tqdm(total=total, desc=label, unit="image", mininterval=1.0, disable=not bar) as progress:
-        scored = score(candidate, pair.benchmark, pair.ids, pair.settings, progress.update)
+        scored = score(candidate, pair.benchmark, pair.ids, pair.settings, progress.update, watchers)
     known = candidate.digests
     scored.report["benchmark_digest"] = data_digest(pair)
     scored.report["digests"] = known
@@ -115,22 +121,26 @@ def draw(
     benchmark = pair.benchmark
     classes, ignore = benchmark.classes, benchmark.ignore_index
 
-    def pictures(image_id: str) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
+    def look(image_id: str) -> panels.Look:
         sample = benchmark.sample(image_id)
+        answer = scored.answer(sample)
         columns = {"image": sample.image}
-        maps = [regions(sample.image).numpy() for regions in (pseudo_masks, candidate.regions) if regions is not None]
+        sources = (pseudo_masks, None if candidate.stages else candidate.regions)
+        maps = [regions(sample.image).numpy() for regions in sources if regions is not None]
         if len(maps) == 2 and np.array_equal(maps[0], maps[1]):  # the oracle's own masks are the pseudo-masks
             maps.pop()
-        for column, regions in zip(("regions", "masks"), maps, strict=False):
+        named: dict[str, np.ndarray] = dict(zip(("regions", "masks"), maps, strict=False))
+        for number, groups in enumerate(candidate.stages(sample.image) if candidate.stages else (), start=1):
+            named[f"stage{number}"] = groups.numpy()
+        for column, regions in named.items():
             columns[column] = panels.colored(regions, panels.REGIONS)
-        columns["prediction"] = panels.colored_classes(scored.answer(sample).numpy(), len(classes), None)
+        columns["prediction"] = panels.colored_classes(answer.numpy(), len(classes), None)
         columns["truth"] = panels.colored_classes(sample.label, len(classes), ignore)
-        return columns
-
-    def present(image_id: str) -> list[str]:
-        found = np.unique(benchmark.sample(image_id).label)
-        first = int(benchmark.has_background)
-        return [classes[index] for index in found if first <= index < len(classes)]
+        counts, first = ConfusionMatrix(len(classes), ignore), int(benchmark.has_background)
+        counts.update(answer, sample.label)
+        found = counts.counts.sum(1).nonzero()[:, 0].tolist()
+        present = [classes[index] for index in found if index >= first]
+        return panels.Look(columns, present, confused(counts, classes, MISTAKES))
 
     chosen = panels.choose(scored.per_image, config.panels, config.seed)
-    panels.draw(folder, chosen, scored.per_image, pictures, present, classes, config.panels.side)
+    panels.draw(folder, chosen, scored.per_image, look, classes, config.panels.side)

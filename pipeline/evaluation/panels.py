@@ -1,4 +1,4 @@
-"""Pictures of single images: image | pseudo-masks | prediction | truth, as PNG files and a `panels.json`.
+"""Pictures of single images: image | pseudo-masks | groups | prediction | truth, as PNG files and a `panels.json`.
 
 Label maps are written in flat colours, background black, the ignored border light; an image is reduced to a given
 longer side, label maps by nearest neighbour.
@@ -6,7 +6,7 @@ longer side, label maps by nearest neighbour.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -63,27 +63,37 @@ def reduce(picture: UInt8[np.ndarray, "height width 3"], side: int, *, smooth: b
     return image.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
 
 
+class Look(NamedTuple):
+    """One image as a panel shows it.
+
+    pictures: by column `image`, `prediction`, `truth`, and where there are any `regions` (the pseudo-masks, or else the
+    model's own), `masks` (the model's own), or instead of these `stage1`, `stage2`, ... (the groups of a model that
+    groups in stages). present: names of its classes, background left out. confused: its mistakes, see
+    `rates.confused`.
+    """
+
+    pictures: dict[str, UInt8[np.ndarray, "height width 3"]]
+    present: list[str]
+    confused: list[dict[str, Any]]
+
+
 def draw(
     folder: Path,
     chosen: Sequence[tuple[str, str]],
     per_image: Mapping[str, float],
-    pictures: Callable[[str], dict[str, UInt8[np.ndarray, "height width 3"]]],
-    present: Callable[[str], list[str]],
+    look: Callable[[str], Look],
     classes: Sequence[str],
     side: int,
 ) -> None:
-    """Write every chosen image's pictures, then `panels.json`.
-
-    `pictures(id)` gives them by column: `image`, `prediction`, `truth`, and where there are any `regions` (the
-    pseudo-masks, or else the model's own) and `masks` (the model's own).
-    """
+    """Write every chosen image's pictures, then `panels.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     panels: list[dict[str, Any]] = []
     for image_id, picked in chosen:
         panel: dict[str, Any] = {"id": image_id, "picked": picked, "miou": fraction(per_image[image_id])}
-        for column, picture in pictures(image_id).items():
+        shown = look(image_id)
+        for column, picture in shown.pictures.items():
             panel[column] = f"{image_id.replace('/', '_')}_{column}.png"
             reduce(picture, side, smooth=column == "image").save(folder / panel[column], "PNG")
-        panels.append({**panel, "present": present(image_id)})
+        panels.append({**panel, "present": shown.present, "confused": shown.confused})
     colors = {name: list(class_color(index)) for index, name in enumerate(classes)}
     atomic_json(folder / "panels.json", {"classes": list(classes), "colors": colors, "panels": panels})

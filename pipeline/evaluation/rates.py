@@ -1,6 +1,7 @@
 """Counts as the figures of a report: fractions in [0, 1], rounded for storage, null where a rate is of nothing."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from pipeline.datasets.benchmarks import Benchmark
 from pipeline.evaluation.resampling import spread
 from pipeline.metrics import ConfusionMatrix, ThresholdSweep
 
-DIGITS = 6  # of a stored fraction: below what one pixel of a small benchmark weighs
+DIGITS = 10  # of a stored fraction: an independent count of the same label maps agrees to 1e-9
+THRESHOLD_DIGITS = 6  # of a stored threshold, which is a float32
 CURVE_POINTS = 20  # intervals of the stored sweep, unless it has few more thresholds; its maximum is exact
 
 
@@ -26,7 +28,7 @@ def curve(sweep: ThresholdSweep) -> dict[str, Any]:
         "best_threshold": value,
         "chosen_on": "test split (not used for the score)",
         "miou": [fraction(scores[index]) for index in shown],
-        "thresholds": [round(sweep.thresholds[index].item(), DIGITS) for index in shown],
+        "thresholds": [round(sweep.thresholds[index].item(), THRESHOLD_DIGITS) for index in shown],
     }
 
 
@@ -79,6 +81,26 @@ def brief(described: dict[str, Any], counts: ConfusionMatrix, benchmark: Benchma
         "sweep": best,
         "threshold": described["threshold"],
     }
+
+
+def confused(counts: ConfusionMatrix, classes: Sequence[str], number: int) -> list[dict[str, Any]]:
+    """What was taken for what: the `number` mistakes of the most pixels, the largest first.
+
+    `share` is of all valid pixels, `of_truth` of the true class's. Of equal ones the lower classes come first.
+    """
+    matrix = counts.counts
+    total, cells = int(matrix.sum()), matrix.clone()
+    cells.fill_diagonal_(0)
+    order = sorted(cells.nonzero().tolist(), key=lambda cell: (-int(cells[cell[0], cell[1]]), cell))
+    return [
+        {
+            "answer": classes[j],
+            "of_truth": fraction(int(cells[i, j]) / int(matrix[i].sum())),
+            "share": fraction(int(cells[i, j]) / total),
+            "truth": classes[i],
+        }
+        for i, j in order[:number]
+    ]
 
 
 def fraction(value: float) -> float | None:

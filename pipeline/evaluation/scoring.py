@@ -5,7 +5,7 @@ same model gives the same bytes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.baselines import ClosedVocabulary, LabelModel
 from pipeline.datasets.benchmarks import Benchmark, Sample
 from pipeline.evaluation.classification import ImageModel, classify
-from pipeline.evaluation.rates import brief, by_split, curve, figures, fraction, uncertainty
+from pipeline.evaluation.rates import brief, by_split, confused, curve, figures, fraction, uncertainty
 from pipeline.inference import (
     BACKGROUNDS,
     BackgroundName,
@@ -32,9 +32,11 @@ from pipeline.mask_metrics import BoundaryIoU, best_jaccard
 from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_classes, region_counts
 
 GROUP_INTERVALS = 20  # of a rule by group's thresholds: 0, 0.05 ... 1, so that the papers' are among them
-CONFUSION_CLASSES = 32  # a larger matrix is left out of the report
+CONFUSION_CLASSES = 32  # a larger matrix is left out of the report, but for its largest mistakes
+MISTAKES = 10
 Answer = Callable[[Sample], Int64[Tensor, "height width"]]
 Regions = Callable[[UInt8[np.ndarray, "height width 3"]], Int64[Tensor, "height width"]]
+Watcher = Callable[[Sample, Int64[Tensor, "height width"]], object]  # is told each test image's answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +48,14 @@ class Candidate:
         model: gives class scores, or label maps.
         digests: what its answers depend on beside code, by name.
         regions: its hard masks of an image, at the image's size; None where it has none.
+        stages: where it groups in stages, the groups of each, first to last, at the image's size; for the pictures.
     """
 
     name: str
     model: ScoreModel | LabelModel
     digests: dict[str, str]
     regions: Regions | None
+    stages: Callable[[UInt8[np.ndarray, "height width 3"]], list[Int64[Tensor, "height width"]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +86,6 @@ class Tally:
     """
 
     total: ConfusionMatrix
-    boundaries: BoundaryIoU
     per_image: dict[str, float] = field(default_factory=dict)
     areas: list[Int64[Tensor, "3 classes"]] = field(default_factory=list)
     seconds: float = 0.0
@@ -98,17 +101,24 @@ class Scored:
     rate: float
 
 
-def tally(benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[], object]) -> Tally:
-    """Confusion counts of `answer` over the images, in order."""
+def tally(
+    benchmark: Benchmark,
+    ids: list[str],
+    answer: Answer,
+    step: Callable[[], object],
+    watchers: Sequence[Watcher] = (),
+) -> Tally:
+    """Confusion counts of `answer` over the images, in order; each watcher is told every answer."""
     classes, ignore = len(benchmark.classes), benchmark.ignore_index
-    counts = Tally(ConfusionMatrix(classes, ignore), BoundaryIoU(classes, ignore))
+    counts = Tally(ConfusionMatrix(classes, ignore))
     started = time.perf_counter()
     for image_id in ids:
         sample = benchmark.sample(image_id)
         predicted, single = answer(sample), ConfusionMatrix(classes, ignore)
         single.update(predicted, sample.label)
         counts.total.merge(single)
-        counts.boundaries.update(predicted, sample.label)
+        for watcher in watchers:
+            watcher(sample, predicted)
         counts.per_image[image_id] = single.miou()
         counts.areas.append(torch.stack([single.counts.diagonal(), single.counts.sum(0), single.counts.sum(1)]))
         step()
@@ -117,13 +127,26 @@ def tally(benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[
 
 
 def score(
-    candidate: Candidate, benchmark: Benchmark, ids: list[str], settings: Settings, step: Callable[[], object]
+    candidate: Candidate,
+    benchmark: Benchmark,
+    ids: list[str],
+    settings: Settings,
+    step: Callable[[], object],
+    watchers: Sequence[Watcher] = (),
 ) -> Scored:
-    """Score a candidate on the test images; `step` is called once per image and pass (see `passes`)."""
+    """Score a candidate on the test images; `step` is called once per image and pass (see `passes`).
+
+    `watchers` are told the answers that the reported score counts, each once.
+    """
+    boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
+    reported = (lambda sample, predicted: boundaries.update(predicted, sample.label), *watchers)
     if isinstance(candidate.model, ScoreModel):
-        runs = [_run_rule(candidate.model, benchmark, ids, rule, settings, step) for rule in settings.backgrounds]
+        runs = [
+            _run_rule(candidate.model, benchmark, ids, rule, settings, step, () if number else reported)
+            for number, rule in enumerate(settings.backgrounds)
+        ]
     else:
-        runs = [_run_labels(candidate.model, benchmark, ids, step)]
+        runs = [_run_labels(candidate.model, benchmark, ids, step, reported)]
     headline, counts, answer = runs[0]
     report = {
         "benchmark": benchmark.name,
@@ -136,10 +159,11 @@ def score(
         **headline,
         **figures(counts.total, benchmark),
         **by_split(counts.total, benchmark),
-        "boundary_miou": fraction(counts.boundaries.miou()),
+        "boundary_miou": fraction(boundaries.miou()),
         **uncertainty(torch.stack(counts.areas).numpy()),
         **_image_accuracy(candidate.model, benchmark, ids, settings, step),
         **oracle(candidate, benchmark, ids, answer, step),
+        "confused": confused(counts.total, benchmark.classes, MISTAKES),
         "other_backgrounds": {rule["background"]: brief(rule, run.total, benchmark) for rule, run, _ in runs[1:]},
     }
     if len(benchmark.classes) <= CONFUSION_CLASSES:
@@ -157,7 +181,11 @@ def passes(candidate: Candidate, num_images: int, settings: Settings) -> int:
 
 
 def _run_labels(
-    model: LabelModel, benchmark: Benchmark, ids: list[str], step: Callable[[], object]
+    model: LabelModel,
+    benchmark: Benchmark,
+    ids: list[str],
+    step: Callable[[], object],
+    watchers: Sequence[Watcher],
 ) -> tuple[dict[str, Any], Tally, Answer]:
     def answer(sample: Sample) -> Int64[Tensor, "height width"]:
         return model.label(sample, len(benchmark.classes), benchmark.ignore_index)
@@ -173,7 +201,7 @@ def _run_labels(
         "window": None,
         **(model.described() if isinstance(model, ClosedVocabulary) else {}),
     }
-    return described, tally(benchmark, ids, answer, step), answer
+    return described, tally(benchmark, ids, answer, step, watchers), answer
 
 
 def _run_rule(
@@ -183,6 +211,7 @@ def _run_rule(
     rule: BackgroundName,
     settings: Settings,
     step: Callable[[], object],
+    watchers: Sequence[Watcher],
 ) -> tuple[dict[str, Any], Tally, Answer]:
     """One background rule on the test split: what was done, the counts, and how to answer for one image."""
     background = BACKGROUNDS[rule]
@@ -199,7 +228,7 @@ def _run_rule(
             sweep.update(best.cpu(), labels.cpu(), sample.label)
         return threshold_labels(best, labels, threshold["value"]).cpu()
 
-    counts = tally(benchmark, ids, answer, step)
+    counts = tally(benchmark, ids, answer, step, watchers)
     described = {
         "background": rule,
         "pamr": settings.pamr,

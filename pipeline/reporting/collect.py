@@ -51,6 +51,8 @@ class Score:
         threshold: background threshold, and `chosen_on` the images it was chosen on.
         sweep: (threshold, mIoU) on the test images, for looking only; `best_swept` is the highest.
         others: the same model under other background rules.
+        confusion: pixels by true class (rows) and answer, in the order of `per_class`; None where it was not kept.
+        confused: the largest mistakes: true class, answer, percent of the true class's pixels.
         splits: mIoU over some classes and over all others, by the split's name.
         settings: what else fixes the number, as the metrics file holds it; see `SETTINGS`.
     """
@@ -76,6 +78,8 @@ class Score:
     sweep: list[tuple[float, float]]
     best_swept: float | None
     others: list[Rule]
+    confusion: list[list[int]] | None
+    confused: list[tuple[str, str, float]]
     splits: dict[str, tuple[float | None, float | None]]
     settings: dict[str, Any]
 
@@ -175,6 +179,11 @@ def _score(method: str, benchmark: str, values: dict[str, Any]) -> Score:
         sweep=[(float(x), _required(y)) for x, y in swept if y is not None],
         best_swept=_percent(sweep.get("best_miou")),
         others=[_rule(name, rule) for name, rule in sorted(others.items())],
+        confusion=_matrix(values.get("confusion"), len(names)),
+        confused=[
+            (clean(item["truth"]), clean(item["answer"]), _required(item["of_truth"]))
+            for item in values.get("confused") or []
+        ],
         splits={
             clean(name): (_percent(split["miou"]), _percent(split["others_miou"]))
             for name, split in values.get("splits", {}).items()
@@ -203,6 +212,15 @@ def _percent(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"expected a fraction in [0, 1], found {value!r}")
     return PERCENT * value
+
+
+def _matrix(values: Any, size: int) -> list[list[int]] | None:
+    if values is None:
+        return None
+    rows = [[int(value) for value in row] for row in values]
+    if len(rows) != size or any(len(row) != size or min(row) < 0 for row in rows):
+        raise ValueError(f"confusion is no {size} x {size} matrix of counts")
+    return rows
 
 
 def _pair(values: Any) -> tuple[float, float]:

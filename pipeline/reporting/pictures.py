@@ -1,4 +1,4 @@
-"""The panels image | regions | prediction | truth, embedded small enough that a page of them opens at once."""
+"""The panels image | regions | groups | prediction | truth, embedded small enough that a page of them opens at once."""
 
 import base64
 import io
@@ -16,8 +16,10 @@ from pipeline.reporting.labels import MISSING, benchmark_title, clean, method_ti
 
 SMALL = 200  # pixels: up to here a picture is enlarged without smoothing, so that single pixels stay visible
 JPEG_QUALITY = 82
-COLUMNS = ("image", "regions", "masks", "prediction", "truth")
-OPTIONAL = ("regions", "masks")  # not every method has regions; one trained on pseudo-masks has masks of its own too
+STAGES = ("stage1", "stage2", "stage3")  # GroupViT and ZeroSeg have two, OVSegmentor one
+# Not every method has regions; one trained on pseudo-masks has masks of its own too, one that groups has its stages.
+OPTIONAL = ("regions", "masks", *STAGES)
+COLUMNS = ("image", *OPTIONAL, "prediction", "truth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,11 +124,19 @@ def _panel(source: PanelSet, panel: dict[str, Any], name: str, config: Config) -
     label = clean(panel.get("id", "?"))
     present = panel["present"]
     inside = ", ".join(present) or "nothing named"
-    own = "masks" in panel
+    own = "masks" in panel or STAGES[0] in panel
+    grouped = [column for column in STAGES if column in panel]
     texts = {
         "image": ("Image", f"Test image {label}, showing {inside}"),
         "regions": ("Pseudo-masks" if own else "Regions", f"Regions of image {label}, each in a colour of its own"),
         "masks": ("Its own masks", f"Masks that {name} drew in image {label}, each in a colour of its own"),
+        **{
+            column: (
+                f"Groups of stage {number}" if len(grouped) > 1 else "Groups",
+                f"The groups of stage {number} of {len(grouped)} into which {name} gathered image {label}",
+            )
+            for number, column in enumerate(grouped, start=1)
+        },
         "prediction": ("Prediction", f"What {name} answered for image {label}, in the legend's colours"),
         "truth": ("Truth", f"True masks of image {label}: {inside}"),
     }
@@ -145,6 +155,16 @@ def _panel(source: PanelSet, panel: dict[str, Any], name: str, config: Config) -
         ),
         "miou": points(100 * miou) if isinstance(miou, int | float) and miou == miou else MISSING,
         "caption": clean(panel.get("caption") or ""),
+        "worst": panel.get("picked") == "worst",
+        "mistakes": _mistakes(panel.get("confused") or []),
         "present": present,
         "pictures": pictures,
     }
+
+
+def _mistakes(confused: Sequence[dict[str, Any]]) -> str:
+    """An image's largest mistakes in words, with their share of its pixels."""
+    return "; ".join(
+        f"{clean(item['truth'])} taken for {clean(item['answer'])} ({points(100 * item['share'])}\u00a0%)"
+        for item in confused
+    )

@@ -31,7 +31,8 @@ def preview(sources: Sequence[PanelSet], columns: int) -> bytes | None:
     shared = [name for name in seeded[0] if all(name in names for names in seeded)][:columns] if seeded else []
     if not shared:
         return None
-    rows = [(NAMES[view], sources[0], view) for view in ROWS]
+    first = [panel for panel in sources[0].panels if panel["id"] in shared]
+    rows = [(NAMES[view], sources[0], view) for view in ROWS if all(view in panel for panel in first)]
     # What stands in brackets gets a line of its own.
     rows += [(method_title(source.method).replace(" (", "\n("), source, "prediction") for source in sources]
     rows.append((NAMES["truth"], sources[0], "truth"))

@@ -6,6 +6,7 @@ Escaping is the templates' business (autoescape is on); `labels.clean` has made 
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.reporting import mistakes
 from pipeline.reporting.collect import Curve, Findings, Rule, Score, Seeds
 from pipeline.reporting.funnel import Data
 from pipeline.reporting.labels import (
@@ -126,6 +127,8 @@ def benchmarks(findings: Findings, base: Base) -> list[dict[str, Any]]:
                 "moved": [(row["method"], row["moved"]) for row in rows if row["kind"] == "method" and row["moved"]],
                 "rules": [rule for score in group for rule in _rules(score)],
                 "sweeps": [_sweep(score) for score in group if score.sweep],
+                "splits": _splits(group),
+                "confusion": mistakes.tables(group, winner),
                 "classes": _classes(group),
             }
         )
@@ -220,6 +223,16 @@ def _moved(score: Score, before: Score | None) -> str:
             differences.append((value - old, name))
     differences.sort(key=lambda item: -abs(item[0]))
     return ", ".join(f"{name} {change(value)}" for value, name in differences[:3])
+
+
+def _splits(group: Sequence[Score]) -> dict[str, Any]:
+    """mIoU of the classes that a benchmark names together and of the others: the names, a row per method."""
+    names = list(dict.fromkeys(name for score in group for name in score.splits))
+    rows = []
+    for score in group:
+        pairs = [score.splits.get(name, (None, None)) for name in names]
+        rows.append((method_title(score.method), [points(value) for pair in pairs for value in pair]))
+    return {"names": names, "rows": rows}
 
 
 def _classes(group: Sequence[Score]) -> dict[str, Any]:

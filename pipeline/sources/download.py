@@ -23,7 +23,7 @@ from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
 from pipeline.params import ParamsError, Range, plain
 from pipeline.project import Project
-from pipeline.sources import mixes, prebuilt, web, yfcc15m
+from pipeline.sources import mixes, prebuilt, retries, web, yfcc15m
 from pipeline.sources.annotations import Annotations, Kind, Layout, Slice, cut, read_slice
 from pipeline.sources.fetching import MAX_ROWS, Fetch, Link, Stored, fetch
 from pipeline.sources.loopback import SceneServer
@@ -99,7 +99,8 @@ def tasks(project: Project) -> list[Task]:
             for row, folder in project.inputs("scenes")
             if row.shard != VAL
         ]
-    return [task for place in range(len(config.lists)) for task in _list_tasks(project, config, place)]
+    found = [task for place in range(len(config.lists)) for task in _list_tasks(project, config, place)]
+    return found + list(_retry_tasks(project, config, {task.shard for task in found}))
 
 
 def _list_tasks(project: Project, config: Config, place: int) -> Iterator[Task]:
@@ -112,6 +113,19 @@ def _list_tasks(project: Project, config: Config, place: int) -> Iterator[Task]:
             raise BadInput(annotations.path, problem, "Raise download.rows_per_shard")
         name = f"{place * mixes.SHARDS + number:05d}"
         yield _task(name, part.digest, part.rows, _Job(config, listed.source, None, annotations, part))
+
+
+def _retry_tasks(project: Project, config: Config, taken: set[str]) -> Iterator[Task]:
+    """The slices of the rounds of `tessera retry-failed`."""
+    number = retries.FIRST
+    lists = [plain(listed) for listed in config.lists]
+    for annotations in retries.rounds(project.root, project.store.root, lists):
+        for part in cut(annotations, config.rows_per_shard, None):
+            name = f"{number:05d}"
+            if number > retries.LAST or name in taken:
+                raise BadInput(annotations.path, f"no number left for shard {name}", "Raise download.rows_per_shard")
+            yield _task(name, part.digest, part.rows, _Job(config, "urls", None, annotations, part))
+            number += 1
 
 
 def _task(shard: str, source_digest: str, rows: int, job: _Job) -> Task:
@@ -145,9 +159,12 @@ def compute(task: Task, folder: Path, machine: Machine) -> Counts:
     config, source = task.args.config, task.args.source
     staging = folder / _STAGING
     staging.mkdir()
+    # Our own server may be asked as often as it answers; the workers share what a domain is asked.
+    share = machine.workers if machine.runner != "inline" else 1
+    manners = replace(config.fetch, rate=0 if task.args.scenes else config.fetch.rate / share)
     with _links(task.args) as (listed, addresses, local, images):
         links = [Link(row.url, row.caption, address) for row, address in zip(listed, addresses, strict=True)]
-        got = fetch(int(task.shard), links, config.stored, config.fetch, staging, local=local, folder=images)
+        got = fetch(int(task.shard), links, config.stored, manners, staging, local=local, folder=images)
     if source in LINKS:
         _require_network(got.rows)
     rows = [_recorded(row, found, source) for row, found in zip(listed, got.rows, strict=True)]

@@ -23,10 +23,12 @@ from pipeline.artifacts.shards import SUCCESS, decode_rgb
 from pipeline.artifacts.tars import index_tar
 from pipeline.params import Range
 from pipeline.sources import web
+from pipeline.sources.polite import Manners
 
 SHARD_DIGITS, ROW_DIGITS = 5, 4  # img2dataset's keys: shard number, then row number
 MAX_ROWS = 10**ROW_DIGITS
 _AGENT_TOKEN = "tessera"  # how an X-Robots-Tag header may address us alone
+_ALSO_REFUSED = ("noml",)  # with any opt-out; not in the key: younger than img2dataset's four. Source: noml.info
 _STOP_SECONDS = 5.0
 
 
@@ -53,6 +55,9 @@ class Fetch:
     timeout: Annotated[float, Range(0, low_open=True)]
     deadline: Annotated[float, Range(0, low_open=True)]
     retries: Annotated[int, Range(0)]
+    backoff: Annotated[float, Range(0)]
+    max_wait: Annotated[float, Range(0)]
+    rate: Annotated[float, Range(0)]
     user_agent: str
 
 
@@ -89,6 +94,7 @@ def fetch(
         deadline=fetch.deadline,
         local=local,
         folder=folder,
+        manners=Manners(rate=fetch.rate, retries=fetch.retries, backoff=fetch.backoff, max_wait=fetch.max_wait),
     )
     download = _downloader(stored, fetch, staging)
     table = pa.table({"url": [link.address for link in links], "caption": [link.caption for link in links]})
@@ -162,9 +168,12 @@ def _downloader(stored: Stored, fetch: Fetch, staging: Path) -> Any:
         compute_hash="sha256",
         verify_hash_type=None,
         encode_format="jpg",
-        retries=fetch.retries,
+        retries=0,
         user_agent_token=_AGENT_TOKEN,
-        disallowed_header_directives=list(stored.refused_directives),
+        disallowed_header_directives=[
+            *stored.refused_directives,
+            *(_ALSO_REFUSED if stored.refused_directives else ()),
+        ],
     )
 
 

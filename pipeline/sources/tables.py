@@ -108,13 +108,21 @@ def parquet_rows(path: Path, wanted: tuple[str, str], start: int, rejected: str 
         while groups and position + file.metadata.row_group(groups[0]).num_rows <= start:
             position += file.metadata.row_group(groups.pop(0)).num_rows
         names = [*wanted, *([rejected] if rejected else [])]
-        for batch in file.iter_batches(batch_size=_BATCH, row_groups=groups, columns=names):
+        for batch in _batches(path, file, groups, names):
             skipped = min(max(start - position, 0), batch.num_rows)
             position += skipped
             for url, caption, *reason in zip(*(batch.column(name)[skipped:] for name in names), strict=True):
                 position += 1
                 why = _text(reason[0]) if reason else ""
                 yield Row(_text(url).strip(), one_line(_text(caption)), position, why)
+
+
+def _batches(path: Path, file: pq.ParquetFile, groups: list[int], names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of some row groups. A file whose end is whole may still be damaged in between."""
+    try:
+        yield from file.iter_batches(batch_size=_BATCH, row_groups=groups, columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise BadInput(path, f"damaged inside ({error})", "Get the file again, and compare its checksum") from error
 
 
 def _text(value: pa.Scalar) -> str:

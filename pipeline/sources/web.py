@@ -19,17 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.tars import index_tar
+from pipeline.sources.polite import CutOff, Manners, Polite, Refused
+
+__all__ = ["FOLDER_SCHEME", "Refused", "build_opener", "folder_address", "installed", "is_public"]
 
 FOLDER_SCHEME = "folder"
 _CHUNK = 1 << 16
 
 
-class Refused(Exception):
-    """A request that policy forbids. No OSError: that is what urllib takes for a fault of the network."""
-
-
 def build_opener(
-    *, user_agent: str, max_bytes: int, deadline: float, local: str = "", folder: Path | None = None
+    *,
+    user_agent: str,
+    max_bytes: int,
+    deadline: float,
+    local: str = "",
+    folder: Path | None = None,
+    manners: Manners | None = None,
 ) -> tuple[urllib.request.OpenerDirector, threading.Event]:
     """An opener, and an event that makes it refuse everything from then on.
 
@@ -38,9 +43,10 @@ def build_opener(
         deadline: seconds for a body to arrive.
         local: the one `host:port` that is allowed though it is private; then no proxy is used.
         folder: where addresses `folder:///<name>` are looked up.
+        manners: None asks once, at once.
     """
     stop = threading.Event()
-    opener = urllib.request.OpenerDirector()
+    opener = Polite(manners or Manners(), stop)
     handlers: list[urllib.request.BaseHandler] = [
         urllib.request.ProxyHandler({} if local else None),
         urllib.request.UnknownHandler(),
@@ -173,6 +179,7 @@ class _Bounded:
     def __init__(self, response: Any, max_bytes: int, deadline: float) -> None:
         self._response, self._max_bytes, self._until = response, max_bytes, time.monotonic() + deadline
         self.headers = response.headers
+        self._body: bytes | None = None
         self.code, self.msg = getattr(response, "code", 200), getattr(response, "msg", "")
 
     def info(self) -> http.client.HTTPMessage:
@@ -189,12 +196,18 @@ class _Bounded:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def load(self) -> None:
+        """Reads the body for a later `read`."""
+        self._body = self.read()
+
     def read(self) -> bytes:
         """The body.
 
         Raises:
             Refused: it is too large, or too slow.
         """
+        if self._body is not None:
+            return self._body
         body = io.BytesIO()
         while chunk := self._response.read1(_CHUNK):
             body.write(chunk)
@@ -204,7 +217,7 @@ class _Bounded:
                 raise Refused("too slow")
         declared = self.headers.get("Content-Length")
         if declared is not None and declared.isdigit() and body.tell() < int(declared):
-            raise Refused(f"cut off at {body.tell()} of {declared} bytes")
+            raise CutOff(f"cut off at {body.tell()} of {declared} bytes")
         return body.getvalue()
 
 

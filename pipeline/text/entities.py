@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.artifacts.files import BadInput
 from pipeline.text import tagging
 from pipeline.text.lemmas import plural, singular
 from pipeline.text.tagging import Tagger
-from pipeline.text.tokenise import TypeColumns, Types, tokenise
+from pipeline.text.tokenise import JOINED, TypeColumns, Types, tokenise
 
 Mode = Literal["exact", "noun"]
+NounRule = Literal["lemmas", "groupvit"]
+PREFILTERED = 1000  # words that captions are searched for beforehand; RE2's automaton outgrows its memory near 3,000
 BATCH = 4096  # lines that are tagged together
 LONGEST_NOUN = 40  # characters; longer "words" are file names and addresses
 _LETTERS = re.compile(r"[^\W\d_]{2}")
@@ -84,6 +88,19 @@ class Vocabulary:
                 forms.setdefault(plural(low), (number, "NNS"))
         return forms
 
+    def pattern(self, mode: Mode) -> str:
+        """RE2 expression that every caption with a token of the vocabulary matches, and few others; "" for none.
+
+        Tokens end at blanks and at characters that are no letters; else a rule for contractions has parted them
+        ("do|n't", "can|not").
+        """
+        words = self.exact if mode == "exact" else self.forms
+        if len(words) > PREFILTERED or not all(word.isascii() for word in words):
+            return ""  # lower() and RE2 fold some letters differently
+        either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+        flags, letter = ("", "A-Za-z") if mode == "exact" else ("(?i)", "a-z")
+        return f"{flags}(?:^|[^{letter}])(?:{either})(?:$|[^{letter}]|n't|N'T)|(?i:{JOINED}|'t[iwİı])"
+
     @cached_property
     def nouns(self) -> tuple[tuple[str, str], ...]:
         """The forms with their noun tags, the prior of a tagger that was counted on other text."""
@@ -113,7 +130,7 @@ class Annotation:
     Attributes:
         fewest_words, most_words: of the row's lines, counting tokens with a letter, int64 [rows].
         entities: classes of each row in order of mention, each once.
-        nouns: numbers into `Annotator.lemmas` of each row in order of mention, each once.
+        nouns: numbers into `Annotator.lemmas` of each row in order of mention; lemmas each once.
     """
 
     fewest_words: np.ndarray
@@ -127,30 +144,39 @@ class Annotator:
 
     In mode "exact" a token is an entity when it is a word of the vocabulary, letter by letter, whatever its part of
     speech (CC4M's own rule: "Dogs" is none). In mode "noun" it must be tagged as a noun, and case and number do not
-    matter. Nouns are lower-case singulars in both.
+    matter.
 
-    Deviates: GroupViT draws its prompts from raw tokens with verbs among them; here nouns only, lemmatised, each once.
+    Nouns are lower-case singulars, each once (rule "lemmas"), or what GroupViT draws its prompts from: tokens as they
+    are, repetitions and verbs among them, but no NNPS (rule "groupvit"; Source: GroupViT card section 6).
     """
 
-    def __init__(self, vocabulary: Vocabulary, mode: Mode, tagger: Tagger) -> None:
-        self.vocabulary, self.mode, self.tagger = vocabulary, mode, tagger
+    def __init__(self, vocabulary: Vocabulary, mode: Mode, tagger: Tagger, nouns: NounRule = "lemmas") -> None:
+        self.vocabulary, self.mode, self.tagger, self.nouns = vocabulary, mode, tagger, nouns
         self.lemmas = Types()
         self._types = Types()
         self._columns = TypeColumns(self._describe, 4)
+        self._classes = TypeColumns(lambda word: (self._class(word),), 1)
+        self._pattern = vocabulary.pattern(mode)
         self._noun_tags = np.array([tag in tagging.NOUNS for tag in tagger.tags])
+        self._prompt_tags = np.array([tag in tagging.GROUPVIT for tag in tagger.tags])
         self._plural_tags = np.array([tag in tagging.PLURALS for tag in tagger.tags])
+
+    def _class(self, word: str) -> int:
+        """Class of a word, or -1."""
+        if self.mode == "exact":
+            return self.vocabulary.exact.get(word, -1)
+        return self.vocabulary.forms.get(word.lower().rstrip("."), (-1, ""))[0]
 
     def _describe(self, word: str) -> tuple[int, int, int, int]:
         """Class of a word or -1, whether it has a letter, and its lemma as a singular and as a plural, or -1."""
-        low = word.lower().rstrip(".")
-        if self.mode == "exact":
-            entity = self.vocabulary.exact.get(word, -1)
-        else:
-            entity = self.vocabulary.forms.get(low, (-1, ""))[0]
+        entity = self._class(word)
         is_word = any(map(str.isalpha, word))
-        if not _LETTERS.search(low) or len(low) > LONGEST_NOUN:
+        if self.nouns == "groupvit":
+            return entity, is_word, (number := self.lemmas[word]), number
+        pair = lemma_pair(word)
+        if pair is None:
             return entity, is_word, -1, -1
-        return entity, is_word, self.lemmas[low], self.lemmas[singular(low)]
+        return entity, is_word, self.lemmas[pair[0]], self.lemmas[pair[1]]
 
     def __call__(self, captions: Sequence[str]) -> Annotation:
         """The annotation of some rows; a caption's lines are separate sentences."""
@@ -162,7 +188,8 @@ class Annotator:
         noun = self._noun_tags[tags]
         found = columns[:, 0] >= 0 if self.mode == "exact" else (columns[:, 0] >= 0) & noun
         lemma = np.where(self._plural_tags[tags], columns[:, 3], columns[:, 2])
-        noun &= lemma >= 0
+        noun = self._prompt_tags[tags] if self.nouns == "groupvit" else noun & (lemma >= 0)
+        collect = _all if self.nouns == "groupvit" else _each_once
         words = np.zeros(len(lines), dtype=np.int64)
         np.add.at(words, tokens.line, columns[:, 1])
         fewest = np.full(len(captions), np.iinfo(np.int64).max)
@@ -173,23 +200,38 @@ class Annotator:
             fewest,
             most,
             _each_once(row[found], columns[found, 0], len(captions)),
-            _each_once(row[noun], lemma[noun], len(captions)),
+            collect(row[noun], lemma[noun], len(captions)),
         )
 
     def entities(self, captions: Sequence[str]) -> Ragged:
-        """Only the entities: captions without a word of the vocabulary are never tagged."""
-        lines, row_of_line = _split(captions)
+        """Only the entities: captions without a word of the vocabulary are never split, nor other words tagged."""
+        candidates = self._candidates(captions)
+        lines, row_of_line = _split([str(captions[at]) for at in candidates.tolist()])
+        row_of_line = candidates[row_of_line]
         tokens = tokenise(lines, self._types)
-        entity = self._columns.of(self._types)[:, 0]
+        entity = self._classes.of(self._types)[tokens.ids, 0]
+        found = entity >= 0
         if self.mode == "noun":
-            candidate = np.zeros(len(lines), dtype=bool)
-            candidate[tokens.line[entity[tokens.ids] >= 0]] = True
-            kept = np.flatnonzero(candidate)
-            tokens, row_of_line = tokens.take(kept), row_of_line[kept]
-        found = entity[tokens.ids] >= 0
-        if self.mode == "noun":
-            found &= self._noun_tags[self.tagger.tag(tokens)]
-        return _each_once(row_of_line[tokens.line][found], entity[tokens.ids[found]], len(captions))
+            found &= self._noun_tags[self.tagger.tag(tokens, found)]
+        return _each_once(row_of_line[tokens.line[found]], entity[found], len(captions))
+
+    def _candidates(self, captions: Sequence[str]) -> np.ndarray:
+        """Rows whose captions may name an entity, int64, rising."""
+        if not self._pattern:
+            return np.arange(len(captions))
+        try:
+            matches = pc.match_substring_regex(pa.array(captions, pa.string()), self._pattern)  # type: ignore
+        except UnicodeEncodeError:  # a lone surrogate
+            return np.arange(len(captions))
+        return np.flatnonzero(matches.to_numpy(zero_copy_only=False))
+
+
+def lemma_pair(word: str) -> tuple[str, str] | None:
+    """A noun in lower case, and its singular should it be a plural; None for what is no word."""
+    low = word.lower().rstrip(".")
+    if not _LETTERS.search(low) or len(low) > LONGEST_NOUN:
+        return None
+    return low, singular(low)
 
 
 def extract(
@@ -218,6 +260,11 @@ def _split(captions: Sequence[str]) -> tuple[list[str], np.ndarray]:
     lines = [caption.split("\n") for caption in captions]
     rows = np.repeat(np.arange(len(captions)), [len(each) for each in lines])
     return [line for each in lines for line in each], rows
+
+
+def _all(row: np.ndarray, value: np.ndarray, rows: int) -> Ragged:
+    """Values by row in their order. `row` must not fall."""
+    return Ragged(value, np.searchsorted(row, np.arange(rows + 1)))
 
 
 def _each_once(row: np.ndarray, value: np.ndarray, rows: int) -> Ragged:

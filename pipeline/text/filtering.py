@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import params
+from pipeline.artifacts import decisions
 from pipeline.artifacts.files import CorruptPayload, digest
 from pipeline.artifacts.shards import SUCCESS, read_rows
 from pipeline.artifacts.tables import read_table, write_table
@@ -24,7 +25,7 @@ from pipeline.machine import Machine
 from pipeline.params import Range
 from pipeline.project import Project
 from pipeline.text import entities, tagging
-from pipeline.text.entities import Annotation, Annotator, Mode, Ragged, Vocabulary
+from pipeline.text.entities import Annotation, Annotator, Mode, NounRule, Ragged, Vocabulary
 from pipeline.text.index import EntityIndex, check_index, write_index
 from pipeline.text.verdicts import KEPT, NAME, REJECTED, SCHEMA, kept, where
 
@@ -41,20 +42,25 @@ class Config:
         vocabulary: "cc4m", or the path of a JSON file of its form.
         mode: "exact": a word of the vocabulary letter by letter (CC4M's rule); "noun": tagged as a noun, in any case
             and number.
+        nouns: what column `nouns` holds: "lemmas" (lower-case singulars, each once) or "groupvit" (the tokens that
+            GroupViT draws prompts from, verbs among them). OVSegmentor's masked nouns and SCG need lemmas.
         tagger: "nltk", "textblob", or "auto": nltk's where its data is on this machine, TextBlob's otherwise.
         min_words, max_words: bounds on the words of a caption; of several captions one within them is enough.
         require_entity: reject samples whose captions name no entity.
         duplicates: what makes a later sample of the shard a duplicate of an earlier one: "pair" is the same image
             bytes and captions, "image" and "caption" one of them, "keep" nothing.
+        reject: decisions of `tessera duplicates`, over all shards, that reject a row.
     """
 
     vocabulary: str
     mode: Mode
+    nouns: NounRule
     tagger: tagging.Choice
     min_words: Annotated[int, Range(0)]
     max_words: Annotated[int, Range(1)]
     require_entity: bool
     duplicates: Literal["keep", "pair", "image", "caption"]
+    reject: tuple[Literal["leak", "image", "near", "url", "caption"], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ class _Args:
     config: Config
     vocabulary: Vocabulary
     tagger: tagging.Source
+    decisions: Path | None
 
 
 def _vocabulary(project: Project, name: str) -> Vocabulary:
@@ -73,8 +80,16 @@ def _tasks(project: Project) -> list[Task]:
     config = project.config("filter", Config)
     vocabulary = _vocabulary(project, config.vocabulary)
     source = tagging.resolve(config.tagger)
+    decisive = params.plain(config)
+    if config.nouns == "lemmas":
+        del decisive["nouns"]  # payloads from before there was a choice keep their keys
+    decided = None
+    if config.reject:
+        decisive["decisions"], decided = decisions.find(project.root, project.store.root)
+    else:
+        del decisive["reject"]
     settings = {
-        **params.plain(config),
+        **decisive,
         "vocabulary": digest([vocabulary.words, vocabulary.classes, vocabulary.class_of]),
         "tagger": source.name,
         "tagger_data": source.digest,
@@ -83,7 +98,7 @@ def _tasks(project: Project) -> list[Task]:
         Task(
             shard=row.shard,
             fields={"input": row.out, "params": settings},
-            args=_Args(folder, config, vocabulary, source),
+            args=_Args(folder, config, vocabulary, source, decided),
             rows=row.rows,
         )
         for row, folder in project.inputs("download")
@@ -95,16 +110,20 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
     rows = read_rows(args.folder / f"{task.shard}.parquet")
     rows = where(rows, "status", SUCCESS).sort_by("key")
     captions = _texts(rows["caption"])
-    annotator = Annotator(args.vocabulary, args.config.mode, tagging.load(args.tagger, args.vocabulary.nouns))
+    config, tagger = args.config, tagging.load(args.tagger, args.vocabulary.nouns)
+    annotator = Annotator(args.vocabulary, config.mode, tagger, config.nouns)
     reasons: list[str] = []
     nouns, classes = [], []
     for start in range(0, len(captions), entities.BATCH):
         batch = captions[start : start + entities.BATCH]
         said = annotator(batch)
-        reasons += _judge(batch, said, args.config)
+        reasons += _judge(batch, said, config)
         nouns.append(said.nouns)
         classes.append(said.entities)
-    _mark_duplicates(reasons, captions, rows["sha256"].to_pylist(), args.config.duplicates)
+    if args.decisions is not None:
+        found = decisions.of_shard(args.decisions, task.shard)
+        _reject(reasons, [found.get(key) for key in rows["key"].to_pylist()], config.reject)
+    _mark_duplicates(reasons, captions, rows["sha256"].to_pylist(), config.duplicates)
     lemmas = pa.array(list(annotator.lemmas), pa.string())
     table = pa.table(
         {
@@ -151,6 +170,13 @@ def _judge(captions: Sequence[str], said: Annotation, config: Config) -> list[st
         else:
             reasons.append("")
     return reasons
+
+
+def _reject(reasons: list[str], decided: Sequence[str | None], kinds: Sequence[str]) -> None:
+    """Reject rows with a decision of these kinds that had no reason before."""
+    for at, kind in enumerate(decided):
+        if not reasons[at] and kind in kinds:
+            reasons[at] = kind if kind == "leak" else f"duplicate_{kind}"
 
 
 def _mark_duplicates(reasons: list[str], captions: Sequence[str], images: Sequence[str], rule: str) -> None:

@@ -105,19 +105,24 @@ class EntityIndex:
             entity = self.classes.index(entity)
         return self._rows[self._offsets[entity] : self._offsets[entity + 1]]
 
-    def partner(self, entities: Sequence[int], generator: np.random.Generator) -> tuple[int, int]:
+    def partner(
+        self, entities: Sequence[int], own: tuple[int, int] | None, generator: np.random.Generator
+    ) -> tuple[int, int]:
         """A sample that shares one of a sample's entities: an entity drawn uniformly, then a sample that names it.
 
-        The sample itself is not excluded. Source: OVSegmentor card section 3.2.
-        Deviates: the released code draws among samples with the same raw word and fixes ten draws offline; here, as in
-        its first release, among those of the canonical class and anew each time.
+        Args:
+            own: where the sample itself stands; it is drawn only where no other names the entity.
 
         Returns:
             Position in `shards` and row among the shard's kept rows.
         """
         found = self.rows(entities[int(generator.integers(len(entities)))])
-        shard, row = found[generator.integers(len(found))]
-        return int(shard), int(row)
+        number = int(generator.integers(len(found)))
+        if len(found) > 1 and own is not None and tuple(found[number].tolist()) == own:
+            # One of the others: each then has the same chance, whether or not this row was drawn first.
+            number = (number + 1 + int(generator.integers(len(found) - 1))) % len(found)
+        shard, row = found[number].tolist()
+        return shard, row
 
 
 def check_index(folder: Path, rows: int) -> None:

@@ -156,8 +156,8 @@ class LexiconTagger:
             return (x + word if kind == "addpref" else word + x) in self._lexicon
         return x == (right if kind == "goodleft" else left)
 
-    def tag(self, tokens: Tokens) -> np.ndarray:
-        """Tag number of each token, int64 [tokens]."""
+    def tag(self, tokens: Tokens, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Tag number of each token, int64 [tokens]; of the others, too, where only some are `wanted`."""
         columns = self._columns.of(tokens.types)[tokens.ids]
         tags = columns[:, 0]
         starts = tokens.offsets[:-1][tokens.lengths > 0]

@@ -64,7 +64,8 @@ class PerceptronTagger:
         self._known = {word: column[tag] for word, tag in tagdict.items()}
         self._index_tags()
         self._sentinels = np.array([self._features(word, word) for word in (*_STARTS, *_ENDS)])
-        self._columns = TypeColumns(self._describe, 2 + self._sentinels.shape[1])
+        self._columns = TypeColumns(self._describe, 2)
+        self._rows = TypeColumns(lambda word: self._features(word, normalise(word)), self._sentinels.shape[1])
 
     def _index_tags(self) -> None:
         """Rows of the features that look at tags. Two more tag numbers stand for what is left of a line."""
@@ -92,50 +93,57 @@ class PerceptronTagger:
         rows += [row(f"{name} {text[-3:]}", 0) for name, _ in _SUFFIX_FEATURES]
         return [*rows, row(f"i suffix {word[-3:]}", 0), row(f"i pref1 {word[:1]}", 0), row("bias", 0)]
 
-    def _describe(self, word: str) -> list[int]:
-        """The tag of an unambiguous word or -1, the word's number in pairs, its feature rows."""
-        text = normalise(word)
-        return [self._known.get(word, -1), self._paired.get(text, -1), *self._features(word, text)]
+    def _describe(self, word: str) -> tuple[int, int]:
+        """The tag of an unambiguous word or -1, and the word's number in pairs."""
+        return self._known.get(word, -1), self._paired.get(normalise(word), -1)
 
-    def tag(self, tokens: Tokens) -> np.ndarray:
-        """Tag number of each token, int64 [tokens]."""
+    def tag(self, tokens: Tokens, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Tag number of each token, int64 [tokens].
+
+        Args:
+            wanted: bool [tokens]; only these tags are asked for, and only what they hang on is worked out: words to
+                their left, back to two neighbours that have one tag each. Other tags may be wrong.
+        """
         columns = self._columns.of(tokens.types)
         result = columns[tokens.ids, 0].astype(np.int64)
-        pairs = columns[tokens.ids, 1]
-        open_ = np.flatnonzero(result < 0)
-        slot = np.zeros(len(tokens.ids), dtype=np.int64)
-        slot[open_] = np.arange(len(open_))
-        scores = self._static(tokens, columns[:, 2:], open_)
-        order = np.argsort(-tokens.lengths, kind="stable")
-        starts, lengths = tokens.offsets[order], tokens.lengths[order]
-        previous = np.full(len(order), len(self.tags))
-        before = np.full(len(order), len(self.tags) + 1)
-        for position in range(int(lengths[0]) if len(lengths) else 0):
-            active = int(np.searchsorted(-lengths, -position))  # lines longer than `position`
-            at = starts[:active] + position
-            chosen = result[at]
-            todo = np.flatnonzero(chosen < 0)
-            if len(todo):
-                where = at[todo]
-                tag_scores = self._dynamic(pairs[where], previous[todo], before[todo])
-                chosen[todo] = (scores[slot[where]] + tag_scores).argmax(axis=1)
-                result[where] = chosen[todo]
-            before[:active] = previous[:active]
-            previous[:active] = chosen
-        return result
+        position = np.arange(len(tokens.ids)) - tokens.offsets[:-1][tokens.line]
+        needed = _needed(result < 0, position, wanted)
+        order = np.argsort(position[needed], kind="stable")
+        needed, depth = needed[order], position[needed][order]
+        scores = self._static(tokens, needed, depth)
+        start1, start2 = len(self.tags), len(self.tags) + 1
+        bounds = np.searchsorted(depth, np.arange(int(depth[-1]) + 2)) if len(depth) else np.zeros(1, dtype=np.int64)
+        for at, (one, two) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+            where = needed[one:two]
+            if not len(where):
+                continue
+            # What was not asked for stays below 0, and is nobody's neighbour that matters.
+            previous = result[where - 1].clip(0) if at else np.full(len(where), start1)
+            before = result[where - 2].clip(0) if at > 1 else np.full(len(where), start1 if at else start2)
+            tag_scores = self._dynamic(columns[tokens.ids[where], 1], previous, before)
+            result[where] = (scores[one:two] + tag_scores).argmax(axis=1)
+        return result.clip(0)
 
-    def _static(self, tokens: Tokens, type_rows: np.ndarray, open_: np.ndarray) -> np.ndarray:
-        """Scores [open_, tags] of everything but tags: the words and suffixes around each token."""
-        used, compact = np.unique(tokens.ids, return_inverse=True)
-        rows = np.concatenate([type_rows[used], self._sentinels])
+    def _static(self, tokens: Tokens, where: np.ndarray, left: np.ndarray) -> np.ndarray:
+        """Scores [where, tags] of everything but tags: the words and suffixes around each token.
+
+        Args:
+            where: tokens. left: how many stand before each in its line.
+        """
+        total = np.zeros((len(where), len(self.tags)), dtype=np.int32)
+        if not len(where):
+            return total
+        near = (where[:, None] + np.arange(-2, 3)).clip(0, len(tokens.ids) - 1)
+        seen = np.zeros(len(tokens.types), dtype=bool)
+        seen[tokens.ids[near]] = True
+        used, compact = np.flatnonzero(seen), np.cumsum(seen) - 1
+        rows = np.concatenate([self._rows.some(tokens.types, used)[used], self._sentinels])
         start2, end = len(used) + 1, len(used) + 2  # -START- is left of -START2-, -END2- right of -END-
-        line = tokens.line[open_]
-        left, right = open_ - tokens.offsets[line], tokens.offsets[line + 1] - 1 - open_
-        total = np.zeros((len(open_), len(self.tags)), dtype=np.int32)
+        right = tokens.offsets[tokens.line[where] + 1] - 1 - where
         for distance in sorted(set(_DISTANCES)):
             own = [number for number, at in enumerate(_DISTANCES) if at == distance]
             table = self._weights[rows[:, own]].sum(axis=1, dtype=np.int32)
-            word = compact[np.clip(open_ + distance, 0, max(len(compact) - 1, 0))]
+            word = compact[tokens.ids[near[:, distance + 2]]]
             word = np.where(left + distance < 0, start2 + left + distance + 1, word)
             word = np.where(right - distance < 0, end + distance - right - 1, word)
             total += table[word]
@@ -148,6 +156,19 @@ class PerceptronTagger:
         pair = np.where(self._pair_codes[found] == codes, self._pair_rows[found], 0)
         rows = (pair, self._tag1[previous], self._tag2[before], self._tags12[previous, before])
         return np.add.reduce([self._weights[row] for row in rows])
+
+
+def _needed(open_: np.ndarray, position: np.ndarray, wanted: np.ndarray | None) -> np.ndarray:
+    """The open tokens that the tags of the wanted ones hang on, in rising order: a tag is a feature of the next two."""
+    if wanted is None:
+        return np.flatnonzero(open_)
+    needed = open_ & wanted
+    fresh = np.flatnonzero(needed)
+    while len(fresh):
+        left = np.concatenate([fresh[position[fresh] >= 1] - 1, fresh[position[fresh] >= 2] - 2])
+        fresh = np.unique(left[open_[left] & ~needed[left]])
+        needed[fresh] = True
+    return np.flatnonzero(needed)
 
 
 def _read(path: Path) -> Any:

@@ -17,6 +17,8 @@ from pipeline.text.tokenise import Tokens
 
 Choice = Literal["auto", "nltk", "textblob"]
 NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
+# Source: GroupViT card section 6: what its prompts are drawn from. Verbs are among them, plural names are not.
+GROUPVIT = frozenset({"NN", "NNS", "NNP", "VB", "VBD", "VBG", "VBN", "VBP", "VBZ"})
 PLURALS = frozenset({"NNS", "NNPS"})
 
 
@@ -27,8 +29,8 @@ class Tagger(Protocol):
     name: str
     tags: tuple[str, ...]
 
-    def tag(self, tokens: Tokens) -> np.ndarray:
-        """Tag number of each token, int64 [tokens]."""
+    def tag(self, tokens: Tokens, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Tag number of each token, int64 [tokens]; with `wanted`, bool [tokens], those need be right alone."""
         ...
 
 

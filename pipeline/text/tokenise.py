@@ -8,11 +8,13 @@ Axis legend: lines = captions, tokens = words of all lines, one after the other.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 # Words of a line that are looked at. A longer line is no caption (100 kB of text, a keyword dump).
 MAX_WORDS = 256
@@ -41,6 +43,9 @@ _IT_WAS = re.compile(r" ('t)(was)\b", re.IGNORECASE)
 _ANY_JOINED = re.compile(r"cannot|gimme|gonna|gotta|lemme|d'ye|more'n|wanna|'tis|'twas", re.IGNORECASE)
 _DOUBLED = re.compile(r"[:,]{2}")
 _QUOTES = re.compile(r"[«“‘„]|`+")
+# What a line must hold for any rule but those of blanks and of the final stop to apply. In RE2's syntax.
+JOINED = "cannot|g[iİı]mme|gonna|gotta|lemme|wanna"  # parted without an apostrophe; whatever their case
+_SPECIAL = r"""[;@#$%&?!\x{2012}-\x{2015}«“‘„»”’*()\[\]{}<>`'":,]|\.\.|--|(?i:""" + JOINED + ")"
 
 
 def words(line: str) -> list[str]:
@@ -114,16 +119,31 @@ class TypeColumns:
 
     def __init__(self, value: Callable[[str], Sequence[int]], width: int) -> None:
         self._value, self._width = value, width
-        self._types: Types | None = None
-        self._columns = np.zeros((0, width), dtype=np.int32)
+        self._start(None)
+
+    def _start(self, types: Types | None) -> None:
+        self._types = types
+        self._names: list[str] = []
+        self._columns = np.zeros((0, self._width), dtype=np.int32)
+        self._known = np.zeros(0, dtype=bool)
 
     def of(self, types: Types) -> np.ndarray:
         """Row i is that of type i, int32 [types, width]. Other types than last time start anew."""
+        return self.some(types, np.arange(len(types)))
+
+    def some(self, types: Types, numbers: np.ndarray) -> np.ndarray:
+        """As `of`, but only the rows of the types of these numbers, and those asked for before, are filled in."""
         if types is not self._types:
-            self._types, self._columns = types, np.zeros((0, self._width), dtype=np.int32)
-        new = [self._value(word) for word in islice(types, len(self._columns), None)]
-        if new:
-            self._columns = np.concatenate([self._columns, np.array(new, dtype=np.int32)])
+            self._start(types)
+        if fresh := list(islice(types, len(self._names), None)):
+            self._names += fresh
+            blank = np.zeros((len(fresh), self._width), dtype=np.int32)
+            self._columns = np.concatenate([self._columns, blank])
+            self._known = np.concatenate([self._known, np.zeros(len(fresh), dtype=bool)])
+        numbers = numbers[~self._known[numbers]]
+        if len(numbers):
+            self._columns[numbers] = [self._value(self._names[number]) for number in numbers.tolist()]
+            self._known[numbers] = True
         return self._columns
 
 
@@ -159,12 +179,29 @@ class Tokens:
         return Tokens(self.types, self.ids[where], offsets)
 
 
-def tokenise(lines: Iterable[str], types: Types) -> Tokens:
-    """Tokens of the lines, at most `MAX_WORDS` of each."""
+def tokenise(lines: Sequence[str], types: Types) -> Tokens:
+    """Tokens of the lines, at most `MAX_WORDS` of each.
+
+    Most lines are words and blanks: one pass of Arrow's RE2 over all of them says which.
+    """
     number = types.__getitem__
     ids: list[int] = []
     offsets = [0]
-    for line in lines:
-        ids.extend(map(number, words(line)[:MAX_WORDS]))
+    for line, special in zip(lines, _special(lines), strict=True):
+        if special or len(line) > MAX_CHARACTERS:
+            ids.extend(map(number, words(line)[:MAX_WORDS]))
+        else:
+            parts = line.split()
+            if parts and len(parts[-1]) > 1 and parts[-1][-1] == ".":
+                parts[-1:] = [parts[-1][:-1], "."]
+            ids.extend(map(number, parts[:MAX_WORDS] if len(parts) > MAX_WORDS else parts))
         offsets.append(len(ids))
     return Tokens(types, np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64))
+
+
+def _special(lines: Sequence[str]) -> list[bool]:
+    """Whether a rule on characters may apply to a line. Text that is not UTF-8 (lone surrogates) counts as such."""
+    try:
+        return pc.match_substring_regex(pa.array(lines, pa.string()), _SPECIAL).to_pylist()  # type: ignore
+    except UnicodeEncodeError:
+        return [True] * len(lines)

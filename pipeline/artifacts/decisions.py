@@ -1,0 +1,70 @@
+"""Decisions on downloaded rows: a table in the store, and the small file in git that names it.
+
+data/manifests/decisions.json is `{"table": digest or null, "counts": {...}}`; stage `filter` depends on it. Only rows
+with a decision are in the table, sorted by shard and key.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.artifacts.files import BadInput, atomic_json, fsync_folder, read_json, sha256_file
+from pipeline.artifacts.tables import read_table, write_table
+
+FILE = "data/manifests/decisions.json"
+SCHEMA = pa.schema([(name, pa.string()) for name in ("shard", "key", "uid", "decision", "of")])
+REMEDY = "Run `tessera duplicates` again, or set filter.reject to []"
+
+
+def write(root: Path, store: Path, rows: Sequence[dict[str, str]]) -> Path:
+    """Write the table and name it; the same rows give the same bytes. Returns its path."""
+    ordered = sorted(rows, key=lambda row: (row["shard"], row["key"]))
+    folder = store / "decisions"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / ".made.parquet"
+    write_table(made, pa.Table.from_pylist(ordered, schema=SCHEMA))
+    name = sha256_file(made)
+    made.replace(folder / f"{name}.parquet")
+    fsync_folder(folder)
+    counts = Counter(row["decision"] for row in ordered)
+    atomic_json(root / FILE, {"table": name, "counts": dict(counts)})
+    return folder / f"{name}.parquet"
+
+
+def find(root: Path, store: Path) -> tuple[str, Path]:
+    """Digest and path of the table that `FILE` names.
+
+    Raises:
+        BadInput: none is named, or it is gone or changed.
+    """
+    about = read_json(root / FILE, REMEDY)
+    name = about.get("table") if isinstance(about, dict) else None
+    if not isinstance(name, str):
+        raise BadInput(root / FILE, "names no table of decisions", REMEDY)
+    path = store / "decisions" / f"{name}.parquet"
+    if not path.is_file() or sha256_file(path) != name:
+        raise BadInput(path, "the table of decisions is gone or changed", REMEDY)
+    return name, path
+
+
+def counts(root: Path) -> dict[str, int]:
+    """Rows by decision, of the last run of `tessera duplicates`; none where it never ran."""
+    path = root / FILE
+    return dict(read_json(path, REMEDY).get("counts") or {}) if path.exists() else {}
+
+
+def of_shard(path: Path, shard: str) -> dict[str, str]:
+    """Decision by key of a shard's rows. Raises BadInput on a torn table."""
+    try:
+        table = pq.read_table(path, columns=["key", "decision"], filters=[("shard", "==", shard)])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInput(path, f"not a whole Parquet file ({error})", REMEDY) from error
+    return dict(zip(table["key"].to_pylist(), table["decision"].to_pylist(), strict=True))
+
+
+def read(path: Path) -> pa.Table:
+    """The whole table."""
+    return read_table(path, SCHEMA)

@@ -1,0 +1,55 @@
+"""`tessera retry-failed [--only CLASS,...]`: download again what failed, as further shards; a table of all failures."""
+
+import argparse
+import sys
+
+from pipeline import params
+from pipeline.artifacts.files import BadInput
+from pipeline.engine import run as run_stage
+from pipeline.project import Project
+from pipeline.sources import retries
+from pipeline.sources.download import LINKS, STAGE, Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    default = ",".join(retries.TRANSIENT)
+    parser.add_argument("--only", default=default, help=f"classes of failures, by commas (default: {default})")
+    parser.add_argument("--list", action="store_true", help="count and write the table; download nothing")
+
+
+def run(arguments: argparse.Namespace, project: Project) -> int:
+    """Print failures by class, write logs/download.failed.parquet, download the chosen ones again."""
+    wanted = [name for name in arguments.only.split(",") if name]
+    unknown = sorted(set(wanted) - set(retries.CLASSES))
+    if unknown or not wanted:
+        raise BadInput("--only", f"no class {', '.join(unknown) or '(empty)'}", f"Take {', '.join(retries.CLASSES)}")
+    lists = [params.plain(listed) for listed in project.config("download", Config).lists]
+    if not arguments.list and not any(listed["source"] in LINKS for listed in lists):
+        problem = "its images do not lie on the web"
+        raise BadInput("download.source", problem, "Mend the folder and run `dvc repro`; scenes fail on purpose")
+    failed = _failures(project)
+    _report(project, failed)
+    chosen = [row for row in failed if row.kind in wanted and row.url.startswith(("http://", "https://"))]
+    if arguments.list or not chosen:
+        print("nothing to download again" if not arguments.list else "nothing was downloaded", file=sys.stderr)
+        return 0
+    retries.add_round(project.root, project.store.root, lists, chosen)
+    run_stage(STAGE, project)
+    tried = {row.uid for row in chosen}
+    left = [row for row in _failures(project) if row.uid in tried]
+    print(f"{len(chosen) - len(left):,} of {len(chosen):,} rows came this time; `dvc repro` takes them on")
+    _report(project, _failures(project))
+    return 0
+
+
+def _failures(project: Project) -> list[retries.Failure]:
+    return retries.failures([(row.shard, folder) for row, folder in project.inputs("download")])
+
+
+def _report(project: Project, failed: list[retries.Failure]) -> None:
+    path = project.logs / "download.failed.parquet"
+    retries.write_table(path, failed)
+    for kind, number in retries.by_class(failed).items():
+        print(f"{kind:12} {number:>12,}", file=sys.stderr)
+    print(f"{len(failed):,} rows without an image: {path}", file=sys.stderr)
