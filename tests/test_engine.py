@@ -186,7 +186,7 @@ def test_status_counts_done_stale_and_lost(tmp_path, capsys, toy_in_chain):
     assert found["reasons"]["torn"] == 3
     found = status.stage_status(STAGE, project(tmp_path, word="other", shards=6))
     assert (found["shards"], found["done"], found["stale"]) == (6, 0, 4)
-    assert status.run(Namespace(json=False), project(tmp_path)) == 0
+    assert status.run(Namespace(json=False, card=False), project(tmp_path)) == 0
     assert "torn 3" in capsys.readouterr().out
 
 
