@@ -10,25 +10,27 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from pipeline.artifacts.files import BadInput, CorruptPayload, atomic_json, atomic_write, digest
+from pipeline.artifacts.files import BadInput, CorruptPayload, atomic_json, atomic_write, digest, read_json
 from pipeline.artifacts.manifest import Manifest
 from pipeline.machine import Machine
 from pipeline.project import Project
-from pipeline.runners import RUNNERS, WorkerLost
+from pipeline.runners import WorkerLost, runner
 from pipeline.store import Store
 
+BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0  # seconds before another attempt after an I/O error, doubled each time
 SIGNAL_EXIT = 128  # a shell's exit status for a death by signal is 128 + its number
 
 
@@ -70,6 +72,8 @@ class ShardStage:
         tasks: the shards that the current parameters ask for, sorted by name.
         compute: writes a task's files into an empty folder. A top-level function.
         check: reads them back; raises `CorruptPayload`.
+        shrink: the same task in need of half the memory, or None where it needs the least; None where it cannot.
+        alone: `compute` changes its process (installs an opener, say): no two at a time in threads.
     """
 
     name: str
@@ -78,6 +82,8 @@ class ShardStage:
     tasks: Callable[[Project], list[Task]]
     compute: Callable[[Task, Path, Machine], Counts]
     check: Callable[[Path, Counts], None]
+    shrink: Callable[[Task], Task | None] | None = None
+    alone: bool = False
 
     def key_fields(self, task: Task) -> dict[str, Any]:
         """Everything that decides the bytes of a task's payload."""
@@ -125,6 +131,7 @@ def run(stage: ShardStage, project: Project) -> Manifest:
         tasks = stage.tasks(project)
         by_key = {stage.key(task): task for task in tasks}
         missing = {key: task for key, task in by_key.items() if store.problem(stage.name, key)}
+        _require_room(stage.name, project, missing)
         started = time.perf_counter()
         failures = _compute(stage, project, missing)
         failures_path = project.logs / f"{stage.name}.failures.json"
@@ -146,15 +153,48 @@ def run(stage: ShardStage, project: Project) -> Manifest:
         return manifest
 
 
+def _require_room(stage: str, project: Project, missing: dict[str, Task]) -> None:
+    """Hold what `tessera plan` expects of the missing shards against the free disk; nothing where there is no plan.
+
+    Raises:
+        BadInput: it does not fit; with the settings that need less.
+    """
+    path = project.logs / "plan.json"
+    known = read_json(path, "Delete it").get("disk", {}) if missing and path.exists() else {}
+    if known.get("params") != digest(project.params):
+        return
+    needed = round(known["bytes_per_row"].get(stage, 0) * sum(task.rows for task in missing.values()))
+    free = shutil.disk_usage(project.store.root).free
+    if needed > free:
+        cheaper = ", ".join(setting for setting, _ in known["options"])
+        problem = f"{stage} will write {needed:,} bytes, and {free:,} are free"
+        raise BadInput(project.store.root, problem, f"Free space, or try one of {cheaper} (`tessera plan`)")
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What a worker is handed: the stage, the store and the task's key."""
+    """What a worker is handed: the stage, the store and the task's key. Its text names it on Prefect's page."""
 
     stage: ShardStage
     store: Store
     machine: Machine
     task: Task
     key: str
+
+    def __str__(self) -> str:
+        return f"{self.stage.name} {self.task.shard}"
+
+    def again(self, error: Exception) -> "_Work | None":
+        """What to try next after that error, or None where another attempt would end the same way.
+
+        I/O errors, lost workers and payloads that do not read back may pass; out of memory, a smaller batch may fit; a
+        full disk, bad input and our own mistakes stay.
+        """
+        if _out_of_memory(error):
+            smaller = self.stage.shrink(self.task) if self.stage.shrink else None
+            return replace(self, task=smaller) if smaller else None
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return self if isinstance(error, OSError | WorkerLost | CorruptPayload) and not full else None
 
 
 def _compute(stage: ShardStage, project: Project, missing: dict[str, Task]) -> dict[str, dict[str, str]]:
@@ -165,26 +205,32 @@ def _compute(stage: ShardStage, project: Project, missing: dict[str, Task]) -> d
     works = [_Work(stage, project.store, machine, task, key) for key, task in missing.items()]
     total = sum(task.rows for task in missing.values())
     print(f"{stage.name}: {len(works)} shards to compute ({machine.runner})", file=sys.stderr)
+    if stage.alone and machine.runner == "threads":
+        machine = replace(machine, workers=1)
     with tqdm(total=total, desc=stage.name, unit="row", unit_scale=True, disable=not works) as progress:
         for attempt in range(machine.retries + 1):
-            again = []
-            for work, outcome in RUNNERS[machine.runner](_compute_one, works, machine):
+            again, back_off = [], 0.0
+            for work, outcome in runner(machine.runner)(_compute_one, works, machine) if works else ():
                 if not isinstance(outcome, Exception):
                     progress.update(work.task.rows)
-                elif _retriable(outcome) and attempt < machine.retries:
-                    again.append(work)
-                    progress.write(f"{stage.name} {work.task.shard}: {outcome}; will try again")
+                elif attempt < machine.retries and (following := work.again(outcome)):
+                    again.append(following)
+                    back_off = max(back_off, BACK_OFF if isinstance(outcome, OSError) else 0.0)
+                    progress.write(f"{work}: {_first_line(outcome)}; will try again")
                 else:
                     failures[work.task.shard] = _describe(outcome)
             works = again
             if not works:
                 break
+            time.sleep(min(back_off * 2**attempt, LONGEST_BACK_OFF))
     return failures
 
 
 def _compute_one(work: _Work) -> None:
     """Compute, read back and publish one payload."""
     stage, store, task = work.stage, work.store, work.task
+    if store.problem(stage.name, work.key) is None:
+        return  # a cluster may start a finished task again when a worker dies
     folder = store.temporary(stage.name, work.key)
     counts = stage.compute(task, folder, work.machine)
     if counts.rows_in != counts.rows + counts.failed:
@@ -194,10 +240,19 @@ def _compute_one(work: _Work) -> None:
     store.publish(folder, stage.name, work.key, description)
 
 
-def _retriable(error: Exception) -> bool:
-    """I/O errors and lost workers may pass; a full disk, bad input and our own mistakes will not."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, OSError | WorkerLost | CorruptPayload) and not full
+def _out_of_memory(error: Exception) -> bool:
+    """On the CPU (numpy, torch) or the GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (
+            isinstance(error, RuntimeError) and "not enough memory" in str(error)  # torch's allocator on a CPU
+        )
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _describe(error: Exception) -> dict[str, str]:

@@ -21,22 +21,25 @@ class Machine:
     """Runner and resources.
 
     Attributes:
-        runner: `process` computes shards in worker processes, `inline` one after the other in this one.
-        workers: worker processes of the `process` runner.
+        runner: `process` computes shards in worker processes, `inline` one after the other in this one; `threads`
+            and `dask` as the tasks of a Prefect flow (`pipeline.flows`; `dask` needs the cluster group).
+        workers: worker processes or threads, and the size of a local cluster.
         device: torch device string, such as `cpu` or `cuda:0`.
         threads: torch threads of one process (shared out among workers), and those of a worker that decode images.
             Sums are split among torch's threads, so another number rounds otherwise and weights trained with it differ
             in their last bits; hence the default does not grow with the machine.
-        retries: further attempts at a shard that failed with an I/O error or a killed worker.
+        retries: further attempts at a shard that failed with an I/O error, a killed worker or too little memory.
+        address: of a Dask scheduler (`tcp://host:8786`); empty: a local cluster.
         compile: methods train with the elementwise work of their transformer blocks fused (`torch.compile`): faster on
             a GPU after a minute, and rounded otherwise.
     """
 
-    runner: Literal["inline", "process"]
+    runner: Literal["inline", "process", "threads", "dask"]
     workers: Annotated[int, Range(1)]
     device: str
     threads: Annotated[int, Range(1)]
     retries: Annotated[int, Range(0)]
+    address: str = ""
     compile: bool = False
 
 
@@ -46,7 +49,7 @@ def defaults() -> dict[str, Any]:
     device = find_device()
     workers = cores if device == "cpu" else max(1, cores // 2)
     found = {"runner": "process", "workers": workers, "device": device, "threads": min(2, cores), "retries": 2}
-    return found | {"compile": False}
+    return found | {"address": "", "compile": False}
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Runners: where shard tasks run. Same function, same bytes, whichever runs them.
 
 A runner is a function `(work, items, machine) -> iterator of (item, outcome)`, where the outcome is what `work(item)`
-returned or the exception it raised. `threads`, `dask` and `ray` fit the same signature.
+returned or the exception it raised. `threads` and `dask` are in `pipeline.flows`.
 """
 
 import multiprocessing
@@ -74,7 +74,20 @@ def run_process(work: Callable[[Item], Any], items: Iterable[Item], machine: Mac
             _stop(pool)
 
 
-RUNNERS = {"inline": run_inline, "process": run_process}
+Runner = Callable[[Callable[[Any], Any], Iterable[Any], Machine], Iterator[tuple[Any, Outcome]]]
+
+
+def runner(name: str) -> Runner:
+    """The runner of that name; Prefect is imported only for those that need it.
+
+    Raises:
+        BadInput: its packages are not installed.
+    """
+    if name in ("inline", "process"):
+        return {"inline": run_inline, "process": run_process}[name]
+    from pipeline import flows
+
+    return flows.runner(name)
 
 
 def limit_threads(threads: int) -> None:

@@ -14,7 +14,18 @@ REPO = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "stages")
 MACHINERY = {REPO / "stages/__init__.py", REPO / "pipeline/__init__.py"} | {
     REPO / f"pipeline/{name}.py"
-    for name in ("engine", "runners", "store", "project", "machine", "params", "chain", "source_code")
+    for name in (
+        "engine",
+        "runners",
+        "flows",
+        "serving",
+        "store",
+        "project",
+        "machine",
+        "params",
+        "chain",
+        "source_code",
+    )
 }
 
 

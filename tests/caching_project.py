@@ -19,7 +19,14 @@ from pipeline.text.filtering import SCHEMA
 
 SIDE, PATCH, DIM = 16, 4, 6
 PARAMS = {
-    "features": {"image_size": SIDE, "facet": "tokens", "precision": "float32", "batch_size": 4, "chunk_rows": 3},
+    "features": {
+        "image_size": SIDE,
+        "facet": "tokens",
+        "precision": "float32",
+        "batch_size": 4,
+        "chunk_rows": 3,
+        "store": "float16",
+    },
     "pseudo_masks": {
         "k": 3,
         "iters": 10,
@@ -29,7 +36,7 @@ PARAMS = {
         "chunk_rows": 4,
     },
     "codebook": {"clusters": 5, "sample_images": 8, "iters": 10, "redo": 2, "seed": 0, "chunk_rows": 4},
-    "teacher": {"scales": [1, 2], "precision": "float32", "batch_size": 12, "chunk_rows": 2},
+    "teacher": {"scales": [1, 2], "precision": "float32", "batch_size": 12, "chunk_rows": 2, "store": "float16"},
 }
 MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
 

@@ -38,5 +38,12 @@ class FakeDino(nn.Module):
         return F.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2)
 
 
-FEATURES = {"image_size": 32, "facet": "tokens", "precision": "float32", "batch_size": 4, "chunk_rows": 4}
+FEATURES = {
+    "image_size": 32,
+    "facet": "tokens",
+    "precision": "float32",
+    "batch_size": 4,
+    "chunk_rows": 4,
+    "store": "float16",
+}
 MASKS = {"k": 3, "iters": 10, "metric": "cosine", "init": "k-means++", "precision": "float32", "chunk_rows": 4}

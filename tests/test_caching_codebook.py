@@ -13,6 +13,7 @@ from pipeline.artifacts.arrays import map_array, open_array
 from pipeline.artifacts.files import BadInput, CorruptPayload, list_files
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
 from pipeline.caching import codebook, features
+from pipeline.caching import tokens as token_source
 from pipeline.engine import Counts, StageFailed
 from pipeline.nn.codebook import pixel_groups, similarities
 
@@ -88,7 +89,7 @@ def test_the_same_bytes_twice_and_in_any_step(made, monkeypatch):
     for stage in (codebook.GROUPS, codebook.STAGE):
         for task in stage.tasks(made.project()):
             made.project().store.remove(stage.name, stage.key(task))
-    monkeypatch.setattr(codebook, "STEP_BYTES", 2 * 16 * 6 * 2)
+    monkeypatch.setattr(token_source, "STEP_BYTES", 2 * 16 * 6 * 2)
     assert contents() == whole
 
 

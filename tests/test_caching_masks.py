@@ -12,6 +12,7 @@ from pipeline.artifacts.arrays import ArrayWriter, map_array, open_array
 from pipeline.artifacts.files import CorruptPayload, list_files
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
 from pipeline.caching import features, pseudo_masks
+from pipeline.caching import tokens as token_source
 from pipeline.caching.pseudo_masks import STAGE, Config
 from pipeline.engine import Counts
 from pipeline.params import ParamsError
@@ -69,7 +70,7 @@ def test_steps_change_no_byte(made, monkeypatch):
     whole = contents()
     for task in STAGE.tasks(made.project()):
         made.project().store.remove("pseudo_masks", STAGE.key(task))
-    monkeypatch.setattr(pseudo_masks, "STEP_BYTES", 2 * 16 * 6 * 2)
+    monkeypatch.setattr(token_source, "STEP_BYTES", 2 * 16 * 6 * 2)
     assert contents() == whole
 
 

@@ -13,12 +13,22 @@ LAYERS = [
     + ["pipeline.source_code"],
     ["pipeline.nn", "pipeline.losses", "pipeline.text", "pipeline.clustering", "pipeline.metrics", "pipeline.store"]
     + ["pipeline.mask_metrics"],
-    ["pipeline.engine", "pipeline.runners", "pipeline.project", "pipeline.text.filtering", "pipeline.datasets"]
+    [
+        "pipeline.engine",
+        "pipeline.runners",
+        "pipeline.flows",
+        "pipeline.history",
+        "pipeline.project",
+        "pipeline.remote",
+        "pipeline.serving",
+        "pipeline.text.filtering",
+        "pipeline.datasets",
+    ]
     + ["pipeline.encoders", "pipeline.training", "pipeline.inference", "pipeline.caching", "pipeline.sources"],
     ["pipeline.methods", "pipeline.baselines", "pipeline.evaluation", "pipeline.prediction", "pipeline.reporting"]
     + ["pipeline.checkpoints", "pipeline.selftraining", "pipeline.comparison", "pipeline.imagenet"]
     + ["pipeline.conversion"],
-    ["pipeline.chain", "pipeline.cli", "stages"],
+    ["pipeline.chain", "pipeline.cli", "pipeline.planning", "stages"],
 ]
 MODULES = sorted(
     path.relative_to(REPO).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")

@@ -8,12 +8,13 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toy_stage
 from toy_stage import STAGE, project
 
-from pipeline import chain
+from pipeline import chain, engine
 from pipeline.artifacts.files import BadInput
 from pipeline.cli import status, verify, why
 from pipeline.engine import StageFailed, run
@@ -81,6 +82,22 @@ def test_errors_are_retried_by_their_class(tmp_path):
         run(STAGE, project(tmp_path, word="other", behaviour={1: "bad", 2: "bug"}))
     assert (tmp_path / "attempts-1").read_text() == "2", "bad input: once per run"
     assert (tmp_path / "attempts-2").read_text() == "2", "a bug: once per run"
+
+
+def test_out_of_memory_halves_the_batch_until_it_fits(tmp_path):
+    run(STAGE, project(tmp_path, retries=3, batch=8, behaviour={1: "large"}))
+    assert (tmp_path / "attempts-1").read_text() == "3", "8 and 4 are too many, 2 fit"
+    run(STAGE, project(tmp_path / "calm", batch=8))
+    assert payload_bytes(tmp_path) == payload_bytes(tmp_path / "calm")
+    with pytest.raises(StageFailed, match="00001: MemoryError"):
+        run(STAGE, project(tmp_path / "small", retries=1, batch=8, behaviour={1: "large"}))
+
+
+def test_io_errors_back_off(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(engine, "time", SimpleNamespace(sleep=waits.append, perf_counter=time.perf_counter))
+    run(STAGE, project(tmp_path, behaviour={0: "io"}))
+    assert waits == [engine.BACK_OFF]
 
 
 def test_a_killed_worker_loses_nothing(tmp_path):
@@ -169,7 +186,7 @@ def test_status_counts_done_stale_and_lost(tmp_path, capsys, toy_in_chain):
     assert found["reasons"]["torn"] == 3
     found = status.stage_status(STAGE, project(tmp_path, word="other", shards=6))
     assert (found["shards"], found["done"], found["stale"]) == (6, 0, 4)
-    assert status.run(Namespace(json=False), project(tmp_path)) == 0
+    assert status.run(Namespace(json=False, card=False), project(tmp_path)) == 0
     assert "torn 3" in capsys.readouterr().out
 
 

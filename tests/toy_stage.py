@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.artifacts.files import BadInput, CorruptPayload
@@ -14,9 +15,9 @@ from pipeline.project import Project
 MACHINE = Machine(runner="inline", workers=2, device="cpu", threads=1, retries=1)
 
 
-def project(root: Path, *, runner: str = "inline", **toy) -> Project:
+def project(root: Path, *, runner: str = "inline", address: str = "", retries: int = 1, **toy) -> Project:
     """A project whose `toy` block says how many shards there are and how each behaves."""
-    machine = Machine(runner=runner, workers=2, device="cpu", threads=1, retries=1)
+    machine = Machine(runner=runner, workers=2, device="cpu", threads=1, retries=retries, address=address)
     return Project(root, {"toy": {"shards": 4, "word": "tile", "behaviour": {}, **toy}}, machine)
 
 
@@ -26,7 +27,7 @@ def tasks(project: Project) -> list[Task]:
         Task(
             shard=f"{index:05d}",
             fields={"index": index, "word": toy["word"]},
-            args=(index, toy["word"], toy["behaviour"].get(index, ""), project.root),
+            args=(index, toy["word"], toy["behaviour"].get(index, ""), project.root, toy.get("batch", 1)),
             rows=10,
         )
         for index in range(toy["shards"])
@@ -34,7 +35,7 @@ def tasks(project: Project) -> list[Task]:
 
 
 def compute(task: Task, folder: Path, machine: Machine) -> Counts:
-    index, word, behaviour, root = task.args
+    index, word, behaviour, root, batch = task.args
     attempts = root / f"attempts-{index}"
     attempts.write_text(str(int(attempts.read_text()) + 1 if attempts.exists() else 1))
     first = attempts.read_text() == "1"
@@ -48,6 +49,8 @@ def compute(task: Task, folder: Path, machine: Machine) -> Counts:
         raise BadInput("rows.parquet", "is torn", "Make it again")
     if behaviour == "io" and first:
         raise OSError("a passing fault")
+    if behaviour == "large" and batch > 2:
+        raise MemoryError
     if behaviour == "die" and first:
         os.kill(os.getpid(), signal.SIGKILL)
     (folder / "half.txt").unlink()
@@ -62,7 +65,12 @@ def check(folder: Path, counts: Counts) -> None:
         raise CorruptPayload(folder, "lines are missing")
 
 
-STAGE = ShardStage(name="toy", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check)
+def shrink(task: Task) -> Task | None:
+    *others, batch = task.args
+    return None if batch == 1 else replace(task, args=(*others, batch // 2))
+
+
+STAGE = ShardStage(name="toy", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check, shrink=shrink)
 
 if __name__ == "__main__":
     run(STAGE, project(Path(sys.argv[1]), runner=sys.argv[2], behaviour={2: "slow"}))

@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
-from pipeline.artifacts.arrays import ArrayWriter, map_array, open_array
+from pipeline.artifacts.arrays import ArrayWriter, open_array
 from pipeline.artifacts.files import BadInput, CorruptPayload, atomic_json, digest
-from pipeline.artifacts.tables import ROWS_SCHEMA, read_table, write_table
-from pipeline.caching.payloads import FEATURES, MASKS, check_rows
+from pipeline.caching.payloads import MASKS, check_rows
+from pipeline.caching.tokens import Source, Tokens, sources
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import OUTSIDE
 from pipeline.machine import Machine
@@ -33,7 +33,6 @@ from pipeline.params import Range
 from pipeline.project import Project
 
 CENTROIDS, ABOUT = "centroids.npy", "codebook.json"
-STEP_BYTES = 64 << 20  # of features read at a time; decides memory, not results
 REMEDY = "Repair it: `tessera verify --deep --repair codebook`, then `dvc repro`"
 
 
@@ -94,36 +93,37 @@ def sample_rows(counts: Sequence[int], images: int, seed: int) -> list[Int64[nda
 
 @dataclass(frozen=True, slots=True)
 class _FitArgs:
-    folders: tuple[Path, ...]
-    counts: tuple[int, ...]
+    sources: tuple[Source, ...]
     config: Config
 
 
 def _fit_tasks(project: Project) -> list[Task]:
     config = project.config("codebook", Config)
-    inputs = project.inputs("features")
+    found = sources(project)
     settings = {name: getattr(config, name) for name in ("clusters", "sample_images", "iters", "redo", "seed")}
     return [
         Task(
             shard="codebook",
-            fields={"features": [[row.shard, row.out] for row, _ in inputs], "params": settings},
-            args=_FitArgs(tuple(path for _, path in inputs), tuple(row.rows for row, _ in inputs), config),
-            rows=sum(row.rows for row, _ in inputs),
+            fields={"features": [[source.shard, source.out] for source in found], "params": settings},
+            args=_FitArgs(tuple(found), config),
+            rows=sum(source.rows for source in found),
         )
     ]
 
 
 def _fit_compute(task: Task, out: Path, machine: Machine) -> Counts:
     args: _FitArgs = task.args
-    rows = sample_rows(args.counts, args.config.sample_images, args.config.seed)
+    rows = sample_rows([source.rows for source in args.sources], args.config.sample_images, args.config.seed)
     parts = [
-        np.asarray(map_array(folder / FEATURES)[chosen], dtype=np.float32)
-        for folder, chosen in zip(args.folders, rows, strict=True)
+        values.astype(np.float32).reshape(-1, values.shape[2])
+        for source, chosen in zip(args.sources, rows, strict=True)
         if len(chosen)
+        for _, values in Tokens(source, machine).blocks(chosen.tolist())
     ]
     if not parts:
-        raise BadInput(args.folders[0] if args.folders else "features", "has no image to cluster", "Check the filter")
-    tokens = np.concatenate([part.reshape(-1, part.shape[2]) for part in parts])
+        raise BadInput("features", "has no image to cluster", "Check the filter")
+    tokens = np.concatenate(parts)
+    del parts
     tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
     centroids = fit(tokens, args.config)
     nearest = np.bincount((tokens @ centroids.T).argmax(1), minlength=len(centroids))
@@ -160,7 +160,7 @@ STAGE = ShardStage(name="codebook", schema=1, code_tag=1, tasks=_fit_tasks, comp
 
 @dataclass(frozen=True, slots=True)
 class _GroupArgs:
-    features: Path
+    source: Source
     codebook: Path
     chunk_rows: int
 
@@ -171,36 +171,32 @@ def _group_tasks(project: Project) -> list[Task]:
     numerics = torch.device(project.machine.device).type
     return [
         Task(
-            shard=row.shard,
+            shard=source.shard,
             fields={
-                "features": row.out,
+                "features": source.out,
                 "codebook": codebook.out,
                 "params": {"chunk_rows": chunk_rows},
                 "numerics": numerics,
             },
-            args=_GroupArgs(path, folder, chunk_rows),
-            rows=row.rows,
+            args=_GroupArgs(source, folder, chunk_rows),
+            rows=source.rows,
         )
-        for row, path in project.inputs("features")
+        for source in sources(project)
     ]
 
 
 def _group_compute(task: Task, out: Path, machine: Machine) -> Counts:
     args: _GroupArgs = task.args
-    features = map_array(args.features / FEATURES)
+    tokens = Tokens(args.source, machine)
     centroids = torch.from_numpy(read_codebook(args.codebook)).to(machine.device)
-    count, tokens, dim = features.shape
-    grid = isqrt(tokens)
-    if grid * grid != tokens:
-        raise BadInput(args.features, f"{tokens} tokens are no square grid", "Run `dvc repro features`")
-    step = max(1, STEP_BYTES // (tokens * dim * features.itemsize))
-    with ArrayWriter(out / MASKS, (count, grid, grid), "uint8", chunk_rows=args.chunk_rows, compress=True) as masks:
-        for start in range(0, count, step):
-            block = torch.from_numpy(np.array(features[start : start + step])).to(machine.device)
-            found = similarities(block, centroids).argmax(-1).to(torch.uint8)
+    grid = isqrt(tokens.tokens)
+    if grid * grid != tokens.tokens:
+        raise BadInput(f"shard {task.shard}", f"{tokens.tokens} tokens are no square grid", "Run `dvc repro features`")
+    with ArrayWriter(out / MASKS, (None, grid, grid), "uint8", chunk_rows=args.chunk_rows, compress=True) as masks:
+        for _, values in tokens.blocks():
+            found = similarities(torch.from_numpy(values).to(machine.device), centroids).argmax(-1).to(torch.uint8)
             masks.append(found.unflatten(1, (grid, grid)).cpu().numpy())
-    write_table(out / "rows.parquet", read_table(args.features / "rows.parquet", ROWS_SCHEMA))
-    return Counts(rows_in=count, rows=count, failed=0)
+    return tokens.finish(out)
 
 
 def _group_check(folder: Path, counts: Counts) -> None:

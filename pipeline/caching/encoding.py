@@ -1,18 +1,17 @@
-"""Images of a shard through a frozen encoder into one array: what the features and teacher stages share.
+"""Images of a shard through a frozen encoder, in batches or into one array: what the caching stages share.
 
 Only kept rows are read. Images are decoded and resized in threads while the encoder works on the batch before, and that
-is written while a GPU works on the next. An image
-that cannot be decoded becomes a row of `failures.parquet`, and the array's rows are those of `rows.parquet`: row i of
-both is the same sample.
+is written while a GPU works on the next. An image that cannot be decoded becomes a row of `failures.parquet`, and the
+array's rows are those of `rows.parquet`: row i of both is the same sample.
 
 The payload's key holds the list of kept rows and the tar's digest, not the filter's settings: other settings that keep
 the same rows recompute nothing.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,10 +22,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from pipeline.artifacts.arrays import ArrayWriter
 from pipeline.artifacts.files import BadInput, digest
 from pipeline.artifacts.shards import Shard, decode_rgb
 from pipeline.artifacts.tables import FAILURES_SCHEMA, ROWS_SCHEMA, read_table, write_table
+from pipeline.artifacts.vectors import Codec, VectorWriter
 from pipeline.artifacts.weights import model_digest
 from pipeline.engine import Counts, Task
 from pipeline.interfaces import Triple
@@ -35,6 +34,7 @@ from pipeline.project import Project
 from pipeline.text.verdicts import kept
 
 Settings = TypeVar("Settings")
+Named = tuple[str, str]  # key and uid of a row
 
 UNDECODABLE = "undecodable"
 BATCHES_AHEAD = 2  # decoded batches that wait for the encoder; bounds memory
@@ -79,54 +79,85 @@ def image_tasks(project: Project, encoder: str, config: Any, settings: dict[str,
     return tasks
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The array to write: file name, shape of a row, rows of a zarr chunk, images of a batch."""
+def half_batch(task: Task) -> Task | None:
+    """The task with half its batch, for a device that had too little memory; None for a batch of one.
 
-    name: str
-    row_shape: tuple[int, ...]
-    chunk_rows: int
-    batch_size: int
-
-
-def encode_shard(
-    task: Task,
-    out: Path,
-    machine: Machine,
-    layout: Layout,
-    prepare: Callable[[np.ndarray], np.ndarray],
-    encode: Callable[[Tensor], Tensor],
-) -> Counts:
-    """Write the array, `rows.parquet` and `failures.parquet`.
-
-    `prepare` turns a decoded image (uint8 [height, width, 3]) into what is stacked, in a thread; `encode` turns a stack
-    of `layout.batch_size` of them into as many rows. The last stack is filled up with copies, so that all have one
-    shape: no row's bits depend on how many images came before it.
+    Bytes stay those of the key, but for the last bit of a product in a thousand (`features.Config.batch_size`).
     """
-    args: Args = task.args
-    failures: list[dict[str, str]] = []
-    done: list[tuple[str, str]] = []
-    rows = _joined(args, task.shard)
-    shard = Shard.open(args.images, task.shard)
-    writer = ArrayWriter(
-        out / layout.name, (None, *layout.row_shape), "float16", chunk_rows=layout.chunk_rows, compress=False
-    )
-    with writer, ThreadPoolExecutor(machine.threads) as pool:
-        images = _decoded(shard, rows, prepare, pool, BATCHES_AHEAD * layout.batch_size, failures)
-        before: Callable[[], np.ndarray] | None = None
-        while batch := list(islice(images, layout.batch_size)):
-            stack = np.stack([image for _, image in batch] + [batch[-1][1]] * (layout.batch_size - len(batch)))
-            encoded = _to_host(encode(torch.from_numpy(stack))[: len(batch)].half())
+    config = task.args.config
+    if config.batch_size == 1:
+        return None
+    smaller = replace(config, batch_size=config.batch_size // 2)
+    return replace(task, args=replace(task.args, config=smaller))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How images become rows of an array.
+
+    Attributes:
+        row_shape: of a row.
+        batch_size: images of a batch.
+        prepare: a decoded image (uint8 [height, width, 3]) to what is stacked; runs in threads.
+        encode: a stack of `batch_size` of them to as many float32 rows.
+    """
+
+    row_shape: tuple[int, ...]
+    batch_size: int
+    prepare: Callable[[np.ndarray], np.ndarray]
+    encode: Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Stream:
+    """A shard's kept rows through an encoder; what could not be decoded is in `failures` once all was read."""
+
+    args: Args
+    shard: str
+    encoding: Encoding
+    failures: list[dict[str, str]] = field(default_factory=list)
+    rows_in: int = 0
+
+    def batches(self, threads: int, chosen: Sequence[int] | None = None) -> Iterator[tuple[list[Named], Tensor]]:
+        """(key, uid) of rows and their float32 vectors on the encoder's device, in order.
+
+        `chosen`: numbers of the kept rows that are wanted; all by default. The last stack is filled up with copies, so
+        that all have one shape: no row's bits depend on how many images came before it.
+        """
+        rows = _joined(self.args, self.shard)
+        rows = rows if chosen is None else [rows[number] for number in chosen]
+        self.rows_in += len(rows)
+        shard, size = Shard.open(self.args.images, self.shard), self.encoding.batch_size
+        with ThreadPoolExecutor(threads) as pool:
+            images = _decoded(shard, rows, self.encoding.prepare, pool, BATCHES_AHEAD * size, self.failures)
+            while batch := list(islice(images, size)):
+                stack = np.stack([image for _, image in batch] + [batch[-1][1]] * (size - len(batch)))
+                yield [row for row, _ in batch], self.encoding.encode(torch.from_numpy(stack))[: len(batch)]
+
+    def finish(self, out: Path, done: list[Named]) -> Counts:
+        """Write `rows.parquet` and `failures.parquet`, and count."""
+        write_table(out / "rows.parquet", named_table(done))
+        write_table(out / "failures.parquet", pa.Table.from_pylist(self.failures, FAILURES_SCHEMA))
+        failed = len(self.failures)
+        detail = {f"reason: {UNDECODABLE}": failed} if failed else {}
+        return Counts(rows_in=self.rows_in, rows=len(done), failed=failed, detail=detail)
+
+
+def encode_shard(stream: Stream, out: Path, name: str, codec: Codec, chunk_rows: int, machine: Machine) -> Counts:
+    """Write the array `name`, `rows.parquet` and `failures.parquet`."""
+    done: list[Named] = []
+    before: Callable[[], np.ndarray] | None = None
+    with VectorWriter(out / name, stream.encoding.row_shape, codec, chunk_rows=chunk_rows) as writer:
+        for rows, vectors in stream.batches(machine.threads):
+            # int8 is rounded once, from what the encoder gave
+            encoded = _to_host(vectors.half() if codec == "float16" else vectors.float())
             if before is not None:  # written while a GPU works on the next
                 writer.append(before())
             before = encoded
-            done += [row for row, _ in batch]
+            done += rows
         if before is not None:
             writer.append(before())
-    write_table(out / "rows.parquet", _table(done))
-    write_table(out / "failures.parquet", pa.Table.from_pylist(failures, FAILURES_SCHEMA))
-    detail = {f"reason: {UNDECODABLE}": len(failures)} if failures else {}
-    return Counts(rows_in=len(rows), rows=len(done), failed=len(failures), detail=detail)
+    return stream.finish(out, done)
 
 
 def _joined(args: Args, shard: str) -> list[tuple[str, str]]:
@@ -194,7 +225,8 @@ def _to_host(rows: Tensor) -> Callable[[], np.ndarray]:
     return wait
 
 
-def _table(rows: list[tuple[str, str]]) -> pa.Table:
+def named_table(rows: list[Named]) -> pa.Table:
+    """`rows.parquet` of these rows."""
     keys, uids = [key for key, _ in rows], [uid for _, uid in rows]
     return pa.table({"key": keys, "uid": uids}, schema=ROWS_SCHEMA)
 

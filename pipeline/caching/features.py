@@ -1,4 +1,7 @@
-"""Stage `features`: patch tokens of every kept image from the frozen DINO, float16 [rows, tokens, dim].
+"""Stage `features`: patch tokens of every kept image from the frozen DINO, [rows, tokens, dim].
+
+They are stored as float16 or int8 (`pipeline.artifacts.vectors`), or not at all: with `store: none` this stage has no
+shards, and what clusters tokens computes them as it goes (`pipeline.caching.tokens`).
 
 The stored image is squashed to a square of `image_size` (bilinear, antialiased) whatever its shape, so that tokens are
 a grid over the whole stored image, row-major.
@@ -10,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +21,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from pipeline.artifacts.arrays import map_array
 from pipeline.artifacts.files import BadInput, CorruptPayload
-from pipeline.caching.encoding import Args, Layout, encode_shard, image_tasks, normalised
+from pipeline.artifacts.vectors import Codec, map_vectors
+from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, half_batch, image_tasks, normalised
 from pipeline.caching.payloads import FEATURES, Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import Facet, PatchEncoder
@@ -40,6 +43,7 @@ class Config:
         batch_size: images of a forward pass; in no key, though float32 products of other shapes may round the last
             bit of a value in a thousand otherwise.
         chunk_rows: images of a zarr chunk.
+        store: float16, int8 (half the bytes) or none (none; every stage that reads tokens encodes the images again).
     """
 
     image_size: Annotated[int, Range(1)]
@@ -47,6 +51,7 @@ class Config:
     precision: Precision
     batch_size: Annotated[int, Range(1)]
     chunk_rows: Annotated[int, Range(1)]
+    store: Literal[Codec, "none"]
 
 
 def squash(image: UInt8[np.ndarray, "height width 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
@@ -84,46 +89,64 @@ def _encoder(folder: Path, digest: str, device: str) -> PatchEncoder:
 
 
 def _settings(config: Config) -> dict[str, object]:
-    return {
+    """Of the key; `store` is in it where it is not what it was before there was a choice."""
+    settings: dict[str, object] = {
         "image_size": config.image_size,
         "facet": config.facet,
         "precision": config.precision,
         "chunk_rows": config.chunk_rows,
     }
+    return settings if config.store == "float16" else {**settings, "store": config.store}
 
 
 def _tasks(project: Project) -> list[Task]:
+    return [] if project.config("features", Config).store == "none" else all_tasks(project)
+
+
+def all_tasks(project: Project) -> list[Task]:
+    """A task per shard, whether its tokens are to be stored or not."""
     config = project.config("features", Config)
     return image_tasks(project, "dino", config, _settings(config))
 
 
-def _compute(task: Task, out: Path, machine: Machine) -> Counts:
-    args: Args[Config] = task.args
+def stream(args: Args[Config], shard: str, device: str) -> Stream:
+    """A shard's images as tokens, float32 [batch, tokens, dim].
+
+    Raises:
+        BadInput: the image size does not suit the encoder.
+    """
     config = args.config
-    encoder = _encoder(args.encoder, args.encoder_digest, machine.device)
+    encoder = _encoder(args.encoder, args.encoder_digest, device)
     grid, rest = divmod(config.image_size, encoder.patch_size)
     if rest:
         problem = f"features.image_size {config.image_size} is no multiple of its patch size {encoder.patch_size}"
         raise BadInput(args.encoder, problem, "Change one of them in params.yaml")
-    layout = Layout(FEATURES, (grid * grid, encoder.embed_dim), config.chunk_rows, config.batch_size)
-    return encode_shard(
-        task,
-        out,
-        machine,
-        layout,
-        lambda image: squash(image, config.image_size),
-        lambda images: tokens(encoder, images, config, machine.device),
+    encoding = Encoding(
+        row_shape=(grid * grid, encoder.embed_dim),
+        batch_size=config.batch_size,
+        prepare=lambda image: squash(image, config.image_size),
+        encode=lambda images: tokens(encoder, images, config, device),
     )
+    return Stream(args, shard, encoding)
+
+
+def _compute(task: Task, out: Path, machine: Machine) -> Counts:
+    args: Args[Config] = task.args
+    codec: Any = args.config.store
+    return encode_shard(stream(args, task.shard, machine.device), out, FEATURES, codec, args.config.chunk_rows, machine)
 
 
 def _check(folder: Path, counts: Counts) -> None:
-    array = map_array(folder / FEATURES)
+    array = map_vectors(folder / FEATURES)
     check_rows(folder, counts, len(array))
-    for row, values in enumerate(array):
+    for row in range(len(array)):
+        values = array[row : row + 1][0]
         # float16 squares overflow; of float32 a NaN or an infinity survives the sum
         length = np.square(values, dtype=np.float32).sum(1)
         if not np.isfinite(length).all() or not (length > 0).all():
             raise CorruptPayload(folder / FEATURES, f"row {row} has tokens that are not finite, or zero")
 
 
-STAGE = ShardStage(name="features", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check)
+STAGE = ShardStage(
+    name="features", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check, shrink=half_batch
+)

@@ -50,8 +50,10 @@ def digests(project: Project) -> dict[str, str]:
         BadInput: there is no encoder.
     """
     dino = model_digest(project.encoder("dino"))
-    configs = (project.config("features", features.Config), project.config("pseudo_masks", pseudo_masks.Config))
-    return {"dino": dino, "pseudo_masks": digest([plain(config) for config in configs])}
+    tokens = plain(project.config("features", features.Config))
+    del tokens["store"]  # nothing is stored here
+    masks = plain(project.config("pseudo_masks", pseudo_masks.Config))
+    return {"dino": dino, "pseudo_masks": digest([tokens, masks])}
 
 
 def load(project: Project) -> ImageMasks:

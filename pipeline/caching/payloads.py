@@ -7,7 +7,7 @@ from pipeline.artifacts.files import CorruptPayload
 from pipeline.artifacts.tables import FAILURES_SCHEMA, ROWS_SCHEMA, read_table
 from pipeline.engine import Counts
 
-FEATURES = "features.zarr"  # float16 [rows, tokens, dim]
+FEATURES = "features.zarr"  # vectors [rows, tokens, dim], see pipeline.artifacts.vectors
 MASKS = "masks.zarr"  # uint8 [rows, grid_h, grid_w]
 Precision = Literal["float32", "bfloat16"]
 

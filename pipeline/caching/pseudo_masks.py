@@ -24,9 +24,9 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from pipeline.artifacts.arrays import ArrayWriter, map_array, open_array
-from pipeline.artifacts.files import BadInput, CorruptPayload
-from pipeline.artifacts.tables import ROWS_SCHEMA, read_table, write_table
-from pipeline.caching.payloads import FEATURES, MASKS, Precision, check_rows
+from pipeline.artifacts.files import CorruptPayload
+from pipeline.caching.payloads import MASKS, Precision, check_rows
+from pipeline.caching.tokens import Source, Tokens, sources
 from pipeline.clustering import Init, Metric, kmeans
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import OUTSIDE
@@ -35,7 +35,6 @@ from pipeline.params import Range
 from pipeline.project import Project
 
 CENTROIDS = "centroids.zarr"
-STEP_BYTES = 64 << 20  # of features read at a time; decides memory, not results
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +98,7 @@ def in_reading_order(
 
 @dataclass(frozen=True, slots=True)
 class _Args:
-    features: Path
+    source: Source
     config: Config
 
 
@@ -116,39 +115,29 @@ def _tasks(project: Project) -> list[Task]:
     numerics = f"{torch.device(project.machine.device).type}-{config.precision}"
     return [
         Task(
-            shard=row.shard,
-            fields={"features": row.out, "params": settings, "numerics": numerics},
-            args=_Args(folder, config),
-            rows=row.rows,
+            shard=source.shard,
+            fields={"features": source.out, "params": settings, "numerics": numerics},
+            args=_Args(source, config),
+            rows=source.rows,
         )
-        for row, folder in project.inputs("features")
+        for source in sources(project)
     ]
 
 
 def _compute(task: Task, out: Path, machine: Machine) -> Counts:
     args: _Args = task.args
     config = args.config
-    features = map_array(args.features / FEATURES)
-    table = read_table(args.features / "rows.parquet", ROWS_SCHEMA)
-    count, tokens, dim = features.shape
-    if table.num_rows != count:
-        problem = f"{table.num_rows} rows beside an array of {count}"
-        raise BadInput(args.features, problem, "Repair it: `tessera verify --deep --repair features`, then `dvc repro`")
-    uids = table["uid"].to_pylist()
-    grid, step = isqrt(tokens), max(1, STEP_BYTES // (tokens * dim * features.itemsize))
-    rows = config.chunk_rows
+    tokens = Tokens(args.source, machine)
+    grid, rows = isqrt(tokens.tokens), config.chunk_rows
     with (
-        ArrayWriter(out / MASKS, (count, grid, grid), "uint8", chunk_rows=rows, compress=True) as masks,
-        ArrayWriter(out / CENTROIDS, (count, config.k, dim), "float16", chunk_rows=rows, compress=False) as centroids,
+        ArrayWriter(out / MASKS, (None, grid, grid), "uint8", chunk_rows=rows, compress=True) as masks,
+        ArrayWriter(out / CENTROIDS, (None, config.k, tokens.dim), "float16", chunk_rows=rows, compress=False) as means,
     ):
-        for start in range(0, count, step):
-            # a copy: torch warns of read-only memory, and a map has nothing to lose
-            block = torch.from_numpy(np.array(features[start : start + step])).to(machine.device)
-            found, means = regions(block, uids[start : start + step], config)
+        for uids, values in tokens.blocks():
+            found, centroids = regions(torch.from_numpy(values).to(machine.device), uids, config)
             masks.append(found.cpu().numpy())
-            centroids.append(means.cpu().numpy())
-    write_table(out / "rows.parquet", table)
-    return Counts(rows_in=count, rows=count, failed=0)
+            means.append(centroids.cpu().numpy())
+    return tokens.finish(out)
 
 
 def _check(folder: Path, counts: Counts) -> None:

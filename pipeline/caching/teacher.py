@@ -1,4 +1,4 @@
-"""Stage `teacher`: CLIP embeddings of every kept image's views at several scales, float16 unit vectors.
+"""Stage `teacher`: CLIP embeddings of every kept image's views at several scales, unit vectors in float16 or int8.
 
 A view is a tile of the image's centre square. Scale n cuts the square into n x n tiles without overlap; tile bounds are
 i * side / n rounded to whole pixels (halves up), so the tiles of a scale cover the square once. Each tile is cut out
@@ -25,9 +25,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from pipeline.artifacts.arrays import map_array
 from pipeline.artifacts.files import CorruptPayload, atomic_json, read_json
-from pipeline.caching.encoding import Args, Layout, encode_shard, image_tasks, normalised
+from pipeline.artifacts.vectors import Codec, map_vectors
+from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, half_batch, image_tasks, normalised
 from pipeline.caching.payloads import Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import ClipEncoder
@@ -49,12 +49,14 @@ class Config:
         precision: of the encoder's products.
         batch_size: views of a forward pass; in no key, see `pipeline.caching.features.Config`.
         chunk_rows: images of a zarr chunk.
+        store: float16, or int8 with a scale per vector: half the bytes, cosine at least 0.999.
     """
 
     scales: tuple[Annotated[int, Range(1, 16)], ...]
     precision: Precision
     batch_size: Annotated[int, Range(1)]
     chunk_rows: Annotated[int, Range(1)]
+    store: Codec
 
 
 def num_views(scales: tuple[int, ...]) -> int:
@@ -118,6 +120,7 @@ def _tasks(project: Project) -> list[Task]:
     if not config.scales or len(set(config.scales)) < len(config.scales):
         raise ParamsError(f"teacher.scales: {list(config.scales)} is empty or repeats a scale")
     settings = {"scales": list(config.scales), "precision": config.precision, "chunk_rows": config.chunk_rows}
+    settings |= {} if config.store == "float16" else {"store": config.store}  # as keys were before there was a choice
     return image_tasks(project, "clip", config, settings)
 
 
@@ -126,15 +129,13 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
     config = args.config
     encoder = _encoder(args.encoder, args.encoder_digest, machine.device)
     views = num_views(config.scales)
-    layout = Layout(ARRAY, (views, encoder.embed_dim), config.chunk_rows, max(1, config.batch_size // views))
-    counts = encode_shard(
-        task,
-        out,
-        machine,
-        layout,
-        lambda image: cut_views(image, config.scales, encoder.image_size),
-        lambda images: embed(encoder, images, config, machine.device),
+    encoding = Encoding(
+        row_shape=(views, encoder.embed_dim),
+        batch_size=max(1, config.batch_size // views),
+        prepare=lambda image: cut_views(image, config.scales, encoder.image_size),
+        encode=lambda images: embed(encoder, images, config, machine.device),
     )
+    counts = encode_shard(Stream(args, task.shard, encoding), out, ARRAY, config.store, config.chunk_rows, machine)
     atomic_json(out / VIEWS, describe(config.scales, encoder.image_size))
     return counts
 
@@ -156,7 +157,7 @@ def describe(scales: tuple[int, ...], side: int) -> dict[str, object]:
 
 
 def _check(folder: Path, counts: Counts) -> None:
-    array = map_array(folder / ARRAY)
+    array = map_vectors(folder / ARRAY)
     check_rows(folder, counts, len(array))
     views = len(read_json(folder / VIEWS, "Run the teacher stage again")["boxes"])
     if array.shape[1] != views:
@@ -167,4 +168,6 @@ def _check(folder: Path, counts: Counts) -> None:
             raise CorruptPayload(folder / ARRAY, f"rows from {start} have vectors that are not of unit length")
 
 
-STAGE = ShardStage(name="teacher", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check)
+STAGE = ShardStage(
+    name="teacher", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check, shrink=half_batch
+)

@@ -10,9 +10,18 @@ from pipeline.params import ParamsError
 
 COMMANDS = {
     "profile": ("pipeline.cli.profile", "write params.yaml from a profile"),
+    "plan": (
+        "pipeline.cli.plan",
+        "per stage, before it runs: images, bytes, files, hours, and whether the disk holds it",
+    ),
     "status": ("pipeline.cli.status", "per stage: shards done, stale, failed, and samples lost"),
     "why": ("pipeline.cli.why", "which key field of a shard changed"),
     "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),
+    "cluster": ("pipeline.cli.cluster", "run a command with one Prefect server and one Dask cluster around it"),
+    "store": (
+        "pipeline.cli.store",
+        "push payloads to a second place, pull them from there, remove what no commit names",
+    ),
     "doctor": ("pipeline.cli.doctor", "weights, corpora, data sets, device, disk: what is there, what is missing"),
     "import": ("pipeline.cli.import_", "make a model folder of released weights: GroupViT, OVSegmentor, DINO, CLIP"),
     "convert": (

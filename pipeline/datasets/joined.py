@@ -6,6 +6,7 @@ Tables are joined by key, and the uids on both sides are compared: row i of a ma
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, index_tar, read_rows
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
+from pipeline.artifacts.vectors import map_vectors
 from pipeline.text.verdicts import kept
 
 
@@ -125,7 +127,10 @@ class Table:
         self._path = shard.download / f"{shard.name}.tar"
         self._index = index_tar(self._path)
         rows = _aligned(_usable(shard), kept(shard.filtered), shard.filtered)
-        self._arrays = {field: open_array(path) for field, path in shard.cached.items()}
+        readers = {"views": map_vectors}
+        self._arrays: dict[str, Any] = {
+            field: readers.get(field, open_array)(path) for field, path in shard.cached.items()
+        }
         # Where each row stands in each array.
         self._places: dict[str, ndarray] = {}
         for field, path in shard.cached.items():

@@ -16,8 +16,8 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 from PIL import Image
 
-from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput, read_json
+from pipeline.artifacts.vectors import map_vectors
 from pipeline.caching.teacher import ARRAY, VIEWS, boxes, describe
 from pipeline.datasets.batches import stack_pixels
 from pipeline.datasets.pairs import PairShard, Sample
@@ -89,7 +89,7 @@ def choose_views(shards: Sequence[PairShard], scales: tuple[int, ...], embed_dim
         if chosen not in (None, places):
             raise BadInput(shard.views / VIEWS, "has its views in another order than the shard before", REMEDY)
         chosen = places
-        shape = open_array(shard.views / ARRAY).shape
+        shape = map_vectors(shard.views / ARRAY).shape
         if tuple(shape[1:]) != (len(stored["boxes"]), embed_dim):
             problem = f"holds {shape[1]} views of {shape[2]}, not {len(stored['boxes'])} of {embed_dim}"
             raise BadInput(shard.views / ARRAY, problem, "Set train.zeroseg.embed_dim to the CLIP's width")

@@ -125,7 +125,12 @@ class Recipe:
 def token_config(image_size: int, facet: Facet, batch_size: int) -> features.Config:
     """What `features.extract` is told; nothing is stored, so there are no chunks."""
     return features.Config(
-        image_size=image_size, facet=facet, precision="float32", batch_size=batch_size, chunk_rows=batch_size
+        image_size=image_size,
+        facet=facet,
+        precision="float32",
+        batch_size=batch_size,
+        chunk_rows=batch_size,
+        store="none",
     )
 
 

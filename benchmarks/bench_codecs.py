@@ -1,0 +1,88 @@
+"""What each codec of cached vectors saves, and what it costs: bytes an image, cosine, agreement of the masks.
+
+    python -m benchmarks.bench_codecs [CHECKOUT]
+
+Reads one shard of a finished run's features and teacher views (float16 is what is stored, so float16's own loss against
+float32 is not in the table), encodes it again and clusters both. Agreement: the share of tokens whose region is the
+same, regions matched one to one by the Hungarian method; `again` is the agreement of float16 with itself under another
+k-means seed, which says how much of a difference k-means makes by itself.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy import ndarray
+from scipy.optimize import linear_sum_assignment
+
+from pipeline import machine
+from pipeline import params as params_of
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.vectors import dequantise, map_vectors, quantise
+from pipeline.caching import pseudo_masks, teacher
+from pipeline.caching.payloads import FEATURES
+from pipeline.project import Project
+
+IMAGES = 256
+STEP = 64
+
+
+def cosines(a: ndarray, b: ndarray) -> ndarray:
+    """Of vectors [..., dim], in float64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def agreement(a: ndarray, b: ndarray, regions: int) -> float:
+    """Mean share of tokens [images, tokens] in the same region, regions matched to make it largest."""
+    shares = []
+    for first, second in zip(a, b, strict=True):
+        table = np.zeros((regions, regions), np.int64)
+        np.add.at(table, (first.ravel(), second.ravel()), 1)
+        rows, columns = linear_sum_assignment(-table)
+        shares.append(table[rows, columns].sum() / first.size)
+    return float(np.mean(shares))
+
+
+def masks(values: ndarray, names: list[str], config: pseudo_masks.Config) -> ndarray:
+    """Pseudo-masks of tokens [images, tokens, dim]."""
+    parts = [
+        pseudo_masks.regions(torch.from_numpy(values[at : at + STEP]), names[at : at + STEP], config)[0].numpy()
+        for at in range(0, len(values), STEP)
+    ]
+    return np.concatenate(parts)
+
+
+def main(root: Path | None = None) -> None:
+    """Print the table, of the checkout in `root` or here; say so where no run has finished there."""
+    root = root or Path.cwd()
+    project = Project(root, params_of.read(root / "params.yaml"), machine.load(root / "machine.yaml", {}))
+    try:
+        stored = [project.inputs(stage)[0][1] for stage in ("features", "teacher")]
+    except (BadInput, IndexError) as error:
+        print(f"nothing to measure: {error}")
+        return
+    config = project.config("pseudo_masks", pseudo_masks.Config)
+    tokens, views = map_vectors(stored[0] / FEATURES)[:IMAGES], map_vectors(stored[1] / teacher.ARRAY)[:IMAGES]
+    shapes = [f"{array.shape[1]} {name} of {array.shape[2]}" for name, array in (("tokens", tokens), ("views", views))]
+    print(f"{len(tokens)} images: {', '.join(shapes)}")
+    line = "{:10}{:9}{:>12}{:>12}{:>10}{:>11}".format
+    print(line("cached", "store", "bytes/image", "cosine min", "mean", "agreement"))
+    names = [str(number) for number in range(len(tokens))]
+    whole = masks(tokens, names, config)
+    for what, values in (("features", tokens), ("teacher", views)):
+        whole_bytes, scales = quantise(values)
+        read = dequantise(whole_bytes, scales)
+        found = cosines(values, read)
+        same = agreement(whole, masks(read, names, config), config.k) if what == "features" else None
+        size = whole_bytes[0].nbytes + scales[0].nbytes
+        print(line(what, "float16", f"{values[0].nbytes:,}", "", "", ""))
+        shown = "" if same is None else f"{same:.4f}"
+        print(line(what, "int8", f"{size:,}", f"{found.min():.5f}", f"{found.mean():.5f}", shown))
+    other = masks(tokens, [f"again {name}" for name in names], config)
+    print(line("features", "again", "", "", "", f"{agreement(whole, other, config.k):.4f}"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path.cwd())

@@ -1,0 +1,127 @@
+"""`tessera plan`: per stage what a run will read, write and take, before it starts; exit 1 where the disk is small."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from dataclasses import asdict
+
+from pipeline.params import ParamsError
+from pipeline.planning import amounts, record
+from pipeline.planning.disk import Budget, budget
+from pipeline.planning.estimate import HOUR, Estimate, estimates
+from pipeline.project import Project
+
+# Core-seconds of a stage's longest measurement; each takes a few.
+SECONDS = 20.0
+# Source: 20 % of an H100's dense bf16 peak of 989 TFLOP/s (NVIDIA's data sheet): what such models keep up, roughly.
+TFLOPS = 200.0
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--disk", type=_size, metavar="SIZE", help="bytes that the plan may take in all, such as 500G")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"core-seconds of one measurement, at most (default {SECONDS:g})"
+    )
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help=f"a GPU's pace (default {TFLOPS:g})")
+    parser.add_argument("--fresh", action="store_true", help="measure again, though nothing changed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace, project: Project) -> int:
+    """Print the plan; 0 where it fits.
+
+    Raises:
+        BadInput: the parameters ask for inputs that are absent.
+        ParamsError: a number that makes no sense.
+    """
+    if arguments.seconds <= 0 or arguments.tflops <= 0:
+        raise ParamsError("--seconds, --tflops: expected a number above 0")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan asks no other machine; timm's weights are not needed
+    amount = amounts.of_download(project)
+    measured, notes, now = record.measured(project, arguments.seconds, fresh=arguments.fresh)
+    found = estimates(project, measured, amount)
+    disk = budget(project, found, arguments.disk)
+    record.publish(project, found, disk)
+    notes = [*amount.notes, *notes]
+    if arguments.json:
+        stages = {name: asdict(estimate) for name, estimate in found.items()}
+        print(json.dumps({"stages": stages, "disk": {**asdict(disk), "fits": disk.fits}, "notes": notes}, indent=1))
+        return int(not disk.fits)
+    print("\n".join(table(found, arguments.tflops)))
+    source = "measured now" if now else "measurements of logs/plan.json"
+    machine = project.machine
+    print(f"\nhours: on this machine ({machine.device}, {machine.threads} threads), a shard at a time; {source}")
+    print(f"GPU-h: counted operations at {arguments.tflops:g} TFLOP/s; --tflops sets another pace")
+    for note in notes:
+        print(f"note: {note}")
+    print("\n".join(verdict(disk)), file=sys.stdout if disk.fits else sys.stderr)
+    return int(not disk.fits)
+
+
+def table(found: dict[str, Estimate], tflops: float) -> list[str]:
+    """A line per stage, and their sum."""
+    heads = ("stage", "images", "shards", "read", "written", "files", "core-h", "GPU-h", "hours")
+    rows = [
+        (
+            estimate.name,
+            f"{estimate.images:,}",
+            f"{estimate.shards:,}",
+            _bytes(estimate.read),
+            _bytes(estimate.written),
+            f"{estimate.files:,}",
+            _hours(estimate.core_seconds / HOUR),
+            _hours(estimate.gpu_hours(tflops)) if estimate.flops else "-",
+            _hours(estimate.seconds / HOUR),
+        )
+        for estimate in found.values()
+    ]
+    every = list(found.values())
+    sums = [sum(one.read for one in every), sum(one.written for one in every)]
+    hours = [
+        sum(one.core_seconds for one in every) / HOUR,
+        sum(one.gpu_hours(tflops) for one in every),
+        sum(one.seconds for one in every) / HOUR,
+    ]
+    files = f"{sum(one.files for one in every):,}"
+    read, written = map(_bytes, sums)
+    cores, gpus, clock = map(_hours, hours)
+    rows.append(("total", "", "", read, written, files, cores, gpus, clock))
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    return [
+        "  ".join(f"{cell:{width}}" if not column else f"{cell:>{width}}" for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in (heads, *rows))
+    ]
+
+
+def verdict(disk: Budget) -> list[str]:
+    """Whether it fits, and what would be cheaper where it does not."""
+    sizes = f"{_bytes(disk.needed)} to write (5 % to spare), {_bytes(disk.present)} there, {_bytes(disk.free)} free"
+    if disk.fits:
+        return [f"disk: fits: {sizes}"]
+    lines = [f"error: disk: does not fit: {sizes}. Cheaper, each by itself (`tessera profile use NAME -S SETTING`):"]
+    for setting, size in disk.options:
+        lines.append(f"  {setting}: {_bytes(size)}, {'fits' if size <= disk.free else 'does not fit'}")
+    return lines
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 500G")
+    return round(float(match[1]) * UNITS[match[2]])

@@ -1,0 +1,71 @@
+"""Which payloads the commits of this repository name: those of any manifest that a branch or tag reaches.
+
+Manifests are read from git's own object store, so nothing is checked out. Uncommitted manifests count as well.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+from pipeline.artifacts.files import BadInput
+from pipeline.remote import Name
+
+MANIFESTS = "data/manifests"
+
+
+def current(root: Path) -> list[Name]:
+    """Payloads of the manifests in the working tree, sorted."""
+    found: set[Name] = set()
+    for path in sorted((root / MANIFESTS).glob("*.json")):
+        found |= _names(path.read_bytes())
+    return sorted(found, key=lambda name: name.path)
+
+
+def reachable(root: Path) -> set[Name]:
+    """Payloads of every manifest in every commit that a branch (local or of a remote) or tag reaches, and the current.
+
+    Raises:
+        BadInput: not a git repository, or a shallow one, whose history is not all here.
+    """
+    if _git(root, "rev-parse", "--is-shallow-repository").strip() == b"true":
+        raise BadInput(root, "is a shallow clone: older commits may name payloads", "Run `git fetch --unshallow`")
+    prefix = _git(root, "rev-parse", "--show-prefix").decode().strip()
+    listed = _git(root, "rev-list", "--objects", "--branches", "--tags", "--remotes", "--", MANIFESTS)
+    blobs = {
+        line.split(b" ", 1)[0]
+        for line in listed.splitlines()
+        if b" " in line and line.split(b" ", 1)[1].startswith(f"{prefix}{MANIFESTS}/".encode())
+    }
+    found = set(current(root))
+    for data in _contents(root, sorted(blobs)):
+        found |= _names(data)
+    return found
+
+
+def _contents(root: Path, blobs: list[bytes]) -> list[bytes]:
+    """The bytes of git objects, all in one process."""
+    output = _git(root, "cat-file", "--batch", given=b"\n".join(blobs) + b"\n") if blobs else b""
+    contents, at = [], 0
+    while at < len(output):
+        end = output.index(b"\n", at)
+        size = int(output[at:end].rsplit(b" ", 1)[1])
+        contents.append(output[end + 1 : end + 1 + size])
+        at = end + 1 + size + 1
+    return contents
+
+
+def _names(data: bytes) -> set[Name]:
+    """Payloads of a manifest; none of a file that is no manifest."""
+    try:
+        values = json.loads(data)
+        return {Name(values["stage"], shard["key"]) for shard in values["shards"]}
+    except (ValueError, KeyError, TypeError):
+        return set()
+
+
+def _git(root: Path, *arguments: str, given: bytes = b"") -> bytes:
+    done = subprocess.run(["git", *arguments], cwd=root, input=given, capture_output=True)
+    if done.returncode:
+        message = done.stderr.decode(errors="replace").strip()
+        raise BadInput(root, f"git {arguments[0]} failed ({message})", "Run this inside the project's git repository")
+    return done.stdout

@@ -1,0 +1,110 @@
+"""Runners on Prefect: real threads and Dask write what `inline` writes, and a worker that is killed loses nothing."""
+
+import json
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import toy_stage
+from toy_stage import STAGE, project
+
+from pipeline import flows, serving
+from pipeline.artifacts.files import BadInput
+from pipeline.engine import StageFailed, run
+
+# Dask's own, of Python 3.11 and of sockets they leave to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def installed(runner: str):
+    absent = find_spec(flows.PACKAGES[runner]) is None
+    return pytest.param(
+        runner, marks=pytest.mark.skipif(absent, reason=f"{runner}: not installed: make setup GROUPS='dev cluster'")
+    )
+
+
+RUNNERS = [installed(runner) for runner in ("threads", "dask")]
+CLUSTERS = RUNNERS[1:]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """One Prefect server for all tests, as `tessera cluster` starts one for all stages; settings of this process."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+
+    # workers import toy_stage, and must find the server
+    before = dict(os.environ)
+    with serving.prefect_server(tmp_path_factory.mktemp("prefect"), os.environ) as address:
+        here = os.pathsep.join([str(Path(toy_stage.__file__).parent), str(Path(toy_stage.__file__).parent.parent)])
+        os.environ |= {**serving.QUIET, "PYTHONPATH": here, "PREFECT_API_URL": address}
+        with temporary_settings({PREFECT_API_URL: address, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
+            yield address
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def addresses(server) -> Iterator[dict[str, str]]:
+    """A cluster of each kind that is installed, started when first asked for."""
+    from contextlib import ExitStack
+
+    class Started(dict):
+        def __missing__(self, runner: str) -> str:
+            machine = toy_stage.MACHINE
+            self[runner] = "" if runner == "threads" else stack.enter_context(serving.local_cluster(runner, machine))
+            return self[runner]
+
+    with ExitStack() as stack:
+        yield Started()
+
+
+def payload_bytes(root: Path) -> dict[str, bytes]:
+    store = root / "data" / "store"
+    return {p.relative_to(store).as_posix(): p.read_bytes() for p in (store / "toy").rglob("*") if p.is_file()}
+
+
+def manifest(root: Path) -> bytes:
+    return (root / "data/manifests/toy.json").read_bytes()
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_manifests_are_those_of_inline_and_errors_are_told_apart(tmp_path, runner, addresses):
+    run(STAGE, project(tmp_path / "calm", shards=5))
+    behaviour = {1: "bug", 2: "io", 4: "bad"}
+    with pytest.raises(StageFailed, match=r"2 of 5 shards failed \(3 were computed") as caught:
+        run(STAGE, project(tmp_path, shards=5, runner=runner, address=addresses[runner], behaviour=behaviour))
+    assert "00001: ValueError: a bug" in str(caught.value) and "rows.parquet: is torn" in str(caught.value)
+    failures = json.loads((tmp_path / "logs/toy.failures.json").read_text())
+    assert "Traceback" in failures["00001"]["traceback"] and list(failures) == ["00001", "00004"]
+    attempts = [(tmp_path / f"attempts-{shard}").read_text() for shard in range(5)]
+    assert attempts == ["1", "1", "2", "1", "1"], "an I/O error is tried again, a bug and bad input are not"
+    run(STAGE, project(tmp_path, shards=5, runner=runner, address=addresses[runner]))
+    assert manifest(tmp_path) == manifest(tmp_path / "calm")
+    assert payload_bytes(tmp_path) == payload_bytes(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("runner", CLUSTERS)
+def test_a_worker_that_is_killed_in_mid_shard_loses_nothing(tmp_path, runner, addresses):
+    run(STAGE, project(tmp_path / "calm", shards=5))
+    run(STAGE, project(tmp_path, shards=5, runner=runner, address=addresses[runner], behaviour={2: "die"}))
+    assert int((tmp_path / "attempts-2").read_text()) > 1, "it did die"
+    assert manifest(tmp_path) == manifest(tmp_path / "calm")
+    assert payload_bytes(tmp_path) == payload_bytes(tmp_path / "calm")
+
+
+def test_the_server_has_a_run_for_every_shard(tmp_path, addresses, server):
+    import urllib.request
+
+    run(STAGE, project(tmp_path, shards=3, word="seen", runner="threads"))
+    body = json.dumps({"task_runs": {"name": {"like_": "toy 0000"}}}).encode()
+    request = urllib.request.Request(f"{server}/task_runs/count", body, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+        assert json.load(answer) >= 3
+
+
+def test_a_runner_whose_packages_are_absent_says_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(flows, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match='GROUPS="dev cluster"'):
+        flows.runner("dask")

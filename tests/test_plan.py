@@ -1,0 +1,188 @@
+"""`tessera plan`: a rehearsal on a few images says what the whole run then writes; the disk is held against it."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from pipeline import chain, engine, params
+from pipeline.artifacts.files import BadInput
+from pipeline.cli import plan
+from pipeline.cli.profile import write
+from pipeline.engine import run
+from pipeline.machine import Machine
+from pipeline.planning import amounts, disk, record
+from pipeline.planning.estimate import Estimate, estimates
+from pipeline.planning.rehearsal import Rehearsal
+from pipeline.planning.samples import Measured, Sample, by_kind
+from pipeline.project import Project
+
+REPO = Path(__file__).resolve().parent.parent
+MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
+
+
+def project(root: Path, profile: str, *settings: str) -> Project:
+    root.mkdir(exist_ok=True)
+    write(REPO / "profiles", profile, list(settings), root / "params.yaml")
+    return Project(root, params.read(root / "params.yaml"), MACHINE)
+
+
+def sample(rows: int, seconds: float, **values) -> Sample:
+    return Sample(**{"rows": rows, "out": rows, "padded": rows, "seconds": seconds, "core_seconds": seconds, **values})
+
+
+def test_a_line_goes_through_the_largest_and_the_start_is_paid_once():
+    measured = Measured((sample(4, 9.0), sample(4, 1.5), sample(64, 3.0), sample(1000, 21.72)))
+    line = measured.line("seconds")
+    assert line.per_row == pytest.approx(0.02) and line.each == pytest.approx(1.72)
+    assert measured.start("seconds") == pytest.approx(9.0 - 1.72 - 0.08)
+    assert line(12_000, 12) == pytest.approx(240 + 12 * 1.72)
+    assert Measured((sample(4, 9.0), sample(4, 2.0))).line("seconds").per_row == 0.5
+    falling = Measured((sample(4, 9.0), sample(4, 3.0), sample(64, 2.0))).line("seconds")
+    assert (falling.each, falling.per_row) == (3.0, 0.0), "noise makes no image cost less than nothing"
+
+
+def test_files_are_counted_by_suffix_and_array():
+    assert by_kind([("views.zarr/c/0/0", 5), ("views.zarr/zarr.json", 2), ("a.tar", 7), ("rows.parquet", 1)]) == {
+        "views.zarr": 7,
+        ".tar": 7,
+        ".parquet": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("profile", "rows", "alive"),
+    [("cc3m", 3_318_333, 0.667), ("cc12m", 12_423_374, 0.62), ("yfcc15m", 14_829_396, 14_615_499 / 14_829_396)],
+)
+def test_a_list_that_is_not_here_has_its_published_length(tmp_path, profile, rows, alive):
+    amount = amounts.of_download(project(tmp_path, profile))
+    assert (amount.rows, amount.shards, amount.alive) == (rows, -(-rows // 10_000), pytest.approx(alive))
+    assert f"{rows:,}" in amount.notes[0]
+
+
+def test_a_mix_adds_its_lists_and_an_unknown_list_is_an_error(tmp_path):
+    amount = amounts.of_download(project(tmp_path, "cc12m-redcaps"))
+    assert amount.rows == 12_423_374 + 11_000_000
+    assert amount.alive == pytest.approx((0.62 * 12_423_374 + 7 / 12 * 11_000_000) / 23_423_374)
+    with pytest.raises(BadInput, match="mine.csv"):
+        amounts.of_download(project(tmp_path, "cc12m", "download.layout=named", "download.annotations=mine.csv"))
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory) -> tuple[Project, Rehearsal]:
+    """Scenes with untrained towers and no method; the parameters ask for 3 shards of 80."""
+    settings = ("scenes.num_train=240", "scenes.rows_per_shard=80", "scenes.num_tune=4", "scenes.num_val=4")
+    chosen = project(tmp_path_factory.mktemp("plan") / "checkout", "tiny", *settings)
+    chosen.params["train"] = {}
+    return chosen, Rehearsal(chosen, chosen.root / "logs" / "rehearsal", 60.0).all()
+
+
+def test_the_rehearsal_says_within_20_percent_what_a_run_then_writes(rehearsed):
+    chosen, rehearsal = rehearsed
+    assert not rehearsal.notes
+    found = estimates(chosen, rehearsal.measured, amounts.of_download(chosen))
+    largest = rehearsal.root / "3-80"
+    shutil.copytree((largest / "models").resolve(), chosen.root / "models", symlinks=False)
+    for name in chain.SHARD_STAGES:
+        manifest = run(chain.shard_stage(name), chosen)
+        estimate, totals = found[name], manifest.totals
+        assert estimate.shards == totals["shards"]
+        assert estimate.images == pytest.approx(totals["in"], rel=0.1)
+        assert estimate.written == pytest.approx(totals["bytes"], rel=0.2), name
+        folders = [chosen.store.folder(name, row.key) for row in manifest.rows]
+        files = sum(path.is_file() for folder in folders for path in folder.rglob("*"))
+        assert estimate.files == pytest.approx(files, rel=0.2), name
+    assert found["features"].flops > 100 * found["features"].images
+    assert all(estimate.seconds > 0 and estimate.core_seconds > 0 for estimate in found.values())
+    assert found["encoders.dino"].images == 64 and found["encoders.dino"].written > 10_000
+
+
+def estimate(name: str, written: dict[str, int], images: int = 10) -> Estimate:
+    numbers = {"out": images, "shards": 1, "read": 0, "files": 3, "seconds": 7200.0, "core_seconds": 3600.0}
+    size = sum(written.values())
+    return Estimate(name=name, images=images, written=size, by_kind=written, flops=7.2e17, **numbers)
+
+
+@pytest.fixture
+def planned(tmp_path) -> tuple[Project, dict[str, Estimate]]:
+    found = {
+        "download": estimate("download", {".tar": 1000}),
+        "features": estimate("features", {"features.zarr": 8000}),
+        "teacher": estimate("teacher", {"views.zarr": 600}),
+    }
+    return project(tmp_path, "scenes"), found
+
+
+def test_what_does_not_fit_is_refused_with_what_is_cheaper(planned):
+    chosen, found = planned
+    fits = disk.budget(chosen, found, None)
+    assert fits.fits and fits.needed == round(9600 * 1.05)
+    small = disk.budget(chosen, found, 6000)
+    assert not small.fits and small.free == 6000
+    assert dict(small.options) == {
+        "teacher.store=int8": round((9600 - 300) * 1.05),
+        "features.store=int8": round((9600 - 4000) * 1.05),
+        "scenes.num_train=5": round(4800 * 1.05),
+        "features.store=none": round(1600 * 1.05),
+    }
+    said = "\n".join(plan.verdict(small))
+    assert "does not fit" in said and "features.store=none: 1.7 KB, fits" in said
+    assert "features.store=int8: 5.9 KB, fits" in said and "teacher.store=int8: 9.8 KB, does not fit" in said
+
+
+def test_a_stage_whose_plan_does_not_fit_is_refused_before_its_first_shard(planned, monkeypatch):
+    import toy_stage
+
+    chosen, found = planned
+    toy = toy_stage.project(chosen.root)
+    found["toy"] = estimate("toy", {".txt": 40_000}, images=40)
+    (toy.logs).mkdir()
+    (toy.logs / "plan.json").write_text("{}")
+    record.publish(Project(toy.root, {**chosen.params, **toy.params}, MACHINE), found, disk.budget(chosen, found, 6000))
+    planned_project = Project(toy.root, {**chosen.params, **toy.params}, toy.machine)
+    monkeypatch.setattr(engine.shutil, "disk_usage", lambda path: Namespace(free=39_999))
+    with pytest.raises(BadInput, match=r"40,000 bytes.*features.store=none"):
+        run(toy_stage.STAGE, planned_project)
+    assert not list(toy.root.glob("attempts-*"))
+    run(toy_stage.STAGE, toy)  # other parameters than the plan's
+    monkeypatch.setattr(engine.shutil, "disk_usage", lambda path: Namespace(free=0))
+    run(toy_stage.STAGE, planned_project)  # nothing is left to write
+
+
+def test_the_command_prints_every_stage_measures_once_and_exits_with_the_verdict(planned, monkeypatch, capsys):
+    chosen, _ = planned
+    taken = []
+
+    class Quick(Rehearsal):
+        def all(self) -> "Quick":
+            taken.append(self.seconds)
+            made = {"bytes": {".tar": 900}, "files": 2}
+            rows = (10, 50, 100)
+            self.measured = {"scenes": Measured(tuple(sample(count, count / 50, **made) for count in rows))}
+            self.notes = ["a note"]
+            return self
+
+    monkeypatch.setattr(record, "Rehearsal", Quick)
+
+    def call(**changes) -> int:
+        arguments = {"disk": None, "seconds": 20.0, "tflops": 200.0, "fresh": False, "json": False, **changes}
+        return plan.run(Namespace(**arguments), chosen)
+
+    assert call() == 0
+    printed = capsys.readouterr().out
+    assert (
+        "12,600" in next(line for line in printed.splitlines() if line.startswith("scenes"))
+        and "note: a note" in printed
+        and "disk: fits" in printed
+    )
+    assert call(json=True) == 0 and taken == [20.0]
+    found = json.loads(capsys.readouterr().out)
+    assert found["stages"]["scenes"]["written"] == 13 * 900 and found["disk"]["fits"]
+    assert call(disk=1000) == 1
+    assert "does not fit" in capsys.readouterr().err
+    assert call(fresh=True) == 0 and taken == [20.0, 20.0]
+    assert json.loads((chosen.logs / "plan.json").read_text())["measured"]["scenes"][0]["rows"] == 10
+    with pytest.raises(params.ParamsError, match="above 0"):
+        call(seconds=0.0)

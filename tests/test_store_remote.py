@@ -1,0 +1,197 @@
+"""`tessera store`: payloads in a second place, whole or not at all, and kept while any commit names them."""
+
+import socket
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from toy_stage import STAGE, project
+
+from pipeline import history, remote
+from pipeline.artifacts.files import BadInput
+from pipeline.cli import store
+from pipeline.engine import run
+
+NO_S3 = [package for package in ("moto", "s3fs", "flask") if find_spec(package) is None]
+
+
+def git(root: Path, *arguments: str) -> None:
+    settings = ["-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *settings, *arguments], cwd=root, check=True, capture_output=True)
+
+
+def commit(root: Path, word: str) -> None:
+    run(STAGE, project(root, word=word))
+    git(root, "add", "data/manifests")
+    git(root, "commit", "-qm", word)
+
+
+def payload_bytes(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in (root / "toy").rglob("*") if p.is_file()}
+
+
+def call(root: Path, action: str, url: str, *, dry_run: bool = False) -> int:
+    return store.run(Namespace(action=action, url=url, stages=[], dry_run=dry_run), project(root))
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return (tmp_path / "elsewhere" / "store").as_uri()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "checkout"
+    root.mkdir()
+    git(root, "init", "-q", "-b", "main")
+    run(STAGE, project(root))
+    return root
+
+
+def test_what_is_pushed_and_pulled_is_the_same(tmp_path, checkout, url, capsys):
+    before = payload_bytes(checkout / "data/store")
+    assert call(checkout, "push", url, dry_run=True) == 0
+    assert "4 payloads" in capsys.readouterr().out and not (tmp_path / "elsewhere").exists()
+    assert call(checkout, "push", url) == 0
+    assert payload_bytes(tmp_path / "elsewhere/store") == before
+    assert call(checkout, "push", url) == 0
+    assert "0 payloads, 0 bytes pushed; 4 were there" in capsys.readouterr().out
+    other = tmp_path / "other"
+    (other / "data/manifests").mkdir(parents=True)
+    (other / "data/manifests/toy.json").write_bytes((checkout / "data/manifests/toy.json").read_bytes())
+    assert call(other, "pull", url) == 0
+    assert payload_bytes(other / "data/store") == before
+    assert not list((other / "data/store/.tmp").rglob("*.txt"))
+
+
+def test_only_what_is_broken_here_is_pulled(tmp_path, checkout, url, capsys):
+    call(checkout, "push", url)
+    key = project(checkout).manifest("toy").rows[1].key
+    broken = project(checkout).store.folder("toy", key) / "nested/words.txt"
+    whole = broken.read_bytes()
+    broken.write_text("torn")
+    assert call(checkout, "pull", url) == 0
+    assert "1 payloads" in capsys.readouterr().out.splitlines()[-1] and broken.read_bytes() == whole
+
+
+def test_an_interrupted_push_goes_on_and_is_not_pulled_from(tmp_path, checkout, url, monkeypatch):
+    place, put = remote.Remote(url), []
+    original = place.files.put_file
+
+    def fails(source: str, target: str, **options) -> None:
+        put.append(target)
+        if len(put) == 2:
+            raise OSError("the line is down")
+        original(source, target, **options)
+
+    monkeypatch.setattr(place.files, "put_file", fails)
+    monkeypatch.setattr(remote, "THREADS", 1)
+    with pytest.raises(OSError, match="the line is down"):
+        remote.push(project(checkout).store, place, history.current(checkout)[:1], dry_run=False)
+    assert not place.has(history.current(checkout)[0])
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="has not toy/"):
+        project(checkout).store.remove("toy", history.current(checkout)[0].key)
+        call(checkout, "pull", url)
+
+
+def test_bytes_that_changed_on_the_way_are_refused(tmp_path, checkout, url):
+    call(checkout, "push", url)
+    name = history.current(checkout)[0]
+    file = tmp_path / "elsewhere/store" / name.path / "nested/words.txt"
+    file.write_bytes(file.read_bytes().replace(b"tile", b"tale"))
+    project(checkout).store.remove("toy", name.key)
+    with pytest.raises(BadInput, match="its bytes are not those that were pushed"):
+        call(checkout, "pull", url)
+    assert project(checkout).store.problem("toy", name.key) is not None
+
+
+def test_gc_keeps_what_any_branch_or_tag_reaches(tmp_path, checkout, url, capsys):
+    words = {"base": 4, "tagged": 4, "branched": 4, "dropped": 4, "uncommitted": 4}
+    keys: dict[str, set] = {}
+    commit(checkout, "base")
+    for word in ("tagged", "branched", "dropped"):
+        git(checkout, "checkout", "-q", "-b", word, "main")
+        commit(checkout, word)
+        keys[word] = set(history.current(checkout))
+        call(checkout, "push", url)
+    git(checkout, "tag", "v1", "tagged")
+    git(checkout, "checkout", "-q", "main")
+    git(checkout, "branch", "-D", "tagged", "dropped")
+    keys["base"] = set(history.current(checkout))
+    call(checkout, "push", url)
+    run(STAGE, project(checkout, word="uncommitted"))
+    keys["uncommitted"] = set(history.current(checkout))
+    call(checkout, "push", url)
+    place = remote.Remote(url)
+    everything = {name for name, _ in place.names()}
+    assert len(everything) == sum(words.values())
+    capsys.readouterr()
+    assert call(checkout, "gc", url, dry_run=True) == 0
+    would = capsys.readouterr().out
+    assert would.startswith("4 payloads, ") and "would be removed; 16 stay" in would
+    assert {name for name, _ in place.names()} == everything
+    assert call(checkout, "gc", url) == 0
+    assert capsys.readouterr().out == would.replace("would be removed", "removed")
+    assert {name for name, _ in place.names()} == everything - keys["dropped"]
+
+
+def test_gc_in_a_shallow_clone_or_outside_git_is_refused(tmp_path, checkout, url):
+    commit(checkout, "one")
+    commit(checkout, "two")
+    subprocess.run(["git", "clone", "-q", "--depth", "1", checkout.as_uri(), tmp_path / "shallow"], check=True)
+    with pytest.raises(BadInput, match="shallow"):
+        call(tmp_path / "shallow", "gc", url)
+    with pytest.raises(BadInput, match="git rev-parse failed"):
+        call(Path("/"), "gc", url)
+
+
+def test_an_unknown_protocol_is_named():
+    with pytest.raises(BadInput, match="nonsense://a/b: cannot be opened"):
+        remote.Remote("nonsense://a/b")
+
+
+@pytest.fixture
+def s3(monkeypatch) -> Iterator[str]:
+    """A bucket of moto's S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer("127.0.0.1", port)
+    server.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("tessera")
+    yield "s3://tessera/store"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.mark.filterwarnings("default")  # botocore's and moto's own
+@pytest.mark.skipif(bool(NO_S3), reason=f"not installed: {', '.join(NO_S3)}")
+def test_a_real_s3_server_holds_the_store(tmp_path, checkout, s3):
+    commit(checkout, "base")
+    before = payload_bytes(checkout / "data/store")
+    assert call(checkout, "push", s3) == 0
+    for name in history.current(checkout):
+        project(checkout).store.remove("toy", name.key)
+    assert call(checkout, "pull", s3) == 0
+    assert payload_bytes(checkout / "data/store") == before
+    run(STAGE, project(checkout, word="never committed"))
+    call(checkout, "push", s3)
+    git(checkout, "checkout", "-q", "data/manifests")
+    assert call(checkout, "gc", s3) == 0
+    assert {name for name, _ in remote.Remote(s3).names()} == set(history.current(checkout))
