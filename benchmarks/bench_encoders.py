@@ -34,7 +34,7 @@ from pipeline.encoders import open_clip_towers, timm_dino
 from pipeline.engine import Task
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.machine import Machine
-from pipeline.runners import RUNNERS
+from pipeline.runners import runner
 from pipeline.text.filtering import SCHEMA
 
 SHARD = "00000"
@@ -139,8 +139,8 @@ def encode(item: tuple[str, Task, Path, Machine]) -> tuple[int, float]:
 
 def end_to_end(items: list[tuple[str, Task, Path, Machine]], machine: Machine) -> float:
     """Images a second, from when every worker has done its first shard (and loaded the model) to the end."""
-    runner = RUNNERS["process" if machine.workers > 1 else "inline"]
-    done = sorted((result for _, result in runner(encode, items, machine)), key=lambda found: found[1])
+    run = runner("process" if machine.workers > 1 else "inline")
+    done = sorted((result for _, result in run(encode, items, machine)), key=lambda found: found[1])
     started = done[machine.workers - 1][1]
     return sum(rows for rows, _ in done[machine.workers :]) / (done[-1][1] - started)
 
