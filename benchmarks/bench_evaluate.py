@@ -1,7 +1,7 @@
 """The evaluation harness against the bare model: how much of an evaluation is anything but forward passes.
 
     python -m benchmarks evaluate                           paper's GroupViT (2 stages, ViT-S/16), 448 px windows
-    python benchmarks/bench_evaluate.py --images 20 --device cuda:0
+    python -m benchmarks.bench_evaluate --images 20 --device cuda:0
 
 Fresh weights, pictures of noise in VOC's layout and sizes. The harness reads and decodes, resizes, cuts windows, names
 groups, upsamples, takes the best class at full size and counts; the bare model answers the same windows, ready on the
@@ -19,17 +19,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline import params
-from pipeline.cli.profile import write
+from benchmarks.paper import paper_config
+from benchmarks.peak import device_name, wait_for
 from pipeline.datasets.benchmarks import Benchmark, open_benchmark
 from pipeline.evaluation.scoring import tally
 from pipeline.inference import BACKGROUNDS, Geometry, Segmenter, normalise, resize_image, threshold_labels
 from pipeline.mask_metrics import BoundaryIoU
 from pipeline.methods import groupvit
-from pipeline.source_code import REPO
 
 TARGET = 0.8
-PROFILE = "cc12m"
 SIZE = (375, 500)  # VOC's usual height and width
 GEOMETRY = Geometry(short_side=448, long_side=2048, window=448, stride=224, multiple=32, antialias=False)
 
@@ -51,20 +49,12 @@ def write_images(root: Path, count: int) -> Benchmark:
     return open_benchmark("voc", root, "native")
 
 
-def model_of_the_paper(device: str) -> groupvit.GroupViT:
-    """GroupViT at the size that the profile trains, without training."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "params.yaml"
-        write(REPO / "profiles", PROFILE, [], target)
-        config = params.build(groupvit.Config, params.read(target)["train"]["groupvit"], "train.groupvit")
-    torch.manual_seed(0)
-    return groupvit.build(config, None).to(device).eval().requires_grad_(False)
-
-
 @torch.inference_mode()
 def contestants(benchmark: Benchmark, classes: int, device: str) -> dict[str, Callable[[], object]]:
     """Both ways through all images."""
-    model, ids = model_of_the_paper(device), benchmark.ids("test")
+    torch.manual_seed(0)
+    model = groupvit.build(paper_config("groupvit"), None).to(device).eval().requires_grad_(False)
+    ids = benchmark.ids("test")
     embeddings = torch.nn.functional.normalize(torch.randn(classes, model.encode_text(["a cat"]).shape[1]), dim=1)
     embeddings = embeddings.to(device)
     segmenter = Segmenter(
@@ -87,7 +77,7 @@ def contestants(benchmark: Benchmark, classes: int, device: str) -> dict[str, Ca
     def bare() -> None:
         for window in windows:
             model.groups(window, embeddings)
-        _wait(device)
+        wait_for(device)
 
     def harness() -> None:
         boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
@@ -102,11 +92,6 @@ def contestants(benchmark: Benchmark, classes: int, device: str) -> dict[str, Ca
     return {"bare model": bare, "harness": harness}
 
 
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def main() -> None:
     """Print images per second and the ratio."""
     parser = argparse.ArgumentParser(description="the evaluation harness against the bare model")
@@ -115,7 +100,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[20, 171], help="words that the model is asked for")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
+    where = device_name(options.device)
     with tempfile.TemporaryDirectory() as root:
         benchmark = write_images(Path(root), options.images)
         for classes in options.classes:

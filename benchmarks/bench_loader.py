@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from benchmarks.bench_encoders import SHARD, make_shard
-from benchmarks.bench_training import paper_config
+from benchmarks.paper import paper_config
 from pipeline.artifacts.shards import Shard, decode_rgb
 from pipeline.datasets.batches import PairCollate, PairTransform
 from pipeline.datasets.pairs import PairLoader, PairShard

@@ -12,7 +12,6 @@ the step's matrix products (counted by torch, attention included) at the rate of
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,26 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.paper import PAPER, paper_config
 from benchmarks.peak import device_name, multiplies_bfloat16, product_rate, wait_for
-from pipeline import methods, params
-from pipeline.cli import profile
+from pipeline import methods
 from pipeline.datasets.entity_batches import EntityBatch
 from pipeline.interfaces import TrainBatch
 from pipeline.training.compiling import compile_blocks
 from pipeline.training.optimiser import adamw, parameter_groups
 
-ROOT = Path(__file__).resolve().parents[1]
 WORDS = 12  # tokens of a caption, start and end among them: CC12M's mean is about 20 words, its prompts' about 8
 CONTEXT = 77
 REGIONS = 16  # pseudo-masks of an image
-# Method: the profile that has its paper's sizes, and what cannot be had offline.
-PAPER = {
-    "groupvit": ("cc12m", []),
-    "ovsegmentor": ("cc4m", ["train.ovsegmentor.text.tokenizer=bpe"]),
-    "zeroseg": ("cc12m", []),
-    "sseg": ("cc12m", ["train.sseg.backbone.init=random"]),
-    "pseudo_mask_vit": ("cc12m", []),
-}
 TO_REACH = {"cpu": 1.5, "cuda": 2.0}  # images/s of GroupViT over transformers'
 
 
@@ -66,16 +56,6 @@ class Contestant:
     def step(self) -> float:
         """Median seconds."""
         return sum(statistics.median(values) for values in self.seconds.values())
-
-
-def paper_config(name: str, *more: str) -> Any:
-    """The method's block of params.yaml at its paper's size, with `more` settings."""
-    overlay, settings = PAPER[name]
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "params.yaml"
-        profile.write(ROOT / "profiles", overlay, [*settings, *more], target)
-        block = params.read(target)["train"][name]
-    return params.build(methods.get(name).Config, block, f"train.{name}")
 
 
 def token_ids(texts: int, end: int, length: int, generator: torch.Generator) -> Tensor:

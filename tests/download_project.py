@@ -1,13 +1,19 @@
-"""A project whose download stage runs here: its parameters, its payloads, and pictures to download."""
+"""A project whose download stage runs here: its parameters, its payloads, pictures to download, and a web to ask."""
 
 import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pipeline.machine import Machine
 from pipeline.project import Project
+from pipeline.sources import download
 
 STORED = {
     "image_size": 64,
@@ -73,3 +79,34 @@ def picture(width: int = 32, height: int = 24) -> Image.Image:
     pixels[..., 0] = np.linspace(255, 0, width)[None]
     pixels[..., 1] = np.linspace(255, 0, height)[:, None]
     return Image.fromarray(pixels)
+
+
+class Quiet(ThreadingHTTPServer):
+    """Says nothing of clients that hang up."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None: ...
+
+
+@contextmanager
+def public_web(handler: type[BaseHTTPRequestHandler], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`127.0.0.1:<port>` of a server that the download stage may ask as if it were public."""
+    server = Quiet(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    host = f"127.0.0.1:{server.server_address[1]}"
+    links = download._links
+
+    @contextmanager
+    def local_links(job: download._Job):
+        with links(job) as (rows, addresses, _, images):
+            yield rows, addresses, host, images
+
+    monkeypatch.setattr(download, "_links", local_links)
+    try:
+        yield host
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

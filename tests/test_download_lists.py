@@ -1,15 +1,13 @@
 """Download from lists that name their own rejects, and from several lists at once."""
 
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import test_sources_yfcc15m as yfcc
-from download_project import DOWNLOAD, encode, payload, picture, project
+from download_project import DOWNLOAD, encode, payload, picture, project, public_web
 
 from pipeline import params
 from pipeline.artifacts.files import BadInput
@@ -20,7 +18,7 @@ from pipeline.machine import Machine
 from pipeline.params import ParamsError
 from pipeline.project import Project
 from pipeline.source_code import REPO
-from pipeline.sources import download, mixes
+from pipeline.sources import mixes
 from pipeline.sources.annotations import read_slice
 from pipeline.sources.download import REJECTED, STAGE, Config
 
@@ -45,22 +43,8 @@ class Web(BaseHTTPRequestHandler):
 def web_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`127.0.0.1:<port>`, which the stage may ask as if it were public."""
     Web.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    host = f"127.0.0.1:{server.server_address[1]}"
-    links = download._links
-
-    @contextmanager
-    def local_links(job: download._Job):
-        with links(job) as (rows, addresses, _, images):
-            yield rows, addresses, host, images
-
-    monkeypatch.setattr(download, "_links", local_links)
-    yield host
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with public_web(Web, monkeypatch) as host:
+        yield host
 
 
 def keys(chain: Project) -> dict[str, str]:

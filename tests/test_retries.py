@@ -7,22 +7,21 @@ import time
 import urllib.error
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from email.message import Message
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from download_project import FETCH, STORED, encode, payload, picture, project
+from download_project import FETCH, STORED, encode, payload, picture, project, public_web
 
 from pipeline import cli, params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS, read_rows
 from pipeline.engine import run
 from pipeline.project import Project
-from pipeline.sources import download, polite, retries
+from pipeline.sources import polite, retries
 from pipeline.sources.download import STAGE
 from pipeline.sources.fetching import Fetch, Fetched, Link, Stored, fetch
 
@@ -69,32 +68,12 @@ class Web(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
 
-class Quiet(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None: ...
-
-
 @pytest.fixture
 def web_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`127.0.0.1:<port>`, which the stage may ask as if it were public."""
     Web.asked, Web.well = Counter(), False
-    server = Quiet(("127.0.0.1", 0), Web)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    host = f"127.0.0.1:{server.server_address[1]}"
-    links = download._links
-
-    @contextmanager
-    def local_links(job: download._Job):
-        with links(job) as (rows, addresses, _, images):
-            yield rows, addresses, host, images
-
-    monkeypatch.setattr(download, "_links", local_links)
-    yield host
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with public_web(Web, monkeypatch) as host:
+        yield host
 
 
 def fetch_all(host: str, names: list[str], staging: Path, **changes) -> Fetched:

@@ -1,0 +1,28 @@
+"""Configurations of the methods at their papers' sizes, from the profiles."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline import methods, params
+from pipeline.cli import profile
+from pipeline.source_code import REPO
+
+# Method: the profile that has its paper's sizes, and what cannot be had offline.
+PAPER = {
+    "groupvit": ("cc12m", []),
+    "ovsegmentor": ("cc4m", ["train.ovsegmentor.text.tokenizer=bpe"]),
+    "zeroseg": ("cc12m", []),
+    "sseg": ("cc12m", ["train.sseg.backbone.init=random"]),
+    "pseudo_mask_vit": ("cc12m", []),
+}
+
+
+def paper_config(name: str, *more: str) -> Any:
+    """The method's block of params.yaml at its paper's size, with `more` settings."""
+    overlay, settings = PAPER[name]
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "params.yaml"
+        profile.write(REPO / "profiles", overlay, [*settings, *more], target)
+        block = params.read(target)["train"][name]
+    return params.build(methods.get(name).Config, block, f"train.{name}")
