@@ -196,7 +196,7 @@ def _inputs(entry: Entry, home: Path) -> dict[str, str]:
         method = methods.get(entry.model)
         stages, names = ("scenes", "download", "filter", *method.TARGETS), method.ENCODERS
     else:
-        stages = sorted(path.stem for path in manifests.glob("*.json"))
+        stages = [stage for stage in chain.SHARD_STAGES if (manifests / f"{stage}.json").exists()]
         names = sorted(path.parent.name for path in towers.glob(f"*/{CONFIG}"))
     found = {stage: Manifest.read(manifests / f"{stage}.json").digest for stage in stages}
     return found | {f"models/encoders/{name}": model_digest(towers / name) for name in names}
