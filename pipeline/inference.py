@@ -25,12 +25,14 @@ from torch import Tensor
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.nn.group_scores import GroupScores
 from pipeline.nn.pamr import refine
+from pipeline.nn.reading import WindowReader
 from pipeline.nn.windows import GridScores, GroupTable, Window, best_channel, group_table, kept_threshold
 from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import class_prompts
 
 PromptOrder = Literal["average_first", "normalise_first"]
 TEXT_BATCH = 256  # prompts per call of the text tower
+PIXELS_AT_ONCE = 1 << 22  # of a forward pass: 20 windows of 448 px
 
 
 @runtime_checkable
@@ -248,7 +250,6 @@ class Segmenter:
         if background.against_zero:  # a word of length 0 has cosine 0, and so the logit 0, with everything
             self.embeddings = torch.cat([SINGLE_SHARE * embeddings, torch.zeros_like(embeddings[:1])])
 
-    @torch.inference_mode()
     def __call__(
         self, image: UInt8[np.ndarray, "height width 3"]
     ) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
@@ -257,10 +258,33 @@ class Segmenter:
         The score is that of the best class; for a rule by group the highest of `thresholds` at which the pixel is not
         background, below all of them where there is none.
         """
-        size = image.shape[:2]
-        canvas = self.geometry.canvas(*size)
-        pixels = normalise(resize_image(image, canvas, self.geometry.antialias), self.device)
-        windows = [self._window(pixels, *span) for span in self.geometry.windows(*canvas)]
+        return next(self.many([image]))
+
+    def many(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+    ) -> Iterator[tuple[Float[Tensor, "_ _"], Int64[Tensor, "_ _"]]]:
+        """`__call__` of every image in order; a `WindowReader` reads their windows of equal size together.
+
+        All are held resized, on the device. What else a forward pass sees rounds an answer, as little as a float does.
+        """
+        with torch.inference_mode():
+            canvases = [self._canvas(image) for image in images]
+            if isinstance(self.model, WindowReader):
+                crops = [crop for pixels in canvases for _, crop in self._crops(pixels)]
+                for batch in same_size(crops, PIXELS_AT_ONCE):
+                    self.model.read(torch.cat([crops[index] for index in batch]))
+        for image, pixels in zip(images, canvases, strict=True):
+            yield self._answer(pixels, image.shape[:2])
+
+    @torch.inference_mode()
+    def _answer(
+        self, pixels: Float[Tensor, "1 3 canvas_h canvas_w"], size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
+        canvas = (pixels.shape[2], pixels.shape[3])
+        windows = [
+            Window(top, left, height, width, (crop.shape[2], crop.shape[3]), self._scores(crop))
+            for (top, left, height, width), crop in self._crops(pixels)
+        ]
         best, channel = best_channel(windows, canvas, size)
         if not torch.isfinite(best).all():
             raise ValueError("the model gave scores that are not finite")
@@ -268,14 +292,20 @@ class Segmenter:
             best = kept_threshold(best, windows, self.thresholds, canvas, size)
         return best, self.label_ids[channel]
 
-    def _window(
-        self, pixels: Float[Tensor, "1 3 height width"], top: int, left: int, height: int, width: int
-    ) -> Window:
-        crop = pixels[:, :, top : top + height, left : left + width]
-        below, right = -height % self.geometry.multiple, -width % self.geometry.multiple
-        if below or right:
-            crop = F.pad(crop, (0, right, 0, below))  # zero is the mean colour after normalisation
-        return Window(top, left, height, width, (height + below, width + right), self._scores(crop))
+    def _canvas(self, image: UInt8[np.ndarray, "height width 3"]) -> Float[Tensor, "1 3 canvas_h canvas_w"]:
+        canvas = self.geometry.canvas(*image.shape[:2])
+        return normalise(resize_image(image, canvas, self.geometry.antialias), self.device)
+
+    def _crops(
+        self, pixels: Float[Tensor, "1 3 canvas_h canvas_w"]
+    ) -> Iterator[tuple[tuple[int, int, int, int], Float[Tensor, "1 3 padded_h padded_w"]]]:
+        """Each window's place, and what the model sees of it."""
+        for top, left, height, width in self.geometry.windows(pixels.shape[2], pixels.shape[3]):
+            crop = pixels[:, :, top : top + height, left : left + width]
+            below, right = -height % self.geometry.multiple, -width % self.geometry.multiple
+            if below or right:
+                crop = F.pad(crop, (0, right, 0, below))  # zero is the mean colour after normalisation
+            yield (top, left, height, width), crop
 
     def _scores(self, crop: Float[Tensor, "1 3 height width"]) -> GridScores | GroupTable:
         if self.background.by_group and isinstance(self.model, GroupModel):
@@ -292,6 +322,16 @@ def threshold_labels(
     """Label ids with background (0) where the best score lies below the threshold; None keeps them all."""
     # The threshold is compared as float32, as `ThresholdSweep` does: in float64 a tie could fall differently.
     return label_ids if threshold is None else torch.where(best < torch.tensor(threshold), 0, label_ids)
+
+
+def same_size(pictures: Sequence[Float[Tensor, "1 3 _ _"]], pixels: int) -> Iterator[list[int]]:
+    """Indices of pictures of one size, in order, as many as have `pixels` pixels together, or one."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for index, picture in enumerate(pictures):
+        by_size.setdefault(picture.shape, []).append(index)
+    for size, indices in by_size.items():
+        step = max(1, pixels // size[2:].numel())
+        yield from (indices[start : start + step] for start in range(0, len(indices), step))
 
 
 @torch.inference_mode()

@@ -41,6 +41,7 @@ def test_constant(project):
     assert baselines.get("constant").digests(project) == {}
 
 
+@torch.inference_mode()
 def test_clip_patches_is_a_softmax_per_patch_in_the_encoders_own_colours(project, monkeypatch):
     clip = FakeClip()
     digest = save_model(project.encoder("clip"), {"w": torch.zeros(1)}, {})

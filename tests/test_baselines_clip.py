@@ -70,6 +70,7 @@ def test_planted_groups_are_found(project, name):
 
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("size", [(64, 64), (16, 40), (8, 8), (8, 16), (40, 8)])
+@torch.inference_mode()
 def test_every_window_gets_scores_twice_the_same(project, name, size):
     pixels, words = noise(*size), FakeClip().encode_text(["cat", "zebra"])
     model = build(name, project)
@@ -90,7 +91,7 @@ def test_group_scores_equal_a_loop():
     model = GroupedClip(clip, lambda tokens, seed: labels)
     words = F.normalize(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     found = model.groups(pixels, words)
-    tokens = model.patches(pixels).flatten(0, 1).numpy()
+    tokens = model.patches(pixels)[0].flatten(0, 1).numpy()
     image = unit(tokens.mean(0))
     best = np.argsort(-(words.numpy() @ image))[:5]
     for group, name in enumerate((0, 5, 2)):
@@ -114,7 +115,7 @@ def test_other_ids_of_the_same_groups_change_nothing():
 def test_one_group_is_the_mean_patch_and_single_tokens_are_themselves():
     pixels, words = noise(16, 16), FakeClip().encode_text(["cat", "zebra"])
     one = GroupedClip(FakeClip(), lambda tokens, seed: torch.zeros(len(tokens), dtype=torch.int64))
-    tokens = one.patches(pixels).flatten(0, 1)
+    tokens = one.patches(pixels)[0].flatten(0, 1)
     scale = one.clip.logit_scale
     mean = (scale * words @ F.normalize(tokens.mean(0), dim=0)).softmax(0).square()
     torch.testing.assert_close(one.groups(pixels, words).confidence[0], mean)

@@ -31,9 +31,6 @@ class FishModel(ColorModel):
         ]
         return F.normalize(torch.tensor([COLORS[name] for name in found]).float(), dim=1)
 
-    def encode_image(self, pixels):
-        return torch.cat([ColorModel.encode_image(self, single[None]) for single in pixels])
-
 
 def paint(path, color, size=(60, 40)):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.cluster import MeanShift, estimate_bandwidth, spectral_clustering
 
-from pipeline.nn.clip_reader import Memory, fingerprint, seed_of
+from pipeline.nn.reading import Memory, fingerprint, seed_of
 from pipeline.nn.token_groups import (
     LEAST_AFFINITY,
     group_means,

@@ -56,10 +56,10 @@ class ColorModel(nn.Module):
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Mean colour of what is not grey."""
-        directions = self._directions(pixels)
         grey = nn.functional.normalize(torch.tensor(COLORS["background"]).float(), dim=0)
-        coloured = (directions * grey[:, None, None]).sum(0) < 0.9
-        return nn.functional.normalize((directions * coloured).mean((1, 2)), dim=0)[None]
+        directions = torch.stack([self._directions(picture) for picture in pixels.split(1)])
+        coloured = (directions * grey[:, None, None]).sum(1, keepdim=True) < 0.9
+        return nn.functional.normalize((directions * coloured).mean((2, 3)), dim=1)
 
     def segment(self, pixels: torch.Tensor, class_embeddings: torch.Tensor) -> torch.Tensor:
         self.calls += 1

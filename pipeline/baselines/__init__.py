@@ -21,7 +21,7 @@ from pipeline.artifacts.weights import model_digest
 from pipeline.datasets.benchmarks import Sample
 from pipeline.interfaces import ClipEncoder
 from pipeline.metrics import oracle_labels
-from pipeline.nn.clip_reader import MEMORY_BYTES, Memory
+from pipeline.nn.reading import Memory
 from pipeline.nn.region_clip import ImageRegions
 from pipeline.params import ParamsError, plain
 from pipeline.project import Project
@@ -56,7 +56,7 @@ class RegionOracle:
     """A `LabelModel` that reads the truth, and a `RegionModel` that does not: regions of any source, computed once."""
 
     def __init__(self, image_regions: ImageRegions) -> None:
-        self.image_regions_of, self.memory = image_regions, Memory(MEMORY_BYTES)
+        self.image_regions_of, self.memory = image_regions, Memory()
 
     def image_regions(self, image: UInt8[np.ndarray, "height width 3"]) -> Int64[Tensor, "height width"]:
         """The source's regions."""

@@ -11,25 +11,24 @@ from torch import Tensor
 
 from pipeline.artifacts.weights import model_digest
 from pipeline.baselines import project_clip
-from pipeline.interfaces import ClipEncoder
-from pipeline.nn.clip_reader import MEMORY_BYTES, ClipReader, Memory
+from pipeline.nn.clip_reader import ClipReader
 from pipeline.project import Project
 
 
 class ClipPatches(ClipReader):
-    """A `ScoreModel` around a CLIP encoder, which reads a window once."""
-
-    def __init__(self, clip: ClipEncoder) -> None:
-        super().__init__(clip)
-        self.memory = Memory(MEMORY_BYTES)
+    """A `ScoreModel` around a CLIP encoder."""
 
     def segment(
         self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "classes grid_h grid_w"]:
         """Probability of each class per patch."""
-        (patches,) = self.memory.recall(pixels, lambda: (self.patches(pixels),))
+        (patches,) = self.seen(pixels)
         cosine = torch.einsum("hwd,cd->chw", patches, class_embeddings)
         return (self.clip.logit_scale * cosine).softmax(0)
+
+    def _read(self, pixels: Float[Tensor, "windows 3 height width"]) -> list[tuple[Float[Tensor, "grid_h grid_w dim"]]]:
+        """Unit vectors of the patches."""
+        return [(patches,) for patches in self.patches(pixels)]
 
 
 def digests(project: Project) -> dict[str, str]:

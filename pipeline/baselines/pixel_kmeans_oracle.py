@@ -17,7 +17,7 @@ from pipeline.baselines import RegionOracle
 from pipeline.caching import pseudo_masks
 from pipeline.clustering import kmeans
 from pipeline.inference import nearest
-from pipeline.nn.clip_reader import seed_of
+from pipeline.nn.reading import seed_of
 from pipeline.nn.token_groups import shrunk_colours
 from pipeline.params import Range, plain
 from pipeline.project import Project

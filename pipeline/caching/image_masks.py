@@ -16,7 +16,7 @@ from pipeline.artifacts.weights import model_digest
 from pipeline.caching import features, pseudo_masks
 from pipeline.inference import nearest
 from pipeline.interfaces import PatchEncoder
-from pipeline.nn.clip_reader import MEMORY_BYTES, Memory
+from pipeline.nn.reading import Memory
 from pipeline.params import plain
 from pipeline.project import Project
 
@@ -28,7 +28,7 @@ class ImageMasks:
         self, dino: PatchEncoder, token_config: features.Config, mask_config: pseudo_masks.Config, device: str
     ) -> None:
         self.dino, self.token_config, self.mask_config, self.device = dino, token_config, mask_config, device
-        self.memory = Memory(MEMORY_BYTES)
+        self.memory = Memory()
 
     @torch.inference_mode()
     def __call__(self, image: UInt8[np.ndarray, "height width 3"]) -> Int64[Tensor, "height width"]:

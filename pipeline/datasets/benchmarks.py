@@ -9,7 +9,7 @@ Axes: height and width in pixels of the stored image; predictions are resized to
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +25,8 @@ from pipeline.datasets.splits import NO_IMAGE, listed_ids, matching_ids
 
 Protocol = Literal["native", "unified"]
 Split = Literal["tune", "test"]
+IMAGES_AT_ONCE = 32  # whose windows a model may read together
+BYTES_AT_ONCE = 16 << 20  # of their pixels as stored
 _FOLDER = resources.files("pipeline.datasets") / "classes"
 
 
@@ -196,6 +198,21 @@ class Benchmark:
             BadInput: unreadable.
         """
         return decode_rgb(self.image_path(image_id).read_bytes(), str(self.image_path(image_id)))
+
+    def parts(self, ids: Sequence[str]) -> Iterator[list[Sample]]:
+        """The samples in order, as many at once as `IMAGES_AT_ONCE` and `BYTES_AT_ONCE` allow, at least one.
+
+        Raises:
+            BadInput: see `sample`.
+        """
+        part: list[Sample] = []
+        for image_id in ids:
+            part.append(self.sample(image_id))
+            if len(part) == IMAGES_AT_ONCE or sum(sample.image.nbytes for sample in part) >= BYTES_AT_ONCE:
+                yield part
+                part = []
+        if part:
+            yield part
 
     def sample(self, image_id: str) -> Sample:
         """Image and mask.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.datasets.benchmarks import Benchmark
 from pipeline.evaluation.rates import fraction
-from pipeline.inference import ScoreModel, square_pixels
+from pipeline.inference import PIXELS_AT_ONCE, ScoreModel, same_size, square_pixels
 
 
 @runtime_checkable
@@ -39,12 +39,17 @@ def classify(
     Images are squashed to side x side pixels, or seen as they are stored. No share where there is no such image.
     """
     right, images, first = 0, 0, int(benchmark.has_background)
-    for image_id in ids:
-        sample = benchmark.sample(image_id)
-        found = np.setdiff1d(np.unique(sample.label), [benchmark.ignore_index, *range(first)])
-        if len(found) == 1:
-            vector = model.encode_image(square_pixels(sample.image, side, device))[0].float()
-            right += int((embeddings.float() @ vector).argmax()) + first == found[0]
-            images += 1
-        step()
+    for samples in benchmark.parts(ids):
+        pictures, truths = [], []
+        for sample in samples:
+            found = np.setdiff1d(np.unique(sample.label), [benchmark.ignore_index, *range(first)])
+            if len(found) == 1:
+                pictures.append(square_pixels(sample.image, side, device))
+                truths.append(int(found[0]))
+            step()
+        for batch in same_size(pictures, PIXELS_AT_ONCE):
+            vectors = model.encode_image(torch.cat([pictures[index] for index in batch])).float()
+            answers = (vectors @ embeddings.float().T).argmax(1) + first
+            right += sum(answer == truths[index] for answer, index in zip(answers.tolist(), batch, strict=True))
+        images += len(pictures)
     return {"image_accuracy": fraction(right / images if images else float("nan")), "num_one_class_images": images}

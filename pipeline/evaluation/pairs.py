@@ -123,7 +123,7 @@ def draw(
 
     def look(image_id: str) -> panels.Look:
         sample = benchmark.sample(image_id)
-        answer = scored.answer(sample)
+        (answer,) = scored.answer([sample])
         columns = {"image": sample.image}
         sources = (pseudo_masks, None if candidate.stages else candidate.regions)
         maps = [regions(sample.image).numpy() for regions in sources if regions is not None]

@@ -5,7 +5,7 @@ same model gives the same bytes.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,8 @@ from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_classes, re
 GROUP_INTERVALS = 20  # of a rule by group's thresholds: 0, 0.05 ... 1, so that the papers' are among them
 CONFUSION_CLASSES = 32  # a larger matrix is left out of the report, but for its largest mistakes
 MISTAKES = 10
-Answer = Callable[[Sample], Int64[Tensor, "height width"]]
+# Label maps of images in order.
+Answer = Callable[[Sequence[Sample]], Iterator[Int64[Tensor, "_ _"]]]
 Regions = Callable[[UInt8[np.ndarray, "height width 3"]], Int64[Tensor, "height width"]]
 Watcher = Callable[[Sample, Int64[Tensor, "height width"]], object]  # is told each test image's answer
 
@@ -112,16 +113,16 @@ def tally(
     classes, ignore = len(benchmark.classes), benchmark.ignore_index
     counts = Tally(ConfusionMatrix(classes, ignore))
     started = time.perf_counter()
-    for image_id in ids:
-        sample = benchmark.sample(image_id)
-        predicted, single = answer(sample), ConfusionMatrix(classes, ignore)
-        single.update(predicted, sample.label)
-        counts.total.merge(single)
-        for watcher in watchers:
-            watcher(sample, predicted)
-        counts.per_image[image_id] = single.miou()
-        counts.areas.append(torch.stack([single.counts.diagonal(), single.counts.sum(0), single.counts.sum(1)]))
-        step()
+    for samples in benchmark.parts(ids):
+        for sample, predicted in zip(samples, answer(samples), strict=True):
+            single = ConfusionMatrix(classes, ignore)
+            single.update(predicted, sample.label)
+            counts.total.merge(single)
+            for watcher in watchers:
+                watcher(sample, predicted)
+            counts.per_image[sample.id] = single.miou()
+            counts.areas.append(torch.stack([single.counts.diagonal(), single.counts.sum(0), single.counts.sum(1)]))
+            step()
     counts.seconds = time.perf_counter() - started
     return counts
 
@@ -187,8 +188,8 @@ def _run_labels(
     step: Callable[[], object],
     watchers: Sequence[Watcher],
 ) -> tuple[dict[str, Any], Tally, Answer]:
-    def answer(sample: Sample) -> Int64[Tensor, "height width"]:
-        return model.label(sample, len(benchmark.classes), benchmark.ignore_index)
+    def answer(samples: Sequence[Sample]) -> Iterator[Int64[Tensor, "_ _"]]:
+        return (model.label(sample, len(benchmark.classes), benchmark.ignore_index) for sample in samples)
 
     described = {
         "background": "a class like others",
@@ -222,11 +223,12 @@ def _run_rule(
         threshold = choose_threshold(segmenter, benchmark, settings, grid, step)
         sweep = ThresholdSweep(grid, len(benchmark.classes), benchmark.ignore_index)
 
-    def answer(sample: Sample) -> Int64[Tensor, "height width"]:
-        best, labels = segmenter(sample.image)
-        if sweep is not None:
-            sweep.update(best.cpu(), labels.cpu(), sample.label)
-        return threshold_labels(best, labels, threshold["value"]).cpu()
+    def answer(samples: Sequence[Sample]) -> Iterator[Int64[Tensor, "_ _"]]:
+        found = segmenter.many([sample.image for sample in samples])
+        for sample, (best, labels) in zip(samples, found, strict=True):
+            if sweep is not None:
+                sweep.update(best.cpu(), labels.cpu(), sample.label)
+            yield threshold_labels(best, labels, threshold["value"]).cpu()
 
     counts = tally(benchmark, ids, answer, step, watchers)
     described = {
@@ -280,11 +282,10 @@ def choose_threshold(
     if not settings.tune_ids:
         return {"value": settings.threshold, "chosen_on": "params.yaml"}
     sweep = ThresholdSweep(grid, len(benchmark.classes), benchmark.ignore_index)
-    for image_id in settings.tune_ids:
-        sample = benchmark.sample(image_id)
-        best, labels = segmenter(sample.image)
-        sweep.update(best.cpu(), labels.cpu(), sample.label)
-        step()
+    for samples in benchmark.parts(settings.tune_ids):
+        for sample, (best, labels) in zip(samples, segmenter.many([s.image for s in samples]), strict=True):
+            sweep.update(best.cpu(), labels.cpu(), sample.label)
+            step()
     value, miou = sweep.best()
     chosen_on = f"{benchmark.layout['tune']} split, {len(settings.tune_ids)} images"
     return {"value": value, "chosen_on": chosen_on, "tune_miou": fraction(miou)}
@@ -300,14 +301,14 @@ def oracle(
     classes, ignore = len(benchmark.classes), benchmark.ignore_index
     majority, best_iou = ConfusionMatrix(classes, ignore), ConfusionMatrix(classes, ignore)
     num_regions, jaccards = 0, []
-    for image_id in ids:
-        sample = benchmark.sample(image_id)
-        counts = region_counts(regions(sample), torch.tensor(sample.label), classes, ignore)
-        majority.add_regions(counts, oracle_classes(counts, "majority"))
-        best_iou.add_regions(counts, oracle_classes(counts, "best_iou"))
-        num_regions += int((counts.sum(1) > 0).sum())
-        jaccards.append(best_jaccard(counts, benchmark.has_background))
-        step()
+    for samples in benchmark.parts(ids):
+        for sample, found in zip(samples, regions(samples), strict=True):
+            counts = region_counts(found, torch.tensor(sample.label), classes, ignore)
+            majority.add_regions(counts, oracle_classes(counts, "majority"))
+            best_iou.add_regions(counts, oracle_classes(counts, "best_iou"))
+            num_regions += int((counts.sum(1) > 0).sum())
+            jaccards.append(best_jaccard(counts, benchmark.has_background))
+            step()
     return {
         "mask_jaccard": fraction(torch.tensor(jaccards).nanmean().item()),
         "num_regions": round(num_regions / max(len(ids), 1), 2),
@@ -323,7 +324,7 @@ def _regions(candidate: Candidate, answer: Answer) -> Answer | None:
     """
     grouped = candidate.regions
     if grouped is not None:
-        return lambda sample: grouped(sample.image)
+        return lambda samples: (grouped(sample.image) for sample in samples)
     return answer if isinstance(candidate.model, ScoreModel) else None
 
 

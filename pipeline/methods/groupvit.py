@@ -20,16 +20,17 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from pipeline.datasets.batches import PairCollate, PairTransform, StrongViews, TemplateSet, seen_tokens
 from pipeline.datasets.pairs import Shuffle
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss, ContrastiveTerms, MultiLabelForm, Temperature, multi_label
-from pipeline.nn.group_scores import GroupScores, group_confidence, hard_groups, paint
+from pipeline.nn.group_reader import GroupReader, GroupReading
 from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig
 from pipeline.nn.projector import Projector
+from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import templates
@@ -113,7 +114,7 @@ class Config:
         return self.optimisation.seed
 
 
-class GroupViT(nn.Module):
+class GroupViT(GroupReader, ReadingModule):
     """Grouping encoder, text tower, and the projector of each into the shared space."""
 
     def __init__(self, config: Config, vocabulary: Vocabulary | None) -> None:
@@ -176,37 +177,21 @@ class GroupViT(nn.Module):
             "groups": grouped.effective_groups(),
         }
 
-    def groups(
-        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
-    ) -> GroupScores:
-        """The classes of each segment (among the image's five best) and where it lies, on the patch grid.
+    @property
+    def logit_scale(self) -> float:
+        """Of the captions' contrast."""
+        return float(self.contrast.scale)
+
+    def _read(self, pixels: Float[Tensor, "windows 3 height width"]) -> list[GroupReading]:
+        """Segments' and images' vectors, and the segments' soft maps.
 
         The projector saw only mean segments in training; its BatchNorm uses their statistics here.
         Source: card groupvit.md section 9, steps 1-5.
         """
         grouped = self.image(pixels)
-        confidence = group_confidence(
-            F.normalize(self.image_projector(grouped.segments[0]).float(), dim=-1),
-            self._embed_image(grouped)[0],
-            class_embeddings.float(),
-            scale=float(self.contrast.scale),
-        )
-        return GroupScores(confidence, self._maps(grouped, pixels))
-
-    def segment(
-        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
-    ) -> Float[Tensor, "classes rows columns"]:
-        """Class scores in [0, 1] per pixel: those of the group it belongs to."""
-        return paint(self.groups(pixels, class_embeddings), (pixels.shape[-2], pixels.shape[-1]))
-
-    def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "rows columns"]:
-        """The group of each pixel."""
-        return hard_groups(self._maps(self.image(pixels), pixels), (pixels.shape[-2], pixels.shape[-1]))
-
-    def _maps(
-        self, grouped: Grouped, pixels: Float[Tensor, "1 3 height width"]
-    ) -> Float[Tensor, "groups rows columns"]:
-        return grouped.soft_maps()[0].unflatten(1, self.image.grid(pixels))
+        segments = F.normalize(self.image_projector(grouped.segments).float(), dim=-1)
+        maps = grouped.soft_maps().unflatten(2, self.image.grid(pixels))
+        return list(zip(segments, self._embed_image(grouped), maps, strict=True))
 
     def _embed_image(self, grouped: Grouped) -> Float[Tensor, "batch dim"]:
         return F.normalize(self.image_projector(grouped.segments.mean(dim=1)).float(), dim=-1)

@@ -41,9 +41,10 @@ from pipeline.losses.contrastive import ContrastiveLoss, multi_label
 from pipeline.losses.mask_consistency import ConsistencyRules, group_consistency, mask_consistency, paint_groups
 from pipeline.nn.bert import Bert
 from pipeline.nn.entity_decoder import EntityDecoder
-from pipeline.nn.group_scores import GroupScores, group_confidence, hard_groups, paint
+from pipeline.nn.group_reader import GroupReader, GroupReading
 from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig
 from pipeline.nn.projector import Projector
+from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.text import entities
@@ -172,7 +173,7 @@ class Config:
         return self.entity.optimisation.seed
 
 
-class OVSegmentor(nn.Module):
+class OVSegmentor(GroupReader, ReadingModule):
     """Grouping encoder, BERT, projectors, and the decoder that completes captions. Parts that no loss uses are absent.
 
     NOTE the teacher exists from the second phase on and is saved with the weights so that a run can continue; a model
@@ -228,31 +229,17 @@ class OVSegmentor(nn.Module):
         """Unit vectors."""
         return F.normalize(self.project_text(texts).float(), dim=-1)
 
-    def groups(
-        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
-    ) -> GroupScores:
-        """The classes of each group (among the image's five best) and where it lies, on the patch grid.
+    @property
+    def logit_scale(self) -> float:
+        """Of the captions' contrast."""
+        return float(self.contrast.scale)
 
-        Tokens come from the hard assignment, maps from the soft one. Source: card section 6.
-        """
+    def _read(self, pixels: Float[Tensor, "windows 3 height width"]) -> list[GroupReading]:
+        """Vectors come from the hard assignment, maps from the soft one. Source: card section 6."""
         grouped = self.image(pixels)
-        confidence = group_confidence(
-            F.normalize(self.image_projector(grouped.segments[0]).float(), dim=-1),
-            self._image_vector(grouped)[0],
-            class_embeddings.float(),
-            scale=float(self.contrast.scale),
-        )
-        return GroupScores(confidence, self._maps(grouped, pixels))
-
-    def segment(
-        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
-    ) -> Float[Tensor, "classes rows columns"]:
-        """Class scores in [0, 1] per pixel: those of the group it belongs to."""
-        return paint(self.groups(pixels, class_embeddings), (pixels.shape[-2], pixels.shape[-1]))
-
-    def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "rows columns"]:
-        """The group of each pixel."""
-        return hard_groups(self._maps(self.image(pixels), pixels), (pixels.shape[-2], pixels.shape[-1]))
+        groups = F.normalize(self.image_projector(grouped.segments).float(), dim=-1)
+        maps = grouped.soft_maps().unflatten(2, self.image.grid(pixels))
+        return list(zip(groups, self._image_vector(grouped), maps, strict=True))
 
     def loss(self, batch: EntityBatch) -> dict[str, Tensor]:
         """Unweighted terms and `total`; `mask` is 0 for a batch without partners.
@@ -288,11 +275,6 @@ class OVSegmentor(nn.Module):
         if self.momentum is not None:
             for slow, fast in zip(self.momentum.parameters(), self.image.parameters(), strict=True):
                 slow.lerp_(fast, 1 - self.config.consistency.momentum)
-
-    def _maps(
-        self, grouped: Grouped, pixels: Float[Tensor, "1 3 height width"]
-    ) -> Float[Tensor, "groups rows columns"]:
-        return grouped.soft_maps()[0].unflatten(1, self.image.grid(pixels))
 
     def _image_vector(self, grouped: Grouped) -> Float[Tensor, "batch dim"]:
         return F.normalize(self.image_projector(grouped.segments.mean(dim=1)).float(), dim=-1)

@@ -41,6 +41,7 @@ from pipeline.encoders import load_dino
 from pipeline.encoders.small_vit import TowerConfig
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE, Facet, PatchEncoder, TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss
+from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.store import PAYLOAD, repair_command
@@ -210,7 +211,7 @@ def image_bytes(pixels: Float[Tensor, "batch 3 height width"]) -> UInt8[np.ndarr
     return np.ascontiguousarray(colours.permute(0, 2, 3, 1).cpu().numpy())
 
 
-class PseudoMaskViT(nn.Module):
+class PseudoMaskViT(ReadingModule):
     """ViT and text tower; a DINO that is lent to it (`lend`) and not saved, and the recipe, which is."""
 
     def __init__(self, config: Config, vocabulary: Vocabulary | None) -> None:
@@ -279,14 +280,21 @@ class PseudoMaskViT(nn.Module):
 
         Source: S-Seg 4.2 (segments are classified); cosine over temperature as in 3.3.
         """
-        regions, count = self._regions(pixels)
-        segments, _ = self._segments(pixels, regions, count)
-        logits = self.contrast.scale * F.normalize(segments[0], dim=-1) @ class_embeddings.float().T
-        return logits.softmax(dim=-1).T[:, regions[0].long()]
+        segments, regions = self.seen(pixels)
+        logits = self.contrast.scale * segments @ class_embeddings.float().T
+        return logits.softmax(dim=-1).T[:, regions.long()]
 
     def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "rows columns"]:
         """The picture's pseudo-masks."""
-        return self._regions(pixels)[0][0].long()
+        return self.seen(pixels)[1].long()
+
+    def _read(
+        self, pixels: Float[Tensor, "windows 3 height width"]
+    ) -> list[tuple[Float[Tensor, "segments dim"], UInt8[Tensor, "rows columns"]]]:
+        """Unit vectors of the segments, and where these lie."""
+        regions, count = self._regions(pixels)
+        segments, _ = self._segments(pixels, regions, count)
+        return list(zip(F.normalize(segments, dim=-1), regions, strict=True))
 
     def loss(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Named terms and `total`, their sum. `segments` is not optimised: how many an image has, on average."""

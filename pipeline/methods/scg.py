@@ -34,9 +34,9 @@ from pipeline.encoders import load_clip, load_dino
 from pipeline.interfaces import ClipEncoder, PatchEncoder, VisualTower
 from pipeline.losses import noun_region
 from pipeline.losses.contrastive import Temperature
-from pipeline.nn.clip_reader import MEMORY_BYTES, Memory
 from pipeline.nn.codebook import pixel_groups, similarities
 from pipeline.nn.noun_vectors import NounVectors
+from pipeline.nn.reading import ReadingModule
 from pipeline.nn.region_tokens import (
     ExtraKey,
     context_vectors,
@@ -144,7 +144,7 @@ class Config:
         return self.optimisation.seed
 
 
-class SCG(nn.Module):
+class SCG(ReadingModule):
     """Offsets per cluster and a temperature, between two frozen towers that are lent (SCG 3)."""
 
     def __init__(self, config: Config) -> None:
@@ -162,7 +162,6 @@ class SCG(nn.Module):
         self.hits: Int64[Tensor, " clusters"]
         """How often each cluster's token was a noun's best region in its own picture; the others learn nothing."""
         self._lent: tuple[Any, ...] = ()
-        self._memory = Memory(MEMORY_BYTES)
         self._nouns = NounVectors(templates(config.nouns.templates))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -229,25 +228,20 @@ class SCG(nn.Module):
 
         Source: SCG 3.3 (arg max of cosines); the softmax is for rules with a threshold, and keeps the arg max.
         """
-        owner, vectors = self._named(pixels)
+        owner, vectors = self.seen(pixels)
         probabilities = (self.temperature.scale * vectors @ class_embeddings.float().T).softmax(-1)
         return probabilities[owner.long()].permute(2, 0, 1)
 
     def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "height width"]:
         """The cluster of every pixel."""
-        return self._named(pixels)[0].long()
+        return self.seen(pixels)[0].long()
 
-    def _named(
-        self, pixels: Float[Tensor, "1 3 height width"]
-    ) -> tuple[Int16[Tensor, "height width"], Float[Tensor, "clusters dim"]]:
-        """The cluster of every pixel and each cluster's vector; in inference mode remembered between calls."""
-
-        def read() -> tuple[Tensor, ...]:
-            high, low = self._regions(pixels)
-            return high[0].short(), self.region_vectors(pixels, low, high)[0]
-
-        owner, vectors = self._memory.recall(pixels, read) if torch.is_inference_mode_enabled() else read()
-        return owner, vectors
+    def _read(
+        self, pixels: Float[Tensor, "windows 3 height width"]
+    ) -> list[tuple[Int16[Tensor, "height width"], Float[Tensor, "clusters dim"]]]:
+        """The cluster of every pixel, and each cluster's vector."""
+        high, low = self._regions(pixels)
+        return list(zip(high.short(), self.region_vectors(pixels, low, high), strict=True))
 
     @torch.no_grad()
     def _regions(

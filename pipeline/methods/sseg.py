@@ -30,6 +30,7 @@ from pipeline.losses.masks import Targets, matched_losses, matching_cost, split_
 from pipeline.nn.maskformer import MaskFormer, Masks
 from pipeline.nn.matching import assign
 from pipeline.nn.pyramid import ConvPyramid, TimmPyramid
+from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.text.tokenizers import BytePairTokenizer, tokenizer
@@ -161,7 +162,7 @@ def combine_argmax(
 COMBINE = {"normalised": combine_normalised, "argmax": combine_argmax}
 
 
-class SSeg(nn.Module):
+class SSeg(ReadingModule):
     """MaskFormer, text tower, and a two-layer projection of each into the shared space (S-Seg 3.2-3.6)."""
 
     def __init__(self, config: Config, vocabulary: Vocabulary | None) -> None:
@@ -239,14 +240,21 @@ class SSeg(nn.Module):
 
         Source: S-Seg 3.3 (cosine over temperature, softmax), card section 8.
         """
-        masks = self.maskformer(pixels, all_layers=False)
-        features = F.normalize(self.image_projection(masks.features[-1, 0]).float(), dim=-1)
+        features, logits = self.seen(pixels)
         probabilities = (self.contrast.scale * features @ class_embeddings.float().T).softmax(dim=-1)
-        return self.combine(probabilities, masks.logits[-1, 0].float().sigmoid())
+        return self.combine(probabilities, logits.float().sigmoid())
 
     def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "rows columns"]:
         """The query whose mask is strongest, per cell of the mask grid."""
-        return self.maskformer(pixels, all_layers=False).logits[-1, 0].argmax(dim=0)
+        return self.seen(pixels)[1].argmax(dim=0)
+
+    def _read(
+        self, pixels: Float[Tensor, "windows 3 height width"]
+    ) -> list[tuple[Float[Tensor, "queries dim"], Float[Tensor, "queries rows columns"]]]:
+        """Unit vectors of the queries, and the logits of their masks."""
+        masks = self.maskformer(pixels, all_layers=False)
+        features = F.normalize(self.image_projection(masks.features[-1]).float(), dim=-1)
+        return list(zip(features, masks.logits[-1], strict=True))
 
     def _pool(self, features: Float[Tensor, "batch queries dim"]) -> Float[Tensor, "batch embed"]:
         """All queries count, matched or not (S-Seg 3.5)."""

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.artifacts.files import BadInput
@@ -37,7 +37,7 @@ from pipeline.losses.views import (
     reconstruction_loss,
     view_weights,
 )
-from pipeline.nn.group_scores import GroupScores, group_confidence, hard_groups, paint
+from pipeline.nn.group_reader import GroupReader, GroupReading
 from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingStages
 from pipeline.nn.masked_autoencoder import (
     DecoderConfig,
@@ -48,6 +48,7 @@ from pipeline.nn.masked_autoencoder import (
     patchify,
 )
 from pipeline.nn.projector import Projector
+from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.training import Optimisation
@@ -135,7 +136,7 @@ class Config:
         return self.optimisation.seed
 
 
-class ZeroSeg(nn.Module):
+class ZeroSeg(GroupReader, ReadingModule):
     """Masked autoencoder, grouping head, projector; and a CLIP that is lent to it (`lend`) and not saved."""
 
     def __init__(self, config: Config) -> None:
@@ -181,37 +182,18 @@ class ZeroSeg(nn.Module):
         device = self.autoencoder.cls_token.device
         return self.clip.to(str(device)).encode_text(texts).to(device)
 
-    def groups(
-        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
-    ) -> GroupScores:
-        """Class confidences of every segment, and its soft map. Source: card section 6 (GroupViT's rules).
+    def _read(self, pixels: Float[Tensor, "windows 3 height width"]) -> list[GroupReading]:
+        """Vectors of segments and images, and the segments' soft maps. Source: card section 6 (GroupViT's rules).
 
         Raises:
             ValueError: in training mode, which hides patches.
         """
-        encoded, grouped, _ = self._forward(pixels)
         if self.training:
             raise ValueError("in training mode patches are hidden and out of order: call eval() first")
-        image, segments = self._project(grouped.segments)
-        confidence = group_confidence(
-            F.normalize(segments[0].float(), dim=-1),
-            F.normalize(image[0].float(), dim=-1),
-            class_embeddings,
-            self.logit_scale,
-        )
-        return GroupScores(confidence, grouped.soft_maps()[0].unflatten(1, encoded.grid))
-
-    def segment(
-        self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
-    ) -> Float[Tensor, "classes height width"]:
-        """Class scores of every pixel, in [0, 1]: those of the group that owns it."""
-        return paint(self.groups(pixels, class_embeddings), (pixels.shape[-2], pixels.shape[-1]))
-
-    def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "height width"]:
-        """The group of every pixel."""
         encoded, grouped, _ = self._forward(pixels)
-        maps = grouped.soft_maps()[0].unflatten(1, encoded.grid)
-        return hard_groups(maps, (pixels.shape[-2], pixels.shape[-1]))
+        image, segments = (F.normalize(found.float(), dim=-1) for found in self._project(grouped.segments))
+        maps = grouped.soft_maps().unflatten(2, encoded.grid)
+        return list(zip(segments, image, maps, strict=True))
 
     def loss(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Named terms, unweighted, and `total`, their weighted sum.

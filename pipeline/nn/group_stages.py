@@ -50,7 +50,8 @@ def stage_maps(
         if isinstance(part, GroupingStages)
     ]
     try:
-        answer(pixels)
+        with torch.inference_mode(False), torch.no_grad():  # a model remembers only in inference mode (`nn.reading`)
+            answer(pixels)
     finally:
         for hook in hooks:
             hook.remove()

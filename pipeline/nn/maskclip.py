@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.interfaces import ClipEncoder, VisualTower
-from pipeline.nn.clip_reader import MEMORY_BYTES, ClipReader, Memory, unit_rows
+from pipeline.nn.clip_reader import ClipReader, unit_rows
 from pipeline.nn.visual_tower import step, value_tokens, whole_patches
 
 # Over what a key is normalised: its own channels (the paper's cosine) or, channel by channel, all tokens (the release,
@@ -82,7 +82,7 @@ def smooth_keys(
 
 
 class MaskClip(ClipReader):
-    """A `ScoreModel` around a CLIP with a class token, which reads a window once.
+    """A `ScoreModel` around a CLIP with a class token.
 
     `scale` multiplies cosines before the softmax; None is the CLIP's own. `bare`: see `bare_value_tokens`.
 
@@ -94,18 +94,24 @@ class MaskClip(ClipReader):
         super().__init__(clip)
         self.tower, self.refinement = clip.visual_tower(), refinement
         self.scale = clip.logit_scale if scale is None else scale
-        self.read, self.memory = bare_value_tokens if bare else value_tokens, Memory(MEMORY_BYTES)
+        self.last_values = bare_value_tokens if bare else value_tokens
 
     def segment(
         self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "classes rows columns"]:
         """Probability of each class per patch, refined."""
         grid, refinement = whole_patches(pixels, self.tower.patch_size), self.refinement
-        values, keys = self.memory.recall(pixels, lambda: self.read(self.tower, self.own_colours(pixels)))
-        cosines = unit_rows(values[0]) @ class_embeddings.float().T
+        values, keys = self.seen(pixels)
+        cosines = unit_rows(values) @ class_embeddings.float().T
         if refinement.prompt_denoising is not None:
             cosines = denoise_prompts(cosines, self.scale, refinement.prompt_denoising)
         scores = (self.scale * cosines).softmax(1)
         if refinement.key_smoothing is not None:
-            scores = smooth_keys(scores, keys[0], refinement.key_smoothing, refinement.key_axis)
+            scores = smooth_keys(scores, keys, refinement.key_smoothing, refinement.key_axis)
         return scores.T.unflatten(1, grid)
+
+    def _read(
+        self, pixels: Float[Tensor, "windows 3 height width"]
+    ) -> list[tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens inner"]]]:
+        """Values and keys of the last attention."""
+        return list(zip(*self.last_values(self.tower, self.own_colours(pixels)), strict=True))

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, ClipEncoder
-from pipeline.nn.clip_reader import MEMORY_BYTES, ClipReader, Memory, unit_rows
+from pipeline.nn.clip_reader import ClipReader, unit_rows
 
 # A picture to region ids of its size.
 ImageRegions = Callable[[UInt8[np.ndarray, "height width 3"]], Int64[Tensor, "height width"]]
@@ -23,23 +23,29 @@ RegionVectors = Callable[
 
 
 class RegionClip(ClipReader):
-    """A `ScoreModel`: every region of a window has the class probabilities of its vector, which is computed once."""
+    """A `ScoreModel`: every region of a window has the class probabilities of its vector."""
 
     def __init__(self, clip: ClipEncoder, image_regions: ImageRegions, vectors: RegionVectors) -> None:
         super().__init__(clip)
-        self.image_regions_of, self.vectors, self.memory = image_regions, vectors, Memory(MEMORY_BYTES)
+        self.image_regions_of, self.vectors = image_regions, vectors
 
     def segment(
         self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "classes height width"]:
         """Softmax over classes of the scaled cosine of each pixel's region."""
-        labels, vectors = self.memory.recall(pixels, lambda: self._named(pixels))
+        labels, vectors = self.seen(pixels)
         scores = (self.clip.logit_scale * vectors @ class_embeddings.float().T).softmax(1)
         return scores.T[:, labels.long()]
 
     def regions(self, pixels: Float[Tensor, "1 3 height width"]) -> Int64[Tensor, "height width"]:
         """The region of each pixel."""
-        return self.memory.recall(pixels, lambda: self._named(pixels))[0].long()
+        return self.seen(pixels)[0].long()
+
+    def _read(
+        self, pixels: Float[Tensor, "windows 3 height width"]
+    ) -> list[tuple[UInt8[Tensor, "height width"], Float[Tensor, "regions dim"]]]:
+        """Where the regions lie, and their unit vectors; a window at a time, for each has regions enough."""
+        return [self._named(window) for window in pixels.split(1)]
 
     def _named(
         self, pixels: Float[Tensor, "1 3 height width"]
