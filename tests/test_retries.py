@@ -207,8 +207,10 @@ def test_a_second_round_takes_what_still_fails(web_host: str, tmp_path: Path, mo
     assert cli.main(["retry-failed"]) == 0
     assert cli.main(["retry-failed"]) == 0
     assert [row.shard for row in chain.manifest("download").rows] == ["00000", "90000", "90001"]
-    failed = {row.caption: row for row in retries.failures([(r.shard, f) for r, f in chain.inputs("download")])}
-    assert failed["a busy1"].attempts == 3 and failed["a busy1"].shard == "90001" and failed["a gone"].attempts == 1
+    found = retries.failures([(r.shard, folder) for r, folder in chain.inputs("download")])
+    failed = {row["caption"]: row for table in found.tables() for row in table.to_pylist()}
+    assert failed["a busy1"]["attempts"] == 3 and failed["a busy1"]["shard"] == "90001"
+    assert failed["a gone"]["attempts"] == 1 and found.by_class() == {"5xx": 2, "gone": 1, "undecodable": 1}
     # Other lists have no rounds; a list that is gone is named.
     assert [
         task.shard for task in STAGE.tasks(project(tmp_path, source="urls", annotations="list.tsv", layout="cc12m"))
