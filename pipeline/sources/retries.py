@@ -121,8 +121,8 @@ def failures(shards: Sequence[tuple[str, Path]]) -> Failures:
     Raises:
         BadInput: a shard's table is torn.
     """
-    events = [_events(place, *shard) for place, shard in enumerate(shards)]
-    return Failures(shards, _never_succeeded(np.concatenate([np.zeros(0, _EVENT), *events])))
+    events = np.concatenate([np.zeros(0, _EVENT), *(_events(place, *shard) for place, shard in enumerate(shards))])
+    return Failures(shards, _never_succeeded(events))
 
 
 def _in_key_order(shard: str, folder: Path) -> pa.Table:
