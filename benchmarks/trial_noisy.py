@@ -209,7 +209,7 @@ def passed(projects: dict[str, Project]) -> list[str]:
         manifest = timed(f"filter, {mode}", lambda project=project: run(filtering.STAGE, project))
         reasons: Counter[str] = Counter()
         for row in manifest.rows:
-            reasons.update(project.store.describe("filter", row.key)["counts"]["detail"])
+            reasons.update((project.store.describe("filter", row.key) or {})["counts"]["detail"])
         print(f"    {manifest.totals['in']:,} in, {manifest.totals['rows']:,} kept; {dict(reasons.most_common())}")
         index = timed(f"index, {mode}", lambda project=project: run(filtering.INDEX, project))
         print(f"    {index.totals['rows']:,} rows, {index.totals['bytes']:,} bytes")

@@ -12,6 +12,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from download_project import FETCH, STORED, encode, payload, picture, project, public_web
@@ -221,6 +222,24 @@ def test_a_second_round_takes_what_still_fails(web_host: str, tmp_path: Path, mo
     (tmp_path / retries.FILE).write_text('{"rounds": [{}]}')
     with pytest.raises(BadInput, match="not rounds of retries"):
         STAGE.tasks(chain)
+
+
+def test_arrays_of_failures_equal_a_plain_loop() -> None:
+    draw = np.random.default_rng(0)
+    events = np.zeros(400, retries._EVENT)
+    events["uid"], events["row"] = draw.integers(2**63, 2**63 + 90, 400, dtype=np.uint64), np.arange(400)
+    events["kind"] = draw.choice([retries._SUCCEEDED, 3, 5], 400)
+    events["attempts"] = draw.integers(0, 4, 400) * (events["kind"] != retries._SUCCEEDED)
+    expected: dict[int, list[int]] = {}
+    for uid, row, kind, tries in zip(
+        *(events[name].tolist() for name in ("uid", "row", "kind", "attempts")), strict=True
+    ):
+        before = expected.pop(uid, [0, 0, 0])
+        if kind != retries._SUCCEEDED:
+            expected[uid] = [row, kind, before[2] + tries]
+    found = retries._never_succeeded(events)
+    assert found[["row", "kind", "attempts"]].tolist() == sorted(map(tuple, expected.values()))
+    assert len(found) > 20 and len(retries._never_succeeded(events[:0])) == 0
 
 
 def test_what_cannot_be_asked_for_is_refused(web_host: str, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.files import BadInput, atomic_json, fsync_folder, read_json, sha256_file
@@ -29,7 +28,7 @@ def write(root: Path, store: Path, tables: Iterable[pa.Table]) -> Path:
     name = sha256_file(made)
     made.replace(folder / f"{name}.parquet")
     fsync_folder(folder)
-    counts = {each["values"]: each["counts"] for each in pc.value_counts(rows["decision"]).to_pylist()}
+    counts = {each["values"]: each["counts"] for each in rows["decision"].value_counts().to_pylist()}
     atomic_json(root / FILE, {"table": name, "counts": counts})
     return folder / f"{name}.parquet"
 
