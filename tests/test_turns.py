@@ -58,7 +58,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def test_a_slow_domain_keeps_no_other_waiting(port: int, tmp_path: Path) -> None:
     hosts = ["127.0.0.1"] * 3 * THREADS + ["localhost"] * FAST
     links = [Link(url, "a dog", url) for n, host in enumerate(hosts) if (url := f"http://{host}:{port}/{n}.jpg")]
-    options = params.build(Fetch, FETCH | {"threads": THREADS, "timeout": 3.0}, "fetch")
+    options = params.build(Fetch, FETCH | {"threads": THREADS, "timeout": 15.0}, "fetch")
     got = fetch(3, links, params.build(Stored, STORED, "stored"), options, tmp_path, local="", folder=None)
     assert [row["status"] for row in got.rows] == [SUCCESS] * len(links)
     assert [row["key"] for row in got.rows] == [f"00003{n:04d}" for n in range(len(links))]
