@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.text import tagging
@@ -76,9 +77,16 @@ def whole_annotation(lines: list[str], words: Vocabulary, tagger: Tagger) -> Non
         annotator(lines[start : start + BATCH])
 
 
+def prompted(lines: list[str], words: Vocabulary, tagger: Tagger) -> int:
+    """Captions with a token that GroupViT draws a prompt from."""
+    annotator = Annotator(words, "noun", tagger, "groupvit")
+    batches = (annotator(lines[start : start + BATCH]).nouns.offsets for start in range(0, len(lines), BATCH))
+    return sum(int((np.diff(offsets) > 0).sum()) for offsets in batches)
+
+
 def measure(lines: list[str], words: Vocabulary, source: tagging.Source, rounds: int) -> dict[str, float]:
     """Captions a second of the loop and of ours (noun and exact mode, the stage's whole annotation), agreement, and how
-    many captions name an entity.
+    many captions name an entity, or a noun for GroupViT's prompts.
     """
     sample = lines[:: max(1, len(lines) // SAMPLE)]
     best = dict.fromkeys(("loop", "noun", "exact", "annotation"), float("inf"))
@@ -98,6 +106,7 @@ def measure(lines: list[str], words: Vocabulary, source: tagging.Source, rounds:
     named = {
         f"{mode} named": sum(map(bool, extract(lines, words, mode=mode, tagger=tagger))) for mode in ("noun", "exact")
     }
+    named["prompts"] = prompted(lines, words, tagger)
     return {**{name: 1 / seconds for name, seconds in best.items()}, **named, "f1": f1}
 
 
@@ -121,7 +130,7 @@ def main() -> None:
         found = measure(lines, words, source, options.rounds)
         print(f"  {name:10s} {len(lines):6,d} captions   nltk loop {found['loop']:8,.0f}   f1 {found['f1']:.4f}")
         kept = ", ".join(f"{mode} {int(found[f'{mode} named']):,d}" for mode in ("noun", "exact"))
-        print(f"    captions with an entity: {kept}")
+        print(f"    captions with an entity: {kept}; with a noun by GroupViT's rule {int(found['prompts']):,d}")
         for mode, wanted in (("noun", f"   to reach: {RATIO:.0f} at f1 {F1}"), ("exact", ""), ("annotation", "")):
             print(f"    {mode:10s} {found[mode]:10,.0f} {found[mode] / found['loop']:7.1f} x{wanted}")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.artifacts.files import atomic_write, digest, sha256_file
 from pipeline.reporting import Config, html
+from pipeline.reporting.card import drawn
 from pipeline.reporting.collect import collect
 from pipeline.reporting.funnel import CHAIN, gather
 from pipeline.reporting.markdown import results, results_table, update_readme
@@ -42,7 +43,7 @@ def main() -> None:
         environment=environment(project.machine, Path("/proc/cpuinfo")),
         params=(root / "params.yaml").read_text(encoding="utf-8"),
     )
-    page = html.render(findings, data, base(root, config.base), context, config)
+    page = html.render(findings, data, drawn(project, data), base(root, config.base), context, config)
     text = results(findings, data.steps)
     atomic_write(reports / "results.md", text)
     atomic_write(reports / "index.html", page)

@@ -16,6 +16,7 @@ from pipeline.engine import run
 from pipeline.machine import Machine
 from pipeline.project import Project
 from pipeline.reporting import card
+from pipeline.reporting.funnel import gather
 from pipeline.sources import duplicates
 from pipeline.sources.download import STAGE as DOWNLOAD_STAGE
 from pipeline.text.filtering import STAGE
@@ -121,7 +122,7 @@ def test_rows_are_marked_and_rejected_only_where_asked(chain: Project, capsys) -
 def test_the_card_counts_every_row(chain: Project, capsys, monkeypatch) -> None:
     run(STAGE, chain)
     assert cli.main(["duplicates"]) == 0
-    made = card.card(chain)
+    made = card.card(chain, gather(chain))
     assert made.lists == {"captions.txt": card.Yield(listed=6, downloaded=6, kept=6)}
     assert dict(zip(card.WORDS, made.words, strict=True)) == dict.fromkeys(card.WORDS, 0) | {2: 6}
     assert dict(zip(card.SIDES, made.sides, strict=True)) == dict.fromkeys(card.SIDES, 0) | {64: 6}
@@ -137,6 +138,16 @@ def test_the_card_counts_every_row(chain: Project, capsys, monkeypatch) -> None:
     assert "shorter side of an image" in capsys.readouterr().out
     assert cli.main(["status", "--card", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["card"]["words"][2] == 6
+
+
+def test_a_card_without_its_shards_is_a_note(chain: Project) -> None:
+    data = gather(chain)
+    assert card.drawn(chain, data) == card.card(chain, data) and not data.notes
+    (payload(chain, "00001") / "00001.parquet").unlink()
+    assert card.drawn(chain, data) is None
+    assert "card of the data is not drawn" in data.notes[0] and "00001" in data.notes[0]
+    chain.manifest_path("download").unlink()
+    assert card.drawn(chain, data) is None and len(data.notes) == 1
 
 
 def _rows(chain: Project, shard: str) -> list[dict]:

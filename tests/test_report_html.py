@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.reporting import Config
+from pipeline.reporting.card import Card, Yield
 from pipeline.reporting.collect import Curve, collect, read_score
 from pipeline.reporting.funnel import Data, Run, Step, Training
 from pipeline.reporting.html import Context, render
@@ -112,11 +113,11 @@ def full(root, names=("background", "dog"), panel=None):
     put(folder / "panels.json", {"classes": list(names), "colors": colors, "panels": panels})
 
 
-def page(root, *, base=None, data=None, context=CONTEXT, config=CONFIG):
+def page(root, *, base=None, data=None, made=None, context=CONTEXT, config=CONFIG):
     findings = collect(
         metrics=root / "metrics", seeds=root / "seeds.json", curves=root / "curves", figures=root / "figures"
     )
-    return render(findings, data or Data(), base or Base(revision="", problem="No base."), context, config)
+    return render(findings, data or Data(), made, base or Base(revision="", problem="No base."), context, config)
 
 
 def step(**changes):
@@ -164,6 +165,27 @@ def test_the_page_is_whole_and_stands_alone(tmp_path):
         "k: 8",
     ):
         assert words in parsed.text
+
+
+def test_the_card_of_the_data_is_drawn(tmp_path):
+    made = Card(
+        lists={"cc12m.tsv": Yield(listed=4000, downloaded=2500, kept=1000), EVIL: Yield(listed=10)},
+        words=[0, 0, 30, 60, 0, 0, 0, 0, 0],
+        sides=[0, 0, 0, 0, 0, 0, 0, 99_600, 1_000_000],
+        repeats={"caption": 7, "leak": 14},
+    )
+    parsed = Page(page(tmp_path, data=Data(steps=[step()]), made=made))
+    assert not parsed.errors and not parsed.all("script")
+    for words in (
+        f"cc12m.tsv 4,000 listed, 2,500 downloaded, 1,000 kept {EVIL} 10 listed, 0 downloaded, 0 kept",
+        "30 2 to 3 60 4 to 7",
+        "100k 2048 to 4095 1.0M 4096 and more",
+        "leak 14 caption 7",
+    ):
+        assert words in parsed.text
+    bars = [attributes["style"] for attributes in parsed.all("i") if attributes.get("style")]
+    assert {"width:62.5%", "width:0.25%", "height:50.0%", "height:9.96%"} <= set(bars)
+    assert "None are marked" in Page(page(tmp_path, made=Card())).text
 
 
 def test_ids_are_unique_and_every_reference_has_its_target(tmp_path):

@@ -12,6 +12,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from download_project import FETCH, STORED, encode, payload, picture, project, public_web
@@ -207,8 +208,10 @@ def test_a_second_round_takes_what_still_fails(web_host: str, tmp_path: Path, mo
     assert cli.main(["retry-failed"]) == 0
     assert cli.main(["retry-failed"]) == 0
     assert [row.shard for row in chain.manifest("download").rows] == ["00000", "90000", "90001"]
-    failed = {row.caption: row for row in retries.failures([(r.shard, f) for r, f in chain.inputs("download")])}
-    assert failed["a busy1"].attempts == 3 and failed["a busy1"].shard == "90001" and failed["a gone"].attempts == 1
+    found = retries.failures([(r.shard, folder) for r, folder in chain.inputs("download")])
+    failed = {row["caption"]: row for table in found.tables() for row in table.to_pylist()}
+    assert failed["a busy1"]["attempts"] == 3 and failed["a busy1"]["shard"] == "90001"
+    assert failed["a gone"]["attempts"] == 1 and found.by_class() == {"5xx": 2, "gone": 1, "undecodable": 1}
     # Other lists have no rounds; a list that is gone is named.
     assert [
         task.shard for task in STAGE.tasks(project(tmp_path, source="urls", annotations="list.tsv", layout="cc12m"))
@@ -219,6 +222,24 @@ def test_a_second_round_takes_what_still_fails(web_host: str, tmp_path: Path, mo
     (tmp_path / retries.FILE).write_text('{"rounds": [{}]}')
     with pytest.raises(BadInput, match="not rounds of retries"):
         STAGE.tasks(chain)
+
+
+def test_arrays_of_failures_equal_a_plain_loop() -> None:
+    draw = np.random.default_rng(0)
+    events = np.zeros(400, retries._EVENT)
+    events["uid"], events["row"] = draw.integers(2**63, 2**63 + 90, 400, dtype=np.uint64), np.arange(400)
+    events["kind"] = draw.choice([retries._SUCCEEDED, 3, 5], 400)
+    events["attempts"] = draw.integers(0, 4, 400) * (events["kind"] != retries._SUCCEEDED)
+    expected: dict[int, list[int]] = {}
+    for uid, row, kind, tries in zip(
+        *(events[name].tolist() for name in ("uid", "row", "kind", "attempts")), strict=True
+    ):
+        before = expected.pop(uid, [0, 0, 0])
+        if kind != retries._SUCCEEDED:
+            expected[uid] = [row, kind, before[2] + tries]
+    found = retries._never_succeeded(events)
+    assert found[["row", "kind", "attempts"]].tolist() == sorted(map(tuple, expected.values()))
+    assert len(found) > 20 and len(retries._never_succeeded(events[:0])) == 0
 
 
 def test_what_cannot_be_asked_for_is_refused(web_host: str, tmp_path: Path, monkeypatch, capsys) -> None:

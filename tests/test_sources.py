@@ -1,6 +1,7 @@
 """Lists of images in every format, read as a stream; what a link may do; the loopback server."""
 
 import json
+import random
 import socket
 import threading
 import urllib.error
@@ -99,6 +100,21 @@ def test_reading_is_a_stream(tmp_path: Path) -> None:
     rows = read(annotations(path, layout="cc3m"))
     assert next(rows).position == len("caption\thttp://a.test/x.jpg\n")
     assert len(list(islice(rows, 3))) == 3
+
+
+def test_a_parquet_list_is_in_memory_by_the_row_group(tmp_path: Path) -> None:
+    path, groups = tmp_path / "list.parquet", 24
+    schema = pa.schema([("URL", pa.string()), ("TEXT", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for group in range(groups):
+            texts = [random.Random(1000 * group + row).randbytes(500).hex() for row in range(1000)]
+            writer.write_table(pa.table([["http://a.test/1.jpg"] * 1000, texts], schema=schema))
+    before, most, rows = pa.total_allocated_bytes(), 0, 0
+    for _ in read(annotations(path)):
+        rows += 1
+        if rows % 500 == 0:
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert rows == groups * 1000 and most < 8 * path.stat().st_size / groups
 
 
 def test_broken_lines_become_rows_without_a_link(tmp_path: Path) -> None:

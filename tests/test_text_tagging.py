@@ -47,11 +47,28 @@ def test_perceptron_equals_nltk(real_data, nltk_data) -> None:
 def test_wanted_tags_are_those_of_the_whole(real_data) -> None:
     tokens = tokenise(captions(real_data, 30), Types())
     draw = np.random.default_rng(0)
-    for tagger in (PerceptronTagger(real_data / "nltk_data" / "taggers" / NAME), LexiconTagger()):
+    folder = real_data / "nltk_data" / "taggers" / NAME
+    for tagger in (PerceptronTagger(folder), LexiconTagger(), LexiconTagger(entities.vocabulary("cc4m").nouns)):
         whole = tagger.tag(tokens)
         for share in (0.0, 0.05, 0.5):
             wanted = draw.random(len(tokens.ids)) < share
             assert np.array_equal(tagger.tag(tokens, wanted)[wanted], whole[wanted])
+
+
+def test_a_vocabularys_words_are_tagged_without_their_lines(real_data, monkeypatch) -> None:
+    words_ = entities.vocabulary("cc4m")
+    more = ["are bear cars", "one car", "its car in", "you are duck train", "are train", "train", "x are x train x"]
+    tagger, tokens = LexiconTagger(words_.nouns), tokenise(captions(real_data, 3) + more, Types())
+    names = list(tokens.types)
+    wanted = np.array([names[number].lower() in words_.forms for number in tokens.ids])
+    whole = tagger.tag(tokens)
+    worked_out: list[int] = []
+    in_context = tagger._in_context
+    monkeypatch.setattr(
+        tagger, "_in_context", lambda *args: worked_out.append(len(args[0].lengths)) or in_context(*args)
+    )
+    assert np.array_equal(tagger.tag(tokens, wanted)[wanted], whole[wanted])
+    assert 0 < worked_out[0] < 0.25 * len(np.unique(tokens.line[wanted]))
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ data/manifests/decisions.json is `{"table": digest or null, "counts": {...}}`; s
 with a decision are in the table, sorted by shard and key.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,18 +18,18 @@ SCHEMA = pa.schema([(name, pa.string()) for name in ("shard", "key", "uid", "dec
 REMEDY = "Run `tessera duplicates` again, or set filter.reject to []"
 
 
-def write(root: Path, store: Path, rows: Sequence[dict[str, str]]) -> Path:
-    """Write the table and name it; the same rows give the same bytes. Returns its path."""
-    ordered = sorted(rows, key=lambda row: (row["shard"], row["key"]))
+def write(root: Path, store: Path, tables: Iterable[pa.Table]) -> Path:
+    """Write the table, given in parts, and name it; the same rows give the same bytes. Returns its path."""
+    rows = pa.concat_tables([SCHEMA.empty_table(), *tables]).sort_by([("shard", "ascending"), ("key", "ascending")])
     folder = store / "decisions"
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / ".made.parquet"
-    write_table(made, pa.Table.from_pylist(ordered, schema=SCHEMA))
+    write_table(made, rows.combine_chunks())
     name = sha256_file(made)
     made.replace(folder / f"{name}.parquet")
     fsync_folder(folder)
-    counts = Counter(row["decision"] for row in ordered)
-    atomic_json(root / FILE, {"table": name, "counts": dict(counts)})
+    counts = {each["values"]: each["counts"] for each in rows["decision"].value_counts().to_pylist()}
+    atomic_json(root / FILE, {"table": name, "counts": counts})
     return folder / f"{name}.parquet"
 
 

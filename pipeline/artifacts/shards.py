@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt64
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.artifacts.files import BadInput, atomic_json, read_json
@@ -51,6 +51,14 @@ SCHEMA = pa.schema(
 def make_uid(source: str, url: str, caption: str) -> str:
     """16 hex digits that name a sample wherever it stands."""
     return hashlib.sha256(f"{source}\0{url}\0{caption}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def uid_numbers(uids: pa.ChunkedArray, path: Path) -> UInt64[np.ndarray, " rows"]:
+    """Uids as the numbers that their digits spell. Raises BadInput, which names the file, where one is no uid."""
+    try:
+        return np.frombuffer(bytes.fromhex("".join(uids.to_pylist())), ">u8", len(uids)).astype(np.uint64)
+    except (ValueError, TypeError) as error:
+        raise BadInput(path, f"column uid is not 16 hex digits a row ({error})", _REPAIR) from error
 
 
 class Shard:

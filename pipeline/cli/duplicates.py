@@ -1,7 +1,6 @@
 """`tessera duplicates`: which downloaded rows repeat an earlier one or stand in a benchmark; nothing is removed."""
 
 import argparse
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,15 +30,17 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     looks = np.concatenate([np.zeros(0, np.uint64), *(found for _, found in held_out)])
     inputs = project.inputs("download")
     shards, folders = [row.shard for row, _ in inputs], [folder for _, folder in inputs]
+    rows = sum(row.rows for row, _ in inputs)
     if project.machine.runner == "process" and project.machine.workers > 1:
         with ProcessPoolExecutor(project.machine.workers, mp_context=get_context("spawn")) as pool:
-            parts = list(pool.map(duplicates.shard_marks, shards, folders))
+            marks = duplicates.joined(pool.map(duplicates.shard_marks, shards, folders), rows)
     else:
-        parts = [duplicates.shard_marks(*each) for each in zip(shards, folders, strict=True)]
-    marks = duplicates.joined(parts)
-    rows = list(duplicates.decide(marks, arguments.distance, (names, looks)))
-    path = decisions.write(project.root, project.store.root, rows)
-    for kind, number in Counter(row["decision"] for row in rows).most_common():
+        marks = duplicates.joined(map(duplicates.shard_marks, shards, folders), rows)
+    path = decisions.write(
+        project.root, project.store.root, duplicates.decide(marks, arguments.distance, (names, looks))
+    )
+    counts = decisions.counts(project.root)
+    for kind, number in sorted(counts.items(), key=lambda pair: -pair[1]):
         print(f"{kind:8} {number:>12,}")
-    print(f"{len(rows):,} of {len(marks.names):,} rows in {path}; filter.reject says which kinds are left out")
+    print(f"{sum(counts.values()):,} of {rows:,} rows in {path}; filter.reject says which kinds are left out")
     return 0

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+import numpy as np
+
 from pipeline import params
 from pipeline.artifacts.files import BadInput
 from pipeline.engine import run as run_stage
@@ -30,26 +32,26 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
         raise BadInput("download.source", problem, "Mend the folder and run `dvc repro`; scenes fail on purpose")
     failed = _failures(project)
     _report(project, failed)
-    chosen = [row for row in failed if row.kind in wanted and row.url.startswith(("http://", "https://"))]
-    if arguments.list or not chosen:
+    chosen = failed.of(wanted)
+    if arguments.list or not len(chosen.rows):
         print("nothing to download again" if not arguments.list else "nothing was downloaded", file=sys.stderr)
         return 0
     retries.add_round(project.root, project.store.root, lists, chosen)
     run_stage(STAGE, project)
-    tried = {row.uid for row in chosen}
-    left = [row for row in _failures(project) if row.uid in tried]
-    print(f"{len(chosen) - len(left):,} of {len(chosen):,} rows came this time; `dvc repro` takes them on")
-    _report(project, _failures(project))
+    failed = _failures(project)
+    came = int(np.isin(chosen.rows["uid"], failed.rows["uid"], invert=True).sum())
+    print(f"{came:,} of {len(chosen.rows):,} rows came this time; `dvc repro` takes them on")
+    _report(project, failed)
     return 0
 
 
-def _failures(project: Project) -> list[retries.Failure]:
+def _failures(project: Project) -> retries.Failures:
     return retries.failures([(row.shard, folder) for row, folder in project.inputs("download")])
 
 
-def _report(project: Project, failed: list[retries.Failure]) -> None:
+def _report(project: Project, failed: retries.Failures) -> None:
     path = project.logs / "download.failed.parquet"
     retries.write_table(path, failed)
-    for kind, number in retries.by_class(failed).items():
+    for kind, number in failed.by_class().items():
         print(f"{kind:12} {number:>12,}", file=sys.stderr)
-    print(f"{len(failed):,} rows without an image: {path}", file=sys.stderr)
+    print(f"{len(failed.rows):,} rows without an image: {path}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pipeline.artifacts.files import BadInput, read_json
 from pipeline.engine import ShardStage
 from pipeline.project import Project
 from pipeline.reporting import card
+from pipeline.reporting.funnel import gather
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, project: Project) -> int:
     """Print the table; the exit status is 0 whatever it says."""
     stages = {name: stage_status(chain.shard_stage(name), project) for name in chain.SHARD_STAGES}
-    made = card.card(project) if arguments.card else None
+    made = card.card(project, gather(project)) if arguments.card else None
     if arguments.json:
         print(json.dumps(stages | ({"card": asdict(made)} if made else {}), indent=1))
         return 0

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.artifacts import decisions
+from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS, read_rows
 from pipeline.project import Project
-from pipeline.reporting.funnel import gather
+from pipeline.reporting.funnel import Data
+from pipeline.reporting.labels import clean
 from pipeline.sources import mixes, retries
 from pipeline.sources.download import Config
 
@@ -43,8 +45,11 @@ class Card:
     entities: list[tuple[str, int]] = field(default_factory=list)
 
 
-def card(project: Project) -> Card:
+def card(project: Project, data: Data) -> Card:
     """The card of what is downloaded, and of what the filter said where it has run.
+
+    Args:
+        data: what `gather` found of the project.
 
     Raises:
         BadInput: stage `download` has not run, or a shard is torn.
@@ -68,10 +73,20 @@ def card(project: Project) -> Card:
     if project.manifest_path("filter").exists():
         for row in project.manifest("filter").rows:
             made.lists.setdefault(_list_of(row.shard, names), Yield()).kept += row.rows
-    data = gather(project)
     made.reasons = {step.title: step.reasons for step in data.steps[:2]}
     made.entities = data.entities
     return made
+
+
+def drawn(project: Project, data: Data) -> Card | None:
+    """The card, where something is downloaded and its shards are here; a note in `data` where they are not."""
+    if not project.manifest_path("download").exists():
+        return None
+    try:
+        return card(project, data)
+    except BadInput as error:
+        data.notes.append(f"The card of the data is not drawn: {clean(error)}.")
+        return None
 
 
 def _names(project: Project) -> list[str]:
@@ -100,8 +115,8 @@ def text(made: Card, width: int = 32, top: int = 20) -> str:
     lines += [f"{name[-43:]:44}{of.listed:>12,}{of.downloaded:>12,}{of.kept:>12,}" for name, of in made.lists.items()]
     for title, reasons in made.reasons.items():
         lines += ["", f"lost before they were {title}", *_bars(Counter(reasons).most_common(top), width)]
-    lines += ["", "words of a caption (all its lines)", *_bars(_labelled(made.words, WORDS), width)]
-    lines += ["", "shorter side of an image, px", *_bars(_labelled(made.sides, SIDES), width)]
+    lines += ["", "words of a caption (all its lines)", *_bars(labelled(made.words, WORDS), width)]
+    lines += ["", "shorter side of an image, px", *_bars(labelled(made.sides, SIDES), width)]
     if made.repeats:
         lines += ["", "repeats and leaks (tessera duplicates)", *_bars(Counter(made.repeats).most_common(), width)]
     if made.entities:
@@ -109,7 +124,7 @@ def text(made: Card, width: int = 32, top: int = 20) -> str:
     return "\n".join(lines)
 
 
-def _labelled(counts: Sequence[int], ends: Sequence[int]) -> list[tuple[str, int]]:
+def labelled(counts: Sequence[int], ends: Sequence[int]) -> list[tuple[str, int]]:
     """Bins with what they hold, empty ones at both ends left out."""
     filled = [at for at, count in enumerate(counts) if count]
     if not filled:

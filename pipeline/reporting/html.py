@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.reporting import Config, ledger, pictures, views
+from pipeline.reporting.card import Card
 from pipeline.reporting.collect import Findings
 from pipeline.reporting.funnel import Data
 from pipeline.reporting.provenance import Base, Commit
@@ -31,8 +32,11 @@ class Context:
     params: str
 
 
-def render(findings: Findings, data: Data, base: Base, context: Context, config: Config) -> str:
-    """The page. Every text is escaped by the templates; only our own style sheet and SVG go in as markup."""
+def render(findings: Findings, data: Data, made: Card | None, base: Base, context: Context, config: Config) -> str:
+    """The page; `made` is the data's card, where there is one.
+
+    Every text is escaped by the templates; only our own style sheet and SVG go in as markup.
+    """
     environment = Environment(
         loader=PackageLoader("pipeline.reporting"),
         autoescape=True,
@@ -58,6 +62,7 @@ def render(findings: Findings, data: Data, base: Base, context: Context, config:
         panels=pictures.sections(findings, first, config),
         curves=curves,
         data=ledger.data(data),
+        card=ledger.card(made) if made else None,
         costs=ledger.costs(data),
         notes=findings.notes + data.notes,
     )

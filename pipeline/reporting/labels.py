@@ -96,6 +96,13 @@ def change(value: float | None) -> str:
     return "±0.0" if f"{abs(value):.1f}" == "0.0" else f"{value:+.1f}".replace("-", "−")
 
 
+def short(number: int) -> str:
+    """A count in at most five characters: 9,999, 10k, 1.0M, 23.4M."""
+    if number < 10_000:
+        return count(number)
+    return f"{number / 1e3:.0f}k" if number < 999_500 else f"{number / 1e6:.1f}M"
+
+
 def count(value: int | float) -> str:
     """An integer with thin groups: 12,345."""
     return f"{value:,.0f}"

@@ -28,11 +28,11 @@ from pipeline.sources.annotations import Annotations, Kind, Layout, Slice, cut, 
 from pipeline.sources.fetching import MAX_ROWS, Fetch, Link, Stored, fetch
 from pipeline.sources.loopback import SceneServer
 from pipeline.sources.mixes import Listed
+from pipeline.sources.retries import REJECTED
 from pipeline.sources.rows import Row
 from pipeline.sources.scenes.stage import VAL
 
 LINKS = ("urls", "redcaps", "yfcc15m")  # lists of what lies on the web
-REJECTED = "rejected"  # the status of a row that its reader rejected; the others are img2dataset's
 _STAGING = ".staging"
 _REASONS = 50  # kinds of failure that are counted apart
 _CHECKED = 16  # images of a shard that are decoded when it is read back

@@ -1,27 +1,32 @@
 """Which downloaded rows repeat an earlier one, and which images also stand in a benchmark.
 
 A row has four marks of 64 bits: of its link, of its caption in lower case, of its image's bytes and of its look (dHash:
-whether each of 8 x 8 places is darker than its right neighbour). Marks are kept in arrays, 32 bytes a row. Near images
-differ in at most `distance` bits of the look. By pigeonhole such a pair agrees in one of distance + 1 bands; sorted
-with that band in front, it lies close together, and `WINDOW` neighbours are compared, so that time grows with rows
-alone. A look of nearly one value (plain surfaces) is that of too many pictures and counts for nothing.
+whether each of 8 x 8 places is darker than its right neighbour). Marks are kept in arrays, 48 bytes a row with the
+row's own name; no text is. Near images differ in at most `distance` bits of the look. By pigeonhole such a pair agrees
+in one of distance + 1 bands; sorted with that band in front, it lies close together, and `WINDOW` neighbours are
+compared, so that time grows with rows alone. A look of nearly one value (plain surfaces) is that of too many pictures
+and counts for nothing.
 
 Source of dHash: N. Krawetz, "Kind of Like That" (2013).
 """
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int64, UInt64
 from numpy import ndarray
 from PIL import Image
 
+from pipeline.artifacts import decisions
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, read_rows
+from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, read_rows, uid_numbers
+from pipeline.sources.fetching import ROW_DIGITS, SHARD_DIGITS
 
 # The first that applies is a row's decision.
 KINDS = ("leak", "image", "near", "url", "caption")
@@ -29,15 +34,17 @@ WINDOW = 64  # neighbours in sorted order that are compared
 PLAIN = 8  # a look has at least so many bits of either value
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _SIDE = 8
+_TABLE = 1 << 16  # rows whose decisions are text at a time
 # px that are decoded at least: of 60 VOC photographs shrunk to 160 x 120, 59 stay within 3 bits (44 at 32 px).
 _DRAFT = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Of some rows, in order: shard, key and uid, and one mark of each kind, 0 for a look that counts for nothing."""
+    """Of some rows, in order: key and uid as numbers, and a mark of each kind, 0 for a look that counts for nothing."""
 
-    names: list[tuple[str, str, str]]
+    key: UInt64[ndarray, " rows"]
+    uid: UInt64[ndarray, " rows"]
     url: UInt64[ndarray, " rows"]
     caption: UInt64[ndarray, " rows"]
     image: UInt64[ndarray, " rows"]
@@ -65,15 +72,17 @@ def shard_marks(shard: str, folder: Path) -> Marks:
     Raises:
         BadInput: the shard is torn.
     """
-    opened = Shard.open(folder, shard)
-    rows = read_rows(folder / f"{shard}.parquet").sort_by("key").to_pylist()
-    rows = [row for row in rows if row["status"] == SUCCESS]
+    opened, path = Shard.open(folder, shard), folder / f"{shard}.parquet"
+    rows = read_rows(path).sort_by("key")
+    rows = rows.filter(pc.equal(rows["status"], SUCCESS))  # type: ignore
+    keys = rows["key"].to_pylist()
     return Marks(
-        names=[(shard, row["key"], row["uid"]) for row in rows],
-        url=_hashed(row["url"] or "" for row in rows),
-        caption=_hashed((row["caption"] or "").lower() for row in rows),
-        image=_hashed(row["sha256"] or "" for row in rows),
-        look=np.array([look(opened.image_bytes(row["key"]), row["key"]) for row in rows], dtype=np.uint64),
+        key=np.array([int(key) for key in keys], dtype=np.uint64),
+        uid=uid_numbers(rows["uid"], path),
+        url=_hashed(url or "" for url in rows["url"].to_pylist()),
+        caption=_hashed((caption or "").lower() for caption in rows["caption"].to_pylist()),
+        image=_hashed(sha256 or "" for sha256 in rows["sha256"].to_pylist()),
+        look=np.array([look(opened.image_bytes(key), key) for key in keys], dtype=np.uint64),
     )
 
 
@@ -86,16 +95,15 @@ def _hashed(texts: Iterable[str]) -> UInt64[ndarray, " rows"]:
     return np.array(found, dtype=np.uint64)
 
 
-def joined(parts: Sequence[Marks]) -> Marks:
-    """The marks of several shards as one."""
-    empty = [np.zeros(0, np.uint64)]
-    return Marks(
-        [name for part in parts for name in part.names],
-        *(
-            np.concatenate(empty + [getattr(part, kind) for part in parts])
-            for kind in ("url", "caption", "image", "look")
-        ),
-    )
+def joined(parts: Iterable[Marks], rows: int) -> Marks:
+    """The marks of several shards as one; `rows` are there together."""
+    whole = Marks(*(np.zeros(rows, np.uint64) for _ in fields(Marks)))
+    at = 0
+    for part in parts:
+        for kind in fields(Marks):
+            getattr(whole, kind.name)[at : at + len(part.key)] = getattr(part, kind.name)
+        at += len(part.key)
+    return whole
 
 
 def folder_looks(folder: Path) -> tuple[list[str], UInt64[ndarray, " images"]]:
@@ -108,29 +116,39 @@ def folder_looks(folder: Path) -> tuple[list[str], UInt64[ndarray, " images"]]:
 
 def decide(
     marks: Marks, distance: int, held_out: tuple[Sequence[str], UInt64[ndarray, " images"]]
-) -> Iterator[dict[str, str]]:
-    """A record of `decisions.SCHEMA` for every row that repeats an earlier one (`of`: its uid) or is in a benchmark.
+) -> Iterator[pa.Table]:
+    """Tables in `decisions.SCHEMA` of the rows that repeat an earlier one (`of`: its uid) or are in a benchmark.
 
     Args:
         distance: bits in which near looks may differ, 0 to 15.
         held_out: names and looks of the benchmarks' images.
     """
     names, looks = held_out
-    leaks = matches(marks.look, looks, distance)
-    earlier = {
-        "image": _first_equal(marks.image),
-        "near": _first_near(marks.look, distance),
-        "url": _first_equal(marks.url),
-        "caption": _first_equal(marks.caption),
+    rules: dict[str, Callable[[], Int64[ndarray, " rows"]]] = {
+        "leak": lambda: matches(marks.look, looks, distance),
+        "image": lambda: _first_equal(marks.image),
+        "near": lambda: _first_near(marks.look, distance),
+        "url": lambda: _first_equal(marks.url),
+        "caption": lambda: _first_equal(marks.caption),
     }
-    repeats = np.any([found >= 0 for found in (leaks, *earlier.values())], axis=0)
-    for row in np.flatnonzero(repeats).tolist():
-        kind, of = ("leak", str(names[leaks[row]])) if leaks[row] >= 0 else ("", "")
-        for name, found in earlier.items():
-            if not kind and found[row] >= 0:
-                kind, of = name, str(marks.names[found[row]][2])
-        shard, key, uid = map(str, marks.names[row])
-        yield {"shard": shard, "key": key, "uid": uid, "decision": kind, "of": of}
+    kind, of = np.full(len(marks.key), -1, np.int8), np.zeros(len(marks.key), np.int64)
+    for number, name in enumerate(KINDS):
+        found = rules[name]()
+        new = (found >= 0) & (kind < 0)
+        kind[new], of[new] = number, found[new]
+    rows = np.flatnonzero(kind >= 0)
+    for start in range(0, len(rows), _TABLE):
+        here = rows[start : start + _TABLE]
+        keys = [f"{key:0{SHARD_DIGITS + ROW_DIGITS}d}" for key in marks.key[here].tolist()]
+        kinds = [KINDS[number] for number in kind[here].tolist()]
+        earlier = [
+            names[place] if name == "leak" else f"{marks.uid[place]:016x}"
+            for name, place in zip(kinds, of[here].tolist(), strict=True)
+        ]
+        uids = [f"{uid:016x}" for uid in marks.uid[here].tolist()]
+        shards = [key[:SHARD_DIGITS] for key in keys]
+        columns = (shards, keys, uids, kinds, earlier)
+        yield pa.table(dict(zip(decisions.SCHEMA.names, columns, strict=True)), schema=decisions.SCHEMA)
 
 
 def _first_equal(marks: UInt64[ndarray, " rows"]) -> Int64[ndarray, " rows"]:

@@ -1,8 +1,9 @@
 """One slice of links through img2dataset's own per-shard machinery, and what is read back of it.
 
 The engine is the distributor; of img2dataset (1.47.0) we use `Downloader`, `Resizer` and `WebDatasetSampleWriter`, in
-this process and in a private folder. Nothing it says is trusted: the tar is indexed to its end, rows are matched by
-key, and a row it lost is a failed row. `web` bounds what a link may do; `Vetted` what an image may be.
+this process and in a private folder, with `Turns` as its pool of threads. Nothing it says is trusted: the tar is
+indexed to its end, rows are matched by key, and a row it lost is a failed row. `web` bounds what a link may do;
+`Vetted` what an image may be.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from pipeline.artifacts.tars import index_tar
 from pipeline.params import Range
 from pipeline.sources import web
 from pipeline.sources.polite import Manners
+from pipeline.sources.turns import Turns
 
 SHARD_DIGITS, ROW_DIGITS = 5, 4  # img2dataset's keys: shard number, then row number
 MAX_ROWS = 10**ROW_DIGITS
@@ -96,7 +98,8 @@ def fetch(
         folder=folder,
         manners=Manners(rate=fetch.rate, retries=fetch.retries, backoff=fetch.backoff, max_wait=fetch.max_wait),
     )
-    download = _downloader(stored, fetch, staging)
+    # The number of threads bounds how far its pool may look ahead: here over all rows. `Turns` has threads of its own.
+    download = _downloader(stored, len(links), fetch.timeout, staging, lambda _: Turns(fetch.threads, opener, stop))
     table = pa.table({"url": [link.address for link in links], "caption": [link.caption for link in links]})
     order = staging / "links.arrow"
     with pa.OSFile(str(order), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -132,11 +135,12 @@ def _run(work: Callable[[], None], stop: threading.Event) -> None:
         raise failures[0]
 
 
-def _downloader(stored: Stored, fetch: Fetch, staging: Path) -> Any:
+def _downloader(stored: Stored, rows: int, timeout: float, staging: Path, pool: Callable[[int], Turns]) -> Any:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # imghdr, pkg_resources and others are deprecated
         import cv2
+        import img2dataset.downloader
         import img2dataset.resizer
         from img2dataset.downloader import Downloader
         from img2dataset.resizer import Resizer
@@ -144,6 +148,7 @@ def _downloader(stored: Stored, fetch: Fetch, staging: Path) -> Any:
     cv2.setNumThreads(1)
     # It points the whole process's stdout and stderr at /dev/null around each image, whatever other threads print.
     img2dataset.resizer.SuppressStdoutStderr = contextlib.nullcontext  # type: ignore[assignment, misc]
+    img2dataset.downloader.ThreadPool = pool  # type: ignore[assignment, misc]
     resizer = Resizer(
         image_size=stored.image_size,
         resize_mode=stored.resize_mode,
@@ -157,12 +162,12 @@ def _downloader(stored: Stored, fetch: Fetch, staging: Path) -> Any:
     return Downloader(
         sample_writer_class=WebDatasetSampleWriter,
         resizer=Vetted(resizer),
-        thread_count=fetch.threads,
+        thread_count=rows,
         save_caption=True,
         extract_exif=False,
         output_folder=str(staging),
         column_list=["url", "caption"],
-        timeout=fetch.timeout,
+        timeout=timeout,
         number_sample_per_shard=MAX_ROWS,
         oom_shard_count=SHARD_DIGITS,
         compute_hash="sha256",

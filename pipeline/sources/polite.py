@@ -58,6 +58,7 @@ class Polite(urllib.request.OpenerDirector):
         self._free: dict[str, float] = {}  # when a domain may be asked again
         self._lock = threading.Lock()
         self._inside = threading.local()  # a redirect opens its target from within
+        self._booked = threading.local()
 
     def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
         """The response to a request, as urllib's `open`.
@@ -66,10 +67,9 @@ class Polite(urllib.request.OpenerDirector):
             Failed: after several tries; what the last one raised, otherwise.
         """
         url = fullurl if isinstance(fullurl, str) else fullurl.full_url
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https"):
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             return super().open(fullurl, data, timeout)
-        domain = parts.hostname or ""
+        domain = domain_of(url)
         if getattr(self._inside, "open", False):
             self._keep_pace(domain)
             return super().open(fullurl, data, timeout)
@@ -101,8 +101,28 @@ class Polite(urllib.request.OpenerDirector):
                     raise Failed(f"{error} ({attempt} attempts)") from error
             self._stop.wait(wait)
 
+    def book(self, domain: str) -> float:
+        """Seconds until a domain may be asked. When there are none, the thread's next request to it does not wait.
+
+        No domain at all, that of a file, is never waited for.
+        """
+        if not domain:
+            return 0.0
+        with self._lock:
+            now = time.monotonic()
+            at = self._free.get(domain, now)
+            if at > now:
+                return at - now
+            if self._manners.rate:
+                self._free[domain] = now + 1 / self._manners.rate
+        self._booked.domain = domain
+        return 0.0
+
     def _keep_pace(self, domain: str) -> None:
         """Waits until the domain may be asked, and books the time after that."""
+        booked, self._booked.domain = getattr(self._booked, "domain", None), None
+        if booked == domain:
+            return
         with self._lock:
             now = time.monotonic()
             at = max(now, self._free.get(domain, now))
@@ -115,6 +135,14 @@ class Polite(urllib.request.OpenerDirector):
         with self._lock:
             until = time.monotonic() + seconds
             self._free[domain] = max(until, self._free.get(domain, until))
+
+
+def domain_of(url: str) -> str:
+    """The host's name; empty where there is none."""
+    try:
+        return urllib.parse.urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _load(response: Any) -> None:

@@ -118,9 +118,13 @@ def parquet_rows(path: Path, wanted: tuple[str, str], start: int, rejected: str 
 
 
 def _batches(path: Path, file: pq.ParquetFile, groups: list[int], names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Batches of some row groups. A file whose end is whole may still be damaged in between."""
+    """Batches of some row groups, one group after the other: Arrow keeps the bytes of all groups of one call.
+
+    A file whose end is whole may still be damaged in between.
+    """
     try:
-        yield from file.iter_batches(batch_size=_BATCH, row_groups=groups, columns=names)
+        for group in groups:
+            yield from file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=names)
     except (pa.ArrowException, OSError) as error:
         raise BadInput(path, f"damaged inside ({error})", "Get the file again, and compare its checksum") from error
 

@@ -35,7 +35,7 @@ def build_opener(
     local: str = "",
     folder: Path | None = None,
     manners: Manners | None = None,
-) -> tuple[urllib.request.OpenerDirector, threading.Event]:
+) -> tuple[Polite, threading.Event]:
     """An opener, and an event that makes it refuse everything from then on.
 
     Args:

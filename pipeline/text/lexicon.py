@@ -157,17 +157,51 @@ class LexiconTagger:
         return x == (right if kind == "goodleft" else left)
 
     def tag(self, tokens: Tokens, wanted: np.ndarray | None = None) -> np.ndarray:
-        """Tag number of each token, int64 [tokens]; of the others, too, where only some are `wanted`."""
+        """Tag number of each token, int64 [tokens].
+
+        Args:
+            wanted: bool [tokens]; only these tags are asked for, and only lines in which one hangs on its neighbours
+                are worked out. Other tags may be wrong.
+        """
         columns = self._columns.of(tokens.types)[tokens.ids]
         tags = columns[:, 0]
         starts = tokens.offsets[:-1][tokens.lengths > 0]
         tags[starts] = columns[starts, 1]
+        if wanted is not None:
+            open_ = np.zeros(len(tokens.lengths), dtype=bool)
+            open_[tokens.line[self._open(tokens, tags, columns, wanted)]] = True
+            result = tags.astype(np.int64).clip(0)
+            result[open_[tokens.line]] = self.tag(tokens.take(np.flatnonzero(open_)))
+            return result
         unknown = np.flatnonzero(tags < 0)
         if len(unknown):
             names = list(tokens.types)
             for at in unknown.tolist():
                 tags[at] = self._shape_at(tokens, names, at)
         return self._in_context(tokens, tags, columns[:, 2], columns[:, 3] > 0)
+
+    def _open(self, tokens: Tokens, tags: np.ndarray, columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """The wanted tokens that do not keep the tag of their type for certain, rising.
+
+        A steady word keeps it unless a verb's company is on its left; of that it is enough to know whether it may be
+        such: it has the tag, its tag is unknown, or a rule that gives the tag may hold.
+        """
+        at = np.flatnonzero(wanted)
+        begin = tokens.offsets[:-1][tokens.line[at]]
+        left = tags[(at - 1).clip(0)]
+        may = (left < 0) | np.isin(left, self._before_verbs)
+        for rule in self._rules:
+            if rule.new not in self._before_verbs:
+                continue
+            holds = np.full(len(at), True) if rule.old is None else left == rule.old
+            for is_word, distances, value in rule.clauses:
+                if is_word and len(distances) == 1 and distances[0] <= 1:
+                    place = at - 1 + distances[0]
+                    holds &= np.where(place >= begin, columns[place.clip(0), 2], self._words[BLANK]) == value
+                elif distances == (1,):  # the wanted word itself, whose tag no rule has changed yet
+                    holds &= tags[at] == value
+            may |= holds
+        return at[(columns[at, 3] == 0) | ((at > begin) & may)]
 
     def _shape_at(self, tokens: Tokens, names: list[str], at: int) -> int:
         line = int(np.searchsorted(tokens.offsets, at, side="right")) - 1
