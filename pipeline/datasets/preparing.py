@@ -41,8 +41,8 @@ HELD = 2
 # Room beyond the first batch's bytes: texts differ in length. A batch that is larger comes through the pipe.
 MARGIN = 1.25
 ALIGNMENT = 64
-# Of the modules that workers need, those that take long to import; in front, as it is by default, the program's own.
-PRELOADED = ["__main__", "pipeline.datasets.entity_batches"]
+# What takes workers long to import; the server does it once.
+PRELOADED = ["pipeline.datasets.entity_batches"]
 
 
 class SampleFailed(RuntimeError):
