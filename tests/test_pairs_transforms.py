@@ -31,6 +31,14 @@ def test_normalise_is_torchvisions(image):
     np.testing.assert_allclose(normalise(torch.tensor(image[None, :30, :30]))[0], expected.numpy()[:30, :30], atol=2e-6)
 
 
+def test_normalise_rounds_as_numpy_does(image):
+    """Weights trained on pixels that numpy normalised stay what they were, to the bit."""
+    std, mean = (np.asarray(values, np.float32) for values in (IMAGENET_STD, IMAGENET_MEAN))
+    square = image[None, :30, :30]
+    expected = square * (np.float32(1 / 255) / std) - mean / std
+    assert expected.dtype == np.float32 and np.array_equal(normalise(torch.tensor(square)).numpy(), expected)
+
+
 def test_whole_view_at_its_own_resolution_is_the_label_map():
     labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     np.testing.assert_array_equal(move_labels(labels, WHOLE, (3, 4)), labels)
