@@ -23,7 +23,8 @@ class Machine:
     Attributes:
         runner: `process` computes shards in worker processes, `inline` one after the other in this one; `threads`
             and `dask` as the tasks of a Prefect flow (`pipeline.flows`; `dask` needs the cluster group).
-        workers: worker processes or threads, and the size of a local cluster.
+        workers: worker processes or threads, and the size of a local cluster; beside a GPU, also the processes that
+            make the batches of a training.
         device: torch device string, such as `cpu` or `cuda:0`.
         threads: torch threads of one process (shared out among workers), and those of a worker that decode images.
             Sums are split among torch's threads, so another number rounds otherwise and weights trained with it differ
@@ -41,6 +42,14 @@ class Machine:
     retries: Annotated[int, Range(0)]
     address: str = ""
     compile: bool = False
+
+    @property
+    def loaders(self) -> int:
+        """Processes that make a training's batches: `workers` beside a GPU; 0 where the steps need the cores (threads).
+
+        Batches are the same bytes either way.
+        """
+        return 0 if self.device == "cpu" else self.workers
 
 
 def defaults() -> dict[str, Any]:

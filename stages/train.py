@@ -100,6 +100,7 @@ def _fit_phase(project: Project, model: Any, config: Any, data: TrainingData, ph
         seed=phase.optimisation.seed,
         shuffle=config.shuffle,
         threads=project.machine.threads,
+        workers=project.machine.loaders,
         prepare=phase.prepare,
         collate=phase.collate,
     )

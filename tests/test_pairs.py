@@ -15,6 +15,7 @@ from pair_shards import label_map, picture, write_pairs
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.tables import write_table
+from pipeline.datasets import joined, pairs
 from pipeline.datasets.pairs import PairLoader, Shuffle, captions
 
 SHUFFLE = Shuffle(block_rows=4, window_blocks=3)
@@ -33,7 +34,7 @@ class Seen:
 
 def prepare(sample, rng):
     number = int(sample.captions[0].split()[1])
-    assert abs(int(sample.image[0, 0, 0]) - int(picture(number)[0, 0, 0])) < 6, "the picture is not this row's"
+    assert abs(sample.image.getpixel((0, 0))[0] - int(picture(number)[0, 0, 0])) < 6, "the picture is not this row's"
     return Seen(number, sample.caption(rng), float(rng.random()), sample.regions, threading.current_thread().name)
 
 
@@ -91,6 +92,13 @@ def test_order_is_that_of_the_slow_plain_version(shards):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_nothing(shards, threads):
     assert visits(loader(shards, threads=threads), 14) == visits(loader(shards), 14)
+
+
+def test_every_shard_is_joined_once_and_read_again_from_what_was_kept(shards, monkeypatch):
+    expected, found = visits(loader(shards), 12), []
+    monkeypatch.setattr(pairs, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(joined, "join", lambda shard, join=joined.join: found.append(shard.name) or join(shard))
+    assert visits(loader(shards), 12) == expected and sorted(found) == ["00000", "00001", "00002"]
 
 
 @pytest.mark.parametrize("position", [5, 12, 29, 30, 47])

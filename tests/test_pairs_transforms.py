@@ -21,14 +21,22 @@ def image():
 def test_render_is_torchvisions_resized_crop(image):
     view = View(left=6 / 40, top=3 / 30, width=20 / 40, height=24 / 30, flip=False)
     expected = vision.resized_crop(Image.fromarray(image), 3, 6, 24, 20, [16, 16])
-    np.testing.assert_array_equal(render(image, view, 16), np.asarray(expected))
+    np.testing.assert_array_equal(render(Image.fromarray(image), view, 16), np.asarray(expected))
     flipped = View(view.left, view.top, view.width, view.height, flip=True)
-    np.testing.assert_array_equal(render(image, flipped, 16), np.asarray(vision.hflip(expected)))
+    np.testing.assert_array_equal(render(Image.fromarray(image), flipped, 16), np.asarray(vision.hflip(expected)))
 
 
 def test_normalise_is_torchvisions(image):
     expected = vision.normalize(vision.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD).permute(1, 2, 0)
-    np.testing.assert_allclose(normalise(image[None, :30, :30])[0], expected.numpy()[:30, :30], atol=2e-6)
+    np.testing.assert_allclose(normalise(torch.tensor(image[None, :30, :30]))[0], expected.numpy()[:30, :30], atol=2e-6)
+
+
+def test_normalise_rounds_as_numpy_does(image):
+    """Weights trained on pixels that numpy normalised stay what they were, to the bit."""
+    std, mean = (np.asarray(values, np.float32) for values in (IMAGENET_STD, IMAGENET_MEAN))
+    square = image[None, :30, :30]
+    expected = square * (np.float32(1 / 255) / std) - mean / std
+    assert expected.dtype == np.float32 and np.array_equal(normalise(torch.tensor(square)).numpy(), expected)
 
 
 def test_whole_view_at_its_own_resolution_is_the_label_map():
@@ -53,7 +61,8 @@ def test_masks_move_with_the_pixels():
     painted = np.kron(labels, np.ones((32, 32), np.uint8))[..., None].repeat(3, 2) * 40
     for _ in range(50):
         view = random_view(rng, height=128, width=128, scale=(0.2, 1.0), ratio=(0.75, 1.33), flip_chance=0.5)
-        seen, moved = render(painted, view, 64), move_labels(labels, view, (16, 16))
+        seen = np.asarray(render(Image.fromarray(painted), view, 64))
+        moved = move_labels(labels, view, (16, 16))
         centres = seen.reshape(16, 4, 16, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3, 4)) / 40
         assert (np.abs(centres - moved) < 0.5).mean() > 0.85, "most cells lie inside one label"
         flat = np.abs(centres - centres.round()) < 0.02
@@ -82,7 +91,7 @@ def test_images_too_narrow_for_the_ratio_are_cropped_at_the_centre():
 
 
 def sample(captions, nouns=("dog",)):
-    return Sample("u", captions, list(nouns), [], np.zeros((20, 20, 3), np.uint8), np.zeros((4, 4), np.uint8))
+    return Sample("u", captions, list(nouns), [], Image.new("RGB", (20, 20)), np.zeros((4, 4), np.uint8))
 
 
 def augmentation(**changes):
@@ -107,7 +116,7 @@ def test_caption_form():
 def test_collate():
     transform, collate = PairTransform(views=augmentation(), grid=4), PairCollate(tokenizer("bpe", 8))
     prepared = [transform(sample(["a dog"]), np.random.default_rng(i)) for i in range(3)]
-    batch = collate(prepared, ["x", "y", "z"])
+    batch = collate(prepared, ["x", "y", "z"]).to("cpu")
     assert batch.pixels.shape == (3, 3, 16, 16) and batch.pixels.dtype == torch.float32
     assert batch.token_ids.shape == (3, 8) and batch.uids == ["x", "y", "z"] and batch.captions == ["a dog"] * 3
     assert batch.regions is not None and batch.regions.shape == (3, 4, 4) and batch.regions.dtype == torch.uint8

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import yaml
 from golden_curves import assert_same_curve
 from pair_shards import picture, write_pairs
+from PIL import Image
 from test_sseg import Eight
 
 from pipeline import methods, params
@@ -485,7 +486,7 @@ def shard_with_views(root: Path, scales: tuple[int, ...] = (1, 2), name: str = "
 
 def test_the_student_sees_the_teachers_square():
     image = picture(3, (24, 33))
-    sample = Sample("u", [""], [], [], image, views=np.eye(5, 10, dtype=np.float16))
+    sample = Sample("u", [""], [], [], Image.fromarray(image), views=np.eye(5, 10, dtype=np.float16))
     square = SquareTransform(image_size=16, chosen=(0, 3))(sample, np.random.default_rng(0))
     np.testing.assert_array_equal(square.pixels, cut_views(image, (1,), 16)[0])
     np.testing.assert_array_equal(square.views, np.eye(5, 10, dtype=np.float32)[[0, 3]])
@@ -493,9 +494,10 @@ def test_the_student_sees_the_teachers_square():
     np.testing.assert_array_equal(square.pixels, again.pixels)
     same = SquareTransform(image_size=24, chosen=(0,))(sample, np.random.default_rng(0))
     np.testing.assert_array_equal(same.pixels, image[:, 4:28])
-    found = collate([square, again], ["a", "b"])
+    found = collate([square, again], ["a", "b"]).to("cpu")
     assert found.token_ids.shape == (2, 0) and found.views.dtype == torch.float32 and found.views.shape == (2, 2, 10)
-    np.testing.assert_allclose(found.pixels[0].permute(1, 2, 0), normalise(square.pixels[None])[0], atol=1e-6)
+    expected = normalise(torch.tensor(square.pixels)[None])[0]
+    torch.testing.assert_close(found.pixels[0].permute(1, 2, 0), expected, rtol=0, atol=1e-6)
 
 
 def test_views_belong_to_their_pictures(tmp_path):
@@ -510,7 +512,7 @@ def test_views_belong_to_their_pictures(tmp_path):
         prepare=SquareTransform(image_size=24, chosen=chosen),
         collate=collate,
     )
-    data = next(loader.batches(0)).batch
+    data = next(loader.batches(0)).batch.to("cpu")
     red = ((data.pixels[:, 0].mean(dim=(1, 2)) * 0.229 + 0.485) * 255 - 40) / 5
     numbers = data.views[:, 1, 0] / data.views[:, 1, 1] - 1
     torch.testing.assert_close(numbers, red.round(), atol=0.1, rtol=0)

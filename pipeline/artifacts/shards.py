@@ -22,7 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.artifacts.files import BadInput, atomic_json, read_json
 from pipeline.artifacts.tars import index_tar, write_tar
 
-__all__ = ["SCHEMA", "SUCCESS", "Shard", "decode_rgb", "index_tar", "make_uid", "write_shard", "write_tar"]
+__all__ = ["SCHEMA", "SUCCESS", "Shard", "decode_rgb", "index_tar", "make_uid", "open_rgb", "read_member"]
+__all__ += ["write_shard", "write_tar"]
 
 SUCCESS = "success"
 MAX_PIXELS = 1 << 26  # 67 Mpx, 200 MB as RGB: more is taken for a decompression bomb
@@ -94,14 +95,23 @@ class Shard:
         return self.table.num_rows
 
     def image_bytes(self, key: str) -> bytes:
-        """The encoded image; no file stays open between two reads."""
-        offset, size = self._index[f"{key}.jpg"]
-        with self.path.open("rb", buffering=0) as tar:
-            tar.seek(offset)
-            data = tar.read(size)
-        if len(data) != size:
-            raise BadInput(self.path, f"cut off inside {key}.jpg", _REPAIR)
-        return data
+        """The encoded image."""
+        return read_member(self.path, self._index[f"{key}.jpg"], f"{key}.jpg")
+
+
+def read_member(tar: Path, place: tuple[int, int], name: str) -> bytes:
+    """What lies at an offset with a size; no file stays open between two reads.
+
+    Raises:
+        BadInput: the tar ends before; `name` is what the message calls it.
+    """
+    offset, size = place
+    with tar.open("rb", buffering=0) as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise BadInput(tar, f"cut off inside {name}", _REPAIR)
+    return data
 
 
 def read_rows(path: Path) -> pa.Table:
@@ -162,6 +172,11 @@ def read_stats(folder: Path, name: str) -> dict[str, Any]:
 
 
 def decode_rgb(data: bytes, name: str = "image") -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of `open_rgb`."""
+    return np.asarray(open_rgb(data, name))
+
+
+def open_rgb(data: bytes, name: str = "image") -> Image.Image:
     """Decodes an untrusted image: turned as EXIF says, transparency on white, first frame, 8 bits, RGB.
 
     Raises:
@@ -172,7 +187,7 @@ def decode_rgb(data: bytes, name: str = "image") -> UInt8[np.ndarray, "height wi
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadInput(name, f"{image.width} x {image.height} px is more than {MAX_PIXELS}", remedy)
-            return np.asarray(_to_rgb(image))
+            return _to_rgb(image)
     except (BadInput, MemoryError):
         raise
     except Exception as error:  # Pillow lets errors of a dozen types out of its parsers
@@ -193,7 +208,7 @@ def _what_is_wrong(data: bytes, error: Exception) -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits, which PNG and TIFF keep in the low half of I
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
@@ -202,4 +217,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 from numpy import ndarray
+from PIL import Image
 
 from pipeline.interfaces import IMAGENET_MEAN
+from pipeline.text import wheel
 
 # Source: timm: an operation runs with this chance; its strength is drawn around the magnitude and cut to [0, 10].
 CHANCE, MAGNITUDE, DEVIATION, STRONGEST = 0.5, 9.0, 0.5, 10.0
@@ -52,23 +54,18 @@ OPERATIONS: dict[str, Arguments] = {
 }
 
 
-def rand_augment(
-    image: UInt8[ndarray, "side side 3"], operations: int, rng: np.random.Generator
-) -> UInt8[ndarray, "side side 3"]:
+def rand_augment(picture: Image.Image, operations: int, rng: np.random.Generator) -> Image.Image:
     """`operations` drawn operations (with replacement), each with its chance and strength; moved pixels are filled."""
-    from PIL import Image
-    from timm.data.auto_augment import NAME_TO_OP
-
+    operation = wheel.module("timm", "data/auto_augment").NAME_TO_OP
     names = list(OPERATIONS)
-    picture = Image.fromarray(image)
     for number in rng.integers(len(names), size=operations):
         runs, sign = rng.random() < CHANCE, 1 if rng.random() < 0.5 else -1
-        strength = float(np.clip(rng.normal(MAGNITUDE, DEVIATION), 0, STRONGEST)) / STRONGEST
+        strength = min(max(rng.normal(MAGNITUDE, DEVIATION), 0.0), STRONGEST) / STRONGEST
         if runs:
             name = names[number]
             arguments = OPERATIONS[name](strength, sign)
-            picture = NAME_TO_OP[name](picture, *arguments, fillcolor=FILL, resample=Image.Resampling.BILINEAR)
-    return np.asarray(picture)
+            picture = operation[name](picture, *arguments, fillcolor=FILL, resample=Image.Resampling.BILINEAR)
+    return picture
 
 
 class Erased(NamedTuple):

@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
 from pipeline.datasets.augmentation import Erased, draw_erased, rand_augment
 from pipeline.datasets.pairs import PairShard, Sample, captions
-from pipeline.datasets.transforms import ViewConfig, move_labels, normalise, render
+from pipeline.datasets.pixels import Packed, stack_pixels
+from pipeline.datasets.transforms import ViewConfig, move_labels, render
 from pipeline.interfaces import TrainBatch
 from pipeline.nn.text import Vocabulary
 from pipeline.params import Range
@@ -83,44 +84,32 @@ class PairTransform:
         words = prompts.noun_prompts(caption, sample.nouns, self.num_prompts, self.templates, rng)
         if self.caption_form == "nouns" and sample.nouns:
             caption = " ".join(sample.nouns)
-        pixels = render(sample.image, view, self.views.image_size)
+        shown = render(sample.image, view, self.views.image_size)
         if self.rand_augment:
-            pixels = rand_augment(pixels, self.rand_augment, rng)
+            shown = rand_augment(shown, self.rand_augment, rng)
         erased = draw_erased(self.views.image_size, self.erase_chance, rng) if self.erase_chance else None
-        return Prepared(pixels, caption, regions, words, erased)
+        return Prepared(np.asarray(shown), caption, regions, words, erased)
 
 
 @dataclass(frozen=True, slots=True)
 class PairCollate:
-    """Stack, normalise and tokenise."""
+    """Stack and tokenise."""
 
     tokenizer: Callable[[list[str]], Int64[Tensor, "batch length"]]
 
-    def __call__(self, prepared: list[Prepared], uids: list[str]) -> TrainBatch:
+    def __call__(self, prepared: list[Prepared], uids: list[str]) -> Packed[TrainBatch]:
         captions = [item.caption for item in prepared]
         regions = [item.regions for item in prepared if item.regions is not None]
         rows = [self.tokenizer(list(texts)) for texts in zip(*(item.prompts for item in prepared), strict=True)]
-        return TrainBatch(
-            pixels=stack_pixels([item.pixels for item in prepared], [item.erased for item in prepared]),
-            captions=captions,
-            token_ids=self.tokenizer(captions),
-            regions=torch.from_numpy(np.stack(regions)) if regions else None,
-            uids=uids,
-            prompt_ids=torch.stack(rows) if rows else None,
-        )
-
-
-def stack_pixels(
-    images: list[UInt8[ndarray, "side side 3"]], erased: Sequence[Erased | None] = ()
-) -> Float[Tensor, "batch 3 side side"]:
-    """ImageNet-normalised pixels, the channels last in memory, which convolutions on a CPU prefer."""
-    # numpy, not torch: torch would start a set of threads of its own in each of the loader's threads.
-    pixels = normalise(np.stack(images))
-    for image, box in zip(pixels, erased, strict=False):
-        if box is not None:
-            height, width = box.values.shape[:2]
-            image[box.top : box.top + height, box.left : box.left + width] = box.values
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        others = {
+            "captions": captions,
+            "token_ids": self.tokenizer(captions),
+            "regions": torch.from_numpy(np.stack(regions)) if regions else None,
+            "uids": uids,
+            "prompt_ids": torch.stack(rows) if rows else None,
+        }
+        pixels = stack_pixels([item.pixels for item in prepared], [item.erased for item in prepared])
+        return Packed(TrainBatch, {"pixels": pixels}, others)
 
 
 def seen_tokens(

@@ -4,18 +4,20 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from numpy import ndarray
+from PIL import Image
 from torch import Tensor
 
 from pipeline.datasets.augmentation import Erased, draw_erased, rand_augment
-from pipeline.datasets.batches import StrongViews, stack_pixels
+from pipeline.datasets.batches import StrongViews
 from pipeline.datasets.joined import Sample
 from pipeline.datasets.partners import Partner, Partners
+from pipeline.datasets.pixels import Packed, Pixels, stack_pixels
 from pipeline.datasets.transforms import render
 from pipeline.interfaces import on_device
 from pipeline.nn.text import inside_text
@@ -108,18 +110,18 @@ class EntityTransform:
     def _partner(self, partner: Partner, rng: np.random.Generator) -> tuple[Picture, str]:
         return self._view(partner.image, rng), self.vocabulary.classes[partner.entity]
 
-    def _view(self, image: UInt8[ndarray, "height width 3"], rng: np.random.Generator) -> Picture:
+    def _view(self, image: Image.Image, rng: np.random.Generator) -> Picture:
         side = self.views.image_size
-        pixels = render(image, self.views.draw(image, rng), side)
+        shown = render(image, self.views.draw(image, rng), side)
         if self.views.rand_augment:
-            pixels = rand_augment(pixels, self.views.rand_augment, rng)
+            shown = rand_augment(shown, self.views.rand_augment, rng)
         erased = draw_erased(side, self.views.erase_chance, rng) if self.views.erase_chance else None
-        return Picture(pixels, erased)
+        return Picture(np.asarray(shown), erased)
 
 
 @dataclass(frozen=True, slots=True)
 class EntityCollate:
-    """Stack, normalise and tokenise. `partners`: whether the transform draws partners.
+    """Stack and tokenise. `partners`: whether the transform draws partners.
 
     `longest` cuts every form to its longest text in the batch, as the authors' own runs did; the release pads to the
     context length, and its decoder has no padding mask.
@@ -130,36 +132,33 @@ class EntityCollate:
     partners: bool
     longest: bool
 
-    def __call__(self, prepared: list[PreparedEntities], uids: list[str]) -> EntityBatch:
-        batch = EntityBatch(
-            pixels=_stack([item.picture for item in prepared]),
-            token_ids=self._ids([item.caption for item in prepared]),
-            uids=uids,
-        )
+    def __call__(self, prepared: list[PreparedEntities], uids: list[str]) -> Packed[EntityBatch]:
+        pixels = {"pixels": _stack([item.picture for item in prepared])}
+        others: dict[str, Any] = {"token_ids": self._ids([item.caption for item in prepared]), "uids": uids}
         masked = [item.masked for item in prepared if item.masked is not None]
         if masked:
-            batch.masked_ids = self._ids([item.text for item in masked])
+            others["masked_ids"] = self._ids([item.text for item in masked])
         if self.completion in ("all", "one", "nouns"):
-            batch.answer_ids = self._ids([item.answer for item in prepared])
-        elif batch.masked_ids is not None:
-            batch.mask_classes = _mask_classes(batch.masked_ids, masked, self.tokenizer.mask)
+            others["answer_ids"] = self._ids([item.answer for item in prepared])
+        elif masked:
+            others["mask_classes"] = _mask_classes(others["masked_ids"], masked, self.tokenizer.mask)
         if self.completion == "multi_label":
             count = len(prepared[0].prompts)
             flat = self._ids([item.prompts[number] for number in range(count) for item in prepared])
-            batch.prompt_ids = flat.unflatten(0, (count, len(prepared)))
+            others["prompt_ids"] = flat.unflatten(0, (count, len(prepared)))
         if self.partners:
             partners = [item.partner or (item.picture, "") for item in prepared]
-            batch.partner_pixels = _stack([picture for picture, _ in partners])
-            batch.entity_ids = self._ids([entity_prompt(name) for _, name in partners])
-            batch.paired = torch.tensor([item.partner is not None for item in prepared])
-        return batch
+            pixels["partner_pixels"] = _stack([picture for picture, _ in partners])
+            others["entity_ids"] = self._ids([entity_prompt(name) for _, name in partners])
+            others["paired"] = torch.tensor([item.partner is not None for item in prepared])
+        return Packed(EntityBatch, pixels, others)
 
     def _ids(self, texts: list[str]) -> Int64[Tensor, "batch length"]:
         ids = self.tokenizer(texts)
         return ids[:, : int(inside_text(ids, self.tokenizer.eot).sum(1).max())] if self.longest else ids
 
 
-def _stack(pictures: list[Picture]) -> Float[Tensor, "batch 3 side side"]:
+def _stack(pictures: list[Picture]) -> Pixels:
     return stack_pixels([picture.pixels for picture in pictures], [picture.erased for picture in pictures])
 
 

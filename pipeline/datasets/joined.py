@@ -5,21 +5,26 @@ Tables are joined by key, and the uids on both sides are compared: row i of a ma
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from mmap import ACCESS_READ, ALLOCATIONGRANULARITY, mmap
+from os import SEEK_END
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, UInt8
 from numpy import ndarray
+from PIL import Image
 from pyarrow.compute import equal, index_in, is_in  # type: ignore[attr-defined]
 
 from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, index_tar, read_rows
+from pipeline.artifacts.shards import SUCCESS, index_tar, open_rgb, read_member, read_rows
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
 from pipeline.artifacts.vectors import map_vectors
 from pipeline.text.verdicts import kept
+
+COLUMNS = ("key", "uid", "caption", "nouns", "entities")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +46,11 @@ class PairShard:
     masks: Path | None = None
     views: Path | None = None
     groups: Path | None = None
+
+    @property
+    def tar(self) -> Path:
+        """The images."""
+        return self.download / f"{self.name}.tar"
 
     @property
     def cached(self) -> dict[str, Path]:
@@ -65,7 +75,7 @@ class Sample:
     captions: list[str]
     nouns: list[str]
     entities: list[int]
-    image: UInt8[ndarray, "height width 3"]
+    image: Image.Image
     regions: UInt8[ndarray, "grid_h grid_w"] | None = None
     views: Float16[ndarray, "views dim"] | None = None
     groups: UInt8[ndarray, "grid_h grid_w"] | None = None
@@ -100,57 +110,80 @@ def _array_rows(array: Path) -> pa.Table:
 
 
 class Tables:
-    """The joined tables of the shards used last."""
+    """The joined tables of shards; the `limit` that were used last stay open.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    To join a shard and to walk its tar takes a fifth of a second for 10,000 rows, of which a block is a small part. So
+    every joined table is kept in `file`, which is empty at first: about 100 bytes a row and its caption.
+    """
+
+    def __init__(self, limit: int, file: IO[bytes]) -> None:
+        self._limit, self._file = limit, file
         self._open: OrderedDict[str, Table] = OrderedDict()
+        self._kept: dict[str, tuple[int, int]] = {}
 
     def get(self, shard: PairShard) -> "Table":
-        """The shard's table, read when it is not there."""
+        """The shard's table, joined at its first use."""
         if shard.name not in self._open:
-            self._open[shard.name] = Table(shard)
+            self._open[shard.name] = Table(shard, self._joined(shard))
         self._open.move_to_end(shard.name)
         while len(self._open) > self._limit:
             self._open.popitem(last=False)
         return self._open[shard.name]
 
+    def _joined(self, shard: PairShard) -> pa.Table:
+        if shard.name not in self._kept:
+            table = join(shard)
+            start = self._file.seek(0, SEEK_END)
+            start = self._file.seek(start + -start % ALLOCATIONGRANULARITY)
+            with pa.ipc.new_file(self._file, table.schema) as writer:
+                writer.write_table(table)
+            self._file.flush()
+            self._kept[shard.name] = start, self._file.tell() - start
+        start, length = self._kept[shard.name]
+        mapped = mmap(self._file.fileno(), length, access=ACCESS_READ, offset=start)
+        return pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
 
-class Table:
-    """One shard's rows: kept by the filter, downloaded, and with every cached target asked for; joined by key.
+
+def join(shard: PairShard) -> pa.Table:
+    """A shard's rows: kept by the filter, downloaded, and with every cached target asked for; joined by key.
+
+    Columns: key, uid, caption, nouns, entities; offset and size of the image in the tar, bytes; and by the name of each
+    target, where the row stands in its array.
 
     Raises:
         BadInput: a key is absent from one of the payloads, or their uids differ.
     """
+    rows = _aligned(_usable(shard), kept(shard.filtered), shard.filtered)
+    for field, path in shard.cached.items():
+        table = _array_rows(path)
+        rows = _aligned(rows, table, path.parent)
+        rows = rows.append_column(field, index_in(rows["key"], value_set=table["key"].combine_chunks()))
+    rows = _aligned(rows, _successes(shard), shard.download)
+    index = index_tar(shard.tar)
+    offsets, sizes = zip(*(index[f"{key}.jpg"] for key in rows["key"].to_pylist()), strict=True)
+    for name, values in (("offset", offsets), ("size", sizes)):
+        rows = rows.append_column(name, pa.array(values, pa.int64()))
+    return rows.select([*COLUMNS, "offset", "size", *shard.cached]).combine_chunks()
 
-    def __init__(self, shard: PairShard) -> None:
-        self._path = shard.download / f"{shard.name}.tar"
-        self._index = index_tar(self._path)
-        rows = _aligned(_usable(shard), kept(shard.filtered), shard.filtered)
+
+class Table:
+    """One shard's rows, `joined`, with its cached targets open."""
+
+    def __init__(self, shard: PairShard, joined: pa.Table) -> None:
+        self._tar, self._rows = shard.tar, joined
         readers = {"views": map_vectors}
         self._arrays: dict[str, Any] = {
             field: readers.get(field, open_array)(path) for field, path in shard.cached.items()
         }
-        # Where each row stands in each array.
-        self._places: dict[str, ndarray] = {}
-        for field, path in shard.cached.items():
-            table = _array_rows(path)
-            rows = _aligned(rows, table, path.parent)
-            self._places[field] = index_in(rows["key"], value_set=table["key"].combine_chunks()).to_numpy()
-        self._rows = _aligned(rows, _successes(shard), shard.download)
 
     def slice(self, start: int, rows: int) -> "Rows":
         """Neighbouring rows, with their cached targets in memory."""
         part = self._rows.slice(start, rows)
-        targets = {field: self._read(field, start, rows) for field in self._arrays}
-        # A shard of these rows only: blocks outlive the table, and an index has three entries for every row of it.
-        index = {f"{key}.jpg": self._index[f"{key}.jpg"] for key in part["key"].to_pylist()}
-        shard = Shard(self._path, part, index)
-        columns = {name: part[name].to_pylist() for name in ("key", "uid", "caption", "nouns", "entities")}
-        return Rows(shard, columns, targets)
+        targets = {field: self._read(field, part[field].to_numpy()) for field in self._arrays}
+        places = list(zip(part["offset"].to_pylist(), part["size"].to_pylist(), strict=True))
+        return Rows(self._tar, places, {name: part[name].to_pylist() for name in COLUMNS}, targets)
 
-    def _read(self, field: str, start: int, rows: int) -> ndarray:
-        places = self._places[field][start : start + rows]
+    def _read(self, field: str, places: ndarray) -> ndarray:
         first = int(places.min())
         return np.asarray(self._arrays[field][first : int(places.max()) + 1])[places - first]
 
@@ -175,27 +208,45 @@ def _aligned(rows: pa.Table, other: pa.Table, folder: Path) -> pa.Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A block in memory, all but the pixels."""
+class Stored:
+    """A sample as it lies: `place` (offset, bytes) in the tar instead of its image. Small, and pickles."""
 
-    shard: Shard
+    tar: Path
+    key: str
+    place: tuple[int, int]
+    uid: str
+    caption: str
+    nouns: list[str]
+    entities: list[int]
+    targets: dict[str, ndarray]
+
+    def __str__(self) -> str:
+        return f"sample {self.uid} ({self.tar}:{self.key}.jpg)"
+
+    def sample(self) -> Sample:
+        """The sample with its image decoded. Raises BadInput when that fails."""
+        data = read_member(self.tar, self.place, f"{self.key}.jpg")
+        return Sample(
+            uid=self.uid,
+            captions=self.caption.splitlines() or [""],
+            nouns=self.nouns,
+            entities=self.entities,
+            image=open_rgb(data, f"{self.tar}:{self.key}.jpg"),
+            **self.targets,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A block in memory, all but the pixels. `places`: of the images in the tar."""
+
+    tar: Path
+    places: list[tuple[int, int]]
     columns: dict[str, list]
     targets: dict[str, ndarray]
 
-    @property
-    def uids(self) -> list[str]:
-        """Stable sample names."""
-        return self.columns["uid"]
-
-    def sample(self, row: int) -> Sample:
-        """The row with its image decoded. Raises BadInput when that fails."""
+    def row(self, row: int) -> Stored:
+        """One of its rows."""
         values = {name: column[row] for name, column in self.columns.items()}
-        key = values["key"]
-        return Sample(
-            uid=values["uid"],
-            captions=values["caption"].splitlines() or [""],
-            nouns=values["nouns"],
-            entities=values["entities"],
-            image=decode_rgb(self.shard.image_bytes(key), f"{self.shard.path}:{key}.jpg"),
-            **{field: array[row] for field, array in self.targets.items()},
-        )
+        targets = {field: array[row] for field, array in self.targets.items()}
+        return Stored(tar=self.tar, place=self.places[row], targets=targets, **values)

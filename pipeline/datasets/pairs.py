@@ -2,21 +2,25 @@
 
 Order: the kept rows are cut into blocks of neighbouring rows; an epoch permutes the blocks, opens a window of them at a
 time and permutes the rows of the window. So reads stay local and memory holds two windows of captions and masks plus a
-few shards' tables, however many shards there are. The order, the caption drawn and the augmentation depend on
-(seed, epoch, row) only: not on threads, and a run may start at any sample.
+few shards' tables, however many shards there are; the other tables lie in the temporary folder, in a file without a
+name. The order, the caption drawn and the augmentation depend on (seed, epoch, row) only: not on threads or worker
+processes, and a run may start at any sample.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any
+from tempfile import TemporaryFile
+from typing import Annotated
 
 import numpy as np
 from numpy import ndarray
 
 from pipeline.artifacts.files import BadInput
 from pipeline.datasets.joined import PairShard, Rows, Sample, Tables, captions, count_rows
+from pipeline.datasets.preparing import Collate, Made, Preparation, Prepare, Visit, working
 from pipeline.params import Range
 from pipeline.training import Loaded
 
@@ -26,14 +30,11 @@ __all__ = ["PairLoader", "PairShard", "Sample", "Shuffle", "captions"]
 OPEN_SHARDS = 8
 # Batches ready for the training step beside those that the threads work on.
 SPARE_BATCHES = 2
-# Salts of the random streams that one seed feeds.
-_BLOCKS, _ROWS, _SAMPLE = 0, 1, 2
+# Salts of the random streams that one seed feeds; `preparing` has a third.
+_BLOCKS, _ROWS = 0, 1
 
-
-# A sample and its own generator to what `Collate` takes; runs in threads.
-Prepare = Callable[[Sample, np.random.Generator], Any]
-# Prepared samples and their uids to a batch (`to(device)`, `uids`).
-Collate = Callable[[list[Any], list[str]], Any]
+# Has a block read.
+Read = Callable[["_Block"], Future[Rows]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,19 +65,25 @@ class PairLoader:
         seed: int,
         shuffle: Shuffle,
         threads: int,
+        workers: int = 0,
         prepare: Prepare,
         collate: Collate,
     ) -> None:
-        """Counts the rows of every shard. `threads` decode ahead of the training step; with 0 nothing is read ahead.
+        """Counts the rows of every shard.
+
+        Args:
+            threads: they make batches ahead of the training step; with 0 nothing is read ahead.
+            workers: processes that do so instead of threads, which Python lets do most of their work one at a time; 0
+                for threads. `prepare` and `collate` must pickle.
 
         Raises:
             BadInput: no usable row, or a payload that does not fit the others.
         """
         self._shards = list(shards)
-        self._batch_size, self._seed, self._shuffle, self._threads = batch_size, seed, shuffle, threads
-        self._prepare, self._collate = prepare, collate
+        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
+        self._threads, self._workers = threads, workers
+        self._preparation = Preparation(prepare, collate, seed)
         self._blocks = _cut(self._shards, shuffle.block_rows)
-        self._tables = Tables(OPEN_SHARDS)
         if not self._blocks:
             raise BadInput(shards[0].filtered if shards else "shards", "no kept row to train on", "Check the filter")
 
@@ -86,36 +93,47 @@ class PairLoader:
         return self._blocks[-1].first + self._blocks[-1].rows
 
     def batches(self, position: int) -> Iterator[Loaded]:
-        """Batches of `batch_size` samples from the `position`-th drawn sample on."""
-        ahead = self._threads and self._threads + SPARE_BATCHES
-        with ThreadPoolExecutor(1, "blocks") as reader, ThreadPoolExecutor(max(self._threads, 1), "pairs") as pool:
-            plan = self._plan(reader, position)
-            pending: deque[Future[Loaded]] = deque()
-            try:
-                while True:
-                    while len(pending) < ahead:
-                        pending.append(pool.submit(self._load, *next(plan)))
-                    yield pending.popleft().result() if pending else self._load(*next(plan))
-            finally:
-                pool.shutdown(cancel_futures=True)
-                reader.shutdown(cancel_futures=True)
+        """Batches of `batch_size` samples from the `position`-th drawn sample on.
 
-    def _plan(self, reader: ThreadPoolExecutor, position: int) -> Iterator[tuple[list["_Draw"], int]]:
+        Raises:
+            SampleFailed, BadInput: see `Preparation` and `Workers`.
+        """
+        threads = self._workers or self._threads
+        ahead = threads and threads + SPARE_BATCHES
+        with ExitStack() as open_:
+            tables = Tables(OPEN_SHARDS, open_.enter_context(TemporaryFile()))
+            reader = open_.enter_context(ThreadPoolExecutor(1, "blocks"))
+            pool = open_.enter_context(ThreadPoolExecutor(max(threads, 1), "pairs"))
+            plan = self._plan(lambda block: reader.submit(self._read_block, tables, block), position)
+            pending: deque[Future[Loaded]] = deque()
+            make: Callable[[list[Visit]], Made] = self._preparation
+            if self._workers:
+                pending.append(Future())
+                pending[0].set_result(first := _load(make, *next(plan)))
+                make = open_.enter_context(working(self._workers, self._preparation, ahead, like=first.batch))
+            open_.callback(reader.shutdown, wait=False, cancel_futures=True)
+            open_.callback(pool.shutdown, wait=False, cancel_futures=True)
+            while True:
+                while len(pending) < ahead:
+                    pending.append(pool.submit(_load, make, *next(plan)))
+                yield pending.popleft().result() if pending else _load(make, *next(plan))
+
+    def _plan(self, read: Read, position: int) -> Iterator[tuple[list["_Draw"], int]]:
         """Batches as rows of blocks, with the position after each. No pixel is read here."""
         draws: list[_Draw] = []
-        for draw in self._draws(reader, position):
+        for draw in self._draws(read, position):
             draws.append(draw)
             if len(draws) == self._batch_size:
                 position += len(draws)
                 yield draws, position
                 draws = []
 
-    def _draws(self, reader: ThreadPoolExecutor, position: int) -> Iterator["_Draw"]:
+    def _draws(self, read: Read, position: int) -> Iterator["_Draw"]:
         """Rows in order. The blocks of the next window are read while this one is used."""
         windows = self._windows(position)
-        following = self._open(reader, *next(windows))
+        following = self._open(read, *next(windows))
         while True:
-            current, following = following, self._open(reader, *next(windows))
+            current, following = following, self._open(read, *next(windows))
             yield from current
 
     def _windows(self, position: int) -> Iterator[tuple[int, list["_Block"], ndarray, int]]:
@@ -133,35 +151,19 @@ class PairLoader:
                 skip = max(skip - rows, 0)
             epoch += 1
 
-    def _open(
-        self, reader: ThreadPoolExecutor, epoch: int, blocks: list["_Block"], order: ndarray, skip: int
-    ) -> list["_Draw"]:
-        read = [reader.submit(self._read_block, block) for block in blocks]
+    def _open(self, read: Read, epoch: int, blocks: list["_Block"], order: ndarray, skip: int) -> list["_Draw"]:
+        rows = [read(block) for block in blocks]
         places = [(i, row) for i, block in enumerate(blocks) for row in range(block.rows)]
         chosen = [places[i] for i in order[skip:]]
-        return [_Draw(epoch, blocks[i].first + row, read[i], row) for i, row in chosen]
+        return [_Draw(epoch, blocks[i].first + row, rows[i], row) for i, row in chosen]
 
-    def _read_block(self, block: "_Block") -> "Rows":
-        table = self._tables.get(self._shards[block.shard])
-        return table.slice(block.start, block.rows)
+    def _read_block(self, tables: Tables, block: "_Block") -> Rows:
+        return tables.get(self._shards[block.shard]).slice(block.start, block.rows)
 
-    def _load(self, draws: list["_Draw"], after: int) -> Loaded:
-        prepared, uids, failures = [], [], []
-        for draw in draws:
-            rows = draw.rows.result()
-            uid = rows.uids[draw.row]
-            try:
-                sample = rows.sample(draw.row)
-            except BadInput as error:
-                failures.append((uid, str(error)))
-                continue
-            rng = np.random.default_rng([self._seed, draw.epoch, _SAMPLE, draw.index])
-            prepared.append(self._prepare(sample, rng))
-            uids.append(uid)
-        if not prepared:
-            shard = draws[0].rows.result().shard
-            raise BadInput(shard.path, f"none of the {len(draws)} images of a batch decodes", "Verify the download")
-        return Loaded(self._collate(prepared, uids), after, failures)
+
+def _load(make: Callable[[list[Visit]], Made], draws: list["_Draw"], after: int) -> Loaded:
+    batch, failures = make([Visit(draw.rows.result().row(draw.row), draw.epoch, draw.index) for draw in draws])
+    return Loaded(batch, after, failures)
 
 
 @dataclass(frozen=True, slots=True)

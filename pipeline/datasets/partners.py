@@ -15,11 +15,11 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from jaxtyping import UInt8
 from numpy import ndarray
+from PIL import Image
 
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import decode_rgb, index_tar
+from pipeline.artifacts.shards import index_tar, open_rgb, read_member
 from pipeline.datasets.joined import PairShard, Sample
 from pipeline.text.index import EntityIndex
 from pipeline.text.verdicts import kept
@@ -34,12 +34,12 @@ class Partner:
     """The shared entity (class of the vocabulary), the picture, and where it stands: shard's position, kept row."""
 
     entity: int
-    image: UInt8[ndarray, "height width 3"]
+    image: Image.Image
     place: tuple[int, int]
 
 
 class Partners:
-    """Draws partners; one object serves all threads of a loader.
+    """Draws partners; one object serves all threads of a loader, and travels to a worker process without its tables.
 
     Raises:
         BadInput: the index is torn, or names a shard that is not among `shards`.
@@ -52,8 +52,12 @@ class Partners:
         if absent:
             raise BadInput(index, f"names shard {absent[0]}, which is not there", "Run `dvc repro filter`")
         self._shards = [by_name[name] for name in self.index.shards]
+        self._made_of = (shards, index)
         self._places: dict[int, ndarray] = {}
         self._locks = [Lock() for _ in self._shards]
+
+    def __reduce__(self) -> tuple[type, tuple[Sequence[PairShard], Path]]:
+        return type(self), self._made_of
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> Partner | None:
         """A partner, or None for a sample without an entity or when no drawn picture decodes."""
@@ -86,13 +90,11 @@ class Partners:
             shard, row = map(int, rows[number])
         return entity, shard, row
 
-    def _image(self, shard: int, row: int) -> UInt8[ndarray, "height width 3"]:
+    def _image(self, shard: int, row: int) -> Image.Image:
         place = self._table(shard)[row]
-        path = self._shards[shard].download / f"{self._shards[shard].name}.tar"
-        with path.open("rb", buffering=0) as tar:
-            tar.seek(int(place["offset"]))
-            data = tar.read(int(place["size"]))
-        return decode_rgb(data, f"{path}: partner row {row}")
+        path = self._shards[shard].tar
+        data = read_member(path, (int(place["offset"]), int(place["size"])), f"partner row {row}")
+        return open_rgb(data, f"{path}: partner row {row}")
 
     def _table(self, shard: int) -> ndarray:
         """Places of the shard's kept rows, read at the first use."""
@@ -104,7 +106,7 @@ class Partners:
 
 def _places(shard: PairShard) -> ndarray:
     rows = kept(shard.filtered, "key", "uid")
-    tar = index_tar(shard.download / f"{shard.name}.tar")
+    tar = index_tar(shard.tar)
     places = np.empty(rows.num_rows, _PLACE)
     for number, (key, uid) in enumerate(zip(rows["key"].to_pylist(), rows["uid"].to_pylist(), strict=True)):
         offset, size = tar[f"{key}.jpg"]

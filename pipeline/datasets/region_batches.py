@@ -11,8 +11,8 @@ from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from pipeline.datasets.batches import stack_pixels
 from pipeline.datasets.pairs import Sample
+from pipeline.datasets.pixels import Packed, stack_pixels
 from pipeline.datasets.transforms import ViewConfig, move_labels, render
 from pipeline.interfaces import on_device
 
@@ -61,16 +61,16 @@ class RegionTransform:
         if len(found) > self.max_nouns:
             found = [found[i] for i in np.sort(rng.choice(len(found), self.max_nouns, replace=False))]
         groups = move_labels(sample.groups, view, (self.grid, self.grid))
-        return Named(render(sample.image, view, self.views.image_size), groups, tuple(found))
+        return Named(np.asarray(render(sample.image, view, self.views.image_size)), groups, tuple(found))
 
 
-def collate(samples: list[Named], uids: list[str]) -> RegionBatch:
-    """Stack and normalise. Samples without a noun stay as pictures that no noun belongs to."""
+def collate(samples: list[Named], uids: list[str]) -> Packed[RegionBatch]:
+    """Stack. Samples without a noun stay as pictures that no noun belongs to."""
     counts = torch.tensor([len(sample.nouns) for sample in samples])
-    return RegionBatch(
-        pixels=stack_pixels([sample.pixels for sample in samples]),
-        groups=torch.from_numpy(np.stack([sample.groups for sample in samples])).long(),
-        nouns=[noun for sample in samples for noun in sample.nouns],
-        owner=torch.arange(len(samples)).repeat_interleave(counts),
-        uids=uids,
-    )
+    others = {
+        "groups": torch.from_numpy(np.stack([sample.groups for sample in samples])).long(),
+        "nouns": [noun for sample in samples for noun in sample.nouns],
+        "owner": torch.arange(len(samples)).repeat_interleave(counts),
+        "uids": uids,
+    }
+    return Packed(RegionBatch, {"pixels": stack_pixels([sample.pixels for sample in samples])}, others)

@@ -19,8 +19,8 @@ from PIL import Image
 from pipeline.artifacts.files import BadInput, read_json
 from pipeline.artifacts.vectors import map_vectors
 from pipeline.caching.teacher import ARRAY, VIEWS, boxes, describe
-from pipeline.datasets.batches import stack_pixels
 from pipeline.datasets.pairs import PairShard, Sample
+from pipeline.datasets.pixels import Packed, stack_pixels
 from pipeline.interfaces import TrainBatch
 
 REMEDY = "Run `dvc repro teacher`"
@@ -47,23 +47,22 @@ class SquareTransform:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Square:
         if sample.views is None:
             raise ValueError(f"{sample.uid} has no views")
-        height, width, _ = sample.image.shape
-        shown = Image.fromarray(sample.image).crop(boxes(height, width, (1,))[0])
+        shown = sample.image.crop(boxes(sample.image.height, sample.image.width, (1,))[0])
         if shown.size != (self.image_size, self.image_size):
             shown = shown.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return Square(np.asarray(shown), sample.views[list(self.chosen)].astype(np.float32))
 
 
-def collate(squares: list[Square], uids: list[str]) -> TrainBatch:
-    """Stack and normalise; there are no texts."""
-    return TrainBatch(
-        pixels=stack_pixels([square.pixels for square in squares]),
-        captions=[""] * len(squares),
-        token_ids=torch.zeros(len(squares), 0, dtype=torch.int64),
-        regions=None,
-        uids=uids,
-        views=torch.from_numpy(np.stack([square.views for square in squares])),
-    )
+def collate(squares: list[Square], uids: list[str]) -> Packed[TrainBatch]:
+    """Stack; there are no texts."""
+    others = {
+        "captions": [""] * len(squares),
+        "token_ids": torch.zeros(len(squares), 0, dtype=torch.int64),
+        "regions": None,
+        "uids": uids,
+        "views": torch.from_numpy(np.stack([square.views for square in squares])),
+    }
+    return Packed(TrainBatch, {"pixels": stack_pixels([square.pixels for square in squares])}, others)
 
 
 def choose_views(shards: Sequence[PairShard], scales: tuple[int, ...], embed_dim: int) -> tuple[int, ...]:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
 from numpy import ndarray
+from PIL import Image
+from torch import Tensor
 
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE
 from pipeline.params import Range
@@ -36,12 +39,12 @@ class ViewConfig:
     crop_ratio: tuple[float, float]
     flip_chance: Annotated[float, Range(0, 1)]
 
-    def draw(self, image: UInt8[ndarray, "height width 3"], rng: np.random.Generator) -> "View":
+    def draw(self, image: Image.Image, rng: np.random.Generator) -> "View":
         """A random view of the image."""
         return random_view(
             rng,
-            height=image.shape[0],
-            width=image.shape[1],
+            height=image.height,
+            width=image.width,
             scale=self.crop_scale,
             ratio=self.crop_ratio,
             flip_chance=self.flip_chance,
@@ -96,15 +99,13 @@ def _largest_centred(height: int, width: int, ratio: tuple[float, float], flip: 
     return View(left / width, top / height, crop_w / width, crop_h / height, flip)
 
 
-def render(image: UInt8[ndarray, "height width 3"], view: View, side: int) -> UInt8[ndarray, "side side 3"]:
+def render(image: Image.Image, view: View, side: int) -> Image.Image:
     """The view's pixels (whole pixels), resized to a square of `side` (bilinear, antialiased, aspect squashed)."""
-    from PIL import Image
-
-    height, width = image.shape[:2]
-    left, top = round(view.left * width), round(view.top * height)
-    crop = image[top : top + round(view.height * height), left : left + round(view.width * width)]
-    shown = np.asarray(Image.fromarray(crop).resize((side, side), Image.Resampling.BILINEAR))
-    return shown[:, ::-1] if view.flip else shown
+    left, top = round(view.left * image.width), round(view.top * image.height)
+    box = (left, top, left + round(view.width * image.width), top + round(view.height * image.height))
+    # Not `resize(box=...)`, which lets pixels from outside of the box into its border.
+    shown = image.crop(box).resize((side, side), Image.Resampling.BILINEAR)
+    return shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else shown
 
 
 def move_labels(
@@ -125,8 +126,13 @@ def move_labels(
     return np.where(inside, moved, np.uint8(OUTSIDE))
 
 
-def normalise(images: UInt8[ndarray, "batch side side 3"]) -> Float[ndarray, "batch side side 3"]:
-    """uint8 RGB to float32, ImageNet mean and standard deviation."""
+def normalise(images: UInt8[Tensor, "batch side side 3"]) -> Float[Tensor, "batch side side 3"]:
+    """uint8 RGB to float32, ImageNet mean and standard deviation; two operations, rounded alike on every device."""
     std = np.asarray(IMAGENET_STD, np.float32)
-    scaled = images * (np.float32(1 / 255) / std)
-    return np.subtract(scaled, np.asarray(IMAGENET_MEAN, np.float32) / std, out=scaled)
+    # Repeated to the length of a row: broadcast over three values, the loops over them would be three long.
+    scale, shift = (
+        torch.from_numpy(np.tile(values, images.shape[2])).to(images.device)
+        for values in (np.float32(1 / 255) / std, np.asarray(IMAGENET_MEAN, np.float32) / std)
+    )
+    rows = images.flatten(2).float()
+    return rows.mul_(scale).sub_(shift).view(images.shape)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from numpy import ndarray
+from PIL import Image
 from torch import Tensor
 
 from pipeline.datasets.pairs import Sample
@@ -101,18 +102,17 @@ class MultiCrop:
         colours[:, 2] *= rng.random(views) >= settings.gray_chance
         side = settings.local_size
         return Crops(
-            np.stack([render(sample.image, view, settings.global_size) for view in large]),
-            np.stack([render(sample.image, view, side) for view in small])
+            np.stack([np.asarray(render(sample.image, view, settings.global_size)) for view in large]),
+            np.stack([np.asarray(render(sample.image, view, side)) for view in small])
             if small
             else np.zeros((0, side, side, 3), np.uint8),
             colours.astype(np.float32),
             shared_points(large[0], large[1], settings.num_points, rng),
         )
 
-    def _view(self, image: ndarray, scale: tuple[float, float], rng: np.random.Generator) -> View:
-        height, width = image.shape[:2]
+    def _view(self, image: Image.Image, scale: tuple[float, float], rng: np.random.Generator) -> View:
         return random_view(
-            rng, height=height, width=width, scale=scale, ratio=ASPECT, flip_chance=self.config.flip_chance
+            rng, height=image.height, width=image.width, scale=scale, ratio=ASPECT, flip_chance=self.config.flip_chance
         )
 
 

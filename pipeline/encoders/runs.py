@@ -34,6 +34,7 @@ def train_dino(
         seed=config.optimisation.seed,
         shuffle=config.shuffle,
         threads=machine.threads,
+        workers=machine.loaders,
         prepare=MultiCrop(config.crops),
         collate=collate_crops,
     )
@@ -74,6 +75,7 @@ def train_clip(
         seed=config.optimisation.seed,
         shuffle=config.shuffle,
         threads=machine.threads,
+        workers=machine.loaders,
         prepare=PairTransform(views=config.views, num_prompts=config.num_prompts, templates=templates),
         collate=PairCollate(tokenise),
     )

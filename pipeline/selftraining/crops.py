@@ -14,9 +14,9 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from pipeline.datasets.batches import stack_pixels
+from pipeline.datasets.pixels import Packed, stack_pixels
 from pipeline.inference import Geometry
-from pipeline.interfaces import IMAGENET_MEAN, on_device
+from pipeline.interfaces import IMAGENET_MEAN
 from pipeline.selftraining.config import CropConfig
 from pipeline.training import Loaded
 
@@ -34,10 +34,6 @@ class LabelledBatch:
     pixels: Float[Tensor, "batch 3 side side"]
     labels: UInt8[Tensor, "batch side side"]
     uids: list[str]
-
-    def to(self, device: torch.device | str) -> "LabelledBatch":
-        """The same batch on `device`."""
-        return on_device(self, device)
 
 
 def random_crop(
@@ -121,4 +117,5 @@ class CropLoader:
             pairs.append(random_crop(*self._read(self._ids[index]), self._crops, self._geometry, rng))
         labels = torch.from_numpy(np.stack([moved for _, moved in pairs]))
         uids = [self._ids[index] for _, index in drawn]
-        return Loaded(LabelledBatch(stack_pixels([pixels for pixels, _ in pairs]), labels, uids), after)
+        pixels = stack_pixels([pixels for pixels, _ in pairs])
+        return Loaded(Packed(LabelledBatch, {"pixels": pixels}, {"labels": labels, "uids": uids}), after)

@@ -10,6 +10,7 @@ Source: GroupViT card section 6; CLIP (open_clip's SimpleTokenizer).
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -27,6 +28,13 @@ CACHED_WORDS = 200_000
 @lru_cache(maxsize=1)
 def _simple_tokenizer() -> Any:
     return wheel.module("open_clip", "tokenizer").SimpleTokenizer()
+
+
+def _clean(text: str) -> str:
+    """As open_clip cleans a text. Most captions have nothing that its repairs (ftfy, entities) act on."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split()).lower()
+    return _simple_tokenizer().clean_fn(text)
 
 
 class BytePairTokenizer:
@@ -73,7 +81,7 @@ class BytePairTokenizer:
         base = _simple_tokenizer()
         text = text[: CHARACTERS_PER_TOKEN * self.context_length].encode("utf-8", "replace").decode("utf-8")
         ids: list[int] = []
-        for word in base.pat.findall(base.clean_fn(text)):
+        for word in base.pat.findall(_clean(text)):
             ids += self._word(word)
         return ids
 
@@ -83,11 +91,11 @@ class BytePairTokenizer:
 
     def __call__(self, texts: list[str]) -> Int64[Tensor, "batch length"]:
         """Rows of SOT, pieces, EOT, zeros; int64."""
-        rows = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
-        for row, text in enumerate(texts):
+        rows = np.zeros((len(texts), self.context_length), np.int64)
+        for row, text in zip(rows, texts, strict=True):
             ids = [self.sot, *self.encode(text)[: self.context_length - 2], self.eot]
-            rows[row, : len(ids)] = torch.tensor(ids)
-        return rows
+            row[: len(ids)] = ids
+        return torch.from_numpy(rows)
 
 
 def eot_positions(ids: Int64[Tensor, "batch length"]) -> Int64[Tensor, " batch"]:

@@ -20,6 +20,7 @@ def module(package: str, name: str) -> ModuleType:
     """The module `package/name.py`, executed on its own.
 
     `import open_clip` takes seconds (timm, transformers); its tokenizer and its prompt templates need neither.
+    `name` may have folders before it, with slashes.
     Raises ModuleNotFoundError when the package is not installed or has no such file.
     """
     path = folder(package) / f"{name}.py"
