@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,7 +112,7 @@ def cluster(runner: str, machine: Machine) -> Iterator[str]:
             yield str(started.scheduler_address)
     else:
         os.environ.update(RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))  # for the head, and for those who ask it
-        with TemporaryDirectory(prefix="tessera-ray-") as folder:
+        with TemporaryDirectory(prefix="tessera-ray-", ignore_cleanup_errors=True) as folder:
             head, address = _ray_head(machine.workers, Path(folder))
             try:
                 yield address
@@ -158,10 +158,11 @@ def _await(server: subprocess.Popen, address: str, log: Path) -> None:
 
 
 def _stop(server: subprocess.Popen) -> None:
+    """End a process and then what is left of its group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if server.poll() is None:
             os.killpg(server.pid, number)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 server.wait(timeout=STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
