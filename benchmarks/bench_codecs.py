@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 from pipeline import machine
 from pipeline import params as params_of
+from pipeline.artifacts import quantiser
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.vectors import dequantise, map_vectors, quantise
 from pipeline.baselines import RegionOracle
@@ -88,6 +89,11 @@ def oracle_miou(project: Project, coded: Callable[[ndarray], ndarray], salt: str
     return None if found["oracle_majority"] is None else 100 * found["oracle_majority"]
 
 
+def points(percent: float | None) -> str:
+    """As it stands in the table."""
+    return "" if percent is None else f"{percent:.2f}"
+
+
 def main(root: Path | None = None) -> None:
     """Print the table, of the checkout in `root` or here; say so where no run has finished there."""
     root = root or Path.cwd()
@@ -105,31 +111,28 @@ def main(root: Path | None = None) -> None:
     print(line("cached", "store", "bytes/image", "cosine min", "mean", "agreement", "mIoU"))
     names = [str(number) for number in range(len(tokens))]
     whole = masks(tokens, names, config)
+    codebook = quantiser.train(tokens.reshape(-1, tokens.shape[-1])[: quantiser.TRAINING].astype(np.float32))
+
+    def pq(values: ndarray) -> ndarray:
+        return quantiser.decode(quantiser.encode(values, codebook), codebook)
+
+    def int8(values: ndarray) -> ndarray:
+        return dequantise(*quantise(values))
+
     for what, values in (("features", tokens), ("teacher", views)):
-        whole_bytes, scales = quantise(values)
-        read = dequantise(whole_bytes, scales)
-        found = cosines(values, read)
-        same = agreement(whole, masks(read, names, config), config.k) if what == "features" else None
-        size = whole_bytes[0].nbytes + scales[0].nbytes
-        scores = [_points(oracle_miou(project, coded)) if what == "features" else "" for coded in (_same, _int8)]
-        print(line(what, "float16", f"{values[0].nbytes:,}", "", "", "", scores[0]))
-        shown = "" if same is None else f"{same:.4f}"
-        print(line(what, "int8", f"{size:,}", f"{found.min():.5f}", f"{found.mean():.5f}", shown, scores[1]))
+        score = points(oracle_miou(project, lambda values: values)) if what == "features" else ""
+        print(line(what, "float16", f"{values[0].nbytes:,}", "", "", "", score))
+        sizes = {"int8": values[0].size + 4 * values[0, ..., 0].size, "pq": values[0].size // quantiser.DIMS}
+        for store, coded in (("int8", int8), ("pq", pq)) if what == "features" else (("int8", int8),):
+            read = coded(values)
+            found, same, score = cosines(values, read), "", ""
+            if what == "features":
+                same = f"{agreement(whole, masks(read, names, config), config.k):.4f}"
+                score = points(oracle_miou(project, coded))
+            print(line(what, store, f"{sizes[store]:,}", f"{found.min():.5f}", f"{found.mean():.5f}", same, score))
     other = masks(tokens, [f"again {name}" for name in names], config)
-    score = _points(oracle_miou(project, _same, "again "))
+    score = points(oracle_miou(project, lambda values: values, "again "))
     print(line("features", "again", "", "", "", f"{agreement(whole, other, config.k):.4f}", score))
-
-
-def _same(values: ndarray) -> ndarray:
-    return values
-
-
-def _int8(values: ndarray) -> ndarray:
-    return dequantise(*quantise(values))
-
-
-def _points(percent: float | None) -> str:
-    return "" if percent is None else f"{percent:.2f}"
 
 
 if __name__ == "__main__":
