@@ -93,13 +93,14 @@ def table(found: dict[str, Estimate], tflops: float, known: dict[str, tuple[int,
     files = f"{sum(one.files for one in every):,}"
     read, written = map(_bytes, sums)
     cores, gpus, clock = map(_hours, hours)
-    run = [_bytes(sum(size for size, _ in known.values())), _hours(sum(took for _, took in known.values()) / HOUR)]
-    rows.append(("total", "", "", read, written, files, cores, gpus, clock, *(run if known else ("", ""))))
-    heads, rows = (heads, rows) if known else (heads[:-2], [row[:-2] for row in rows])
-    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    wrote = _bytes(sum(size for size, _ in known.values()))
+    took = _hours(sum(seconds for _, seconds in known.values()) / HOUR)
+    rows.append(("total", "", "", read, written, files, cores, gpus, clock, wrote, took))
+    shown = [row if known else row[:-2] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return [
         "  ".join(f"{cell:{width}}" if not column else f"{cell:>{width}}" for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in (heads, *rows))
+        for pairs in (list(zip(row, widths, strict=True)) for row in shown)
     ]
 
 

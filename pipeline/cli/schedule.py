@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     """
     with found_server(project.logs / "prefect", os.environ) as address:
         from prefect.client.schemas.schedules import CronSchedule
-        from prefect.deployments.runner import EntrypointType
+        from prefect.types.entrypoint import EntrypointType
 
         from pipeline.scheduling import SCORES, reproduce  # Prefect reads its settings when it is imported
 
