@@ -19,6 +19,9 @@ from pipeline.machine import Machine
 from pipeline.runners import Item, Outcome, WorkerLost, limit_threads
 from pipeline.serving import cluster, require
 
+PATIENCE = (
+    "600"  # seconds for the server that Prefect starts for a flow; its own choice of 20 is short on a busy machine
+)
 # Exceptions by which Dask, Ray and Prefect tell that a worker went away with its task, by package and name.
 LOST = frozenset(
     {("distributed", name) for name in ("KilledWorker", "FutureCancelledError", "CommClosedError")}
@@ -34,6 +37,7 @@ def runner(name: str) -> Callable[[Callable[[Item], Any], Iterable[Item], Machin
         BadInput: its packages are not installed.
     """
     require(name)
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", PATIENCE)  # read when Prefect is imported
     return {"threads": run_threads, "dask": run_dask, "ray": run_ray}[name]
 
 
