@@ -12,8 +12,8 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 
 .PHONY: setup repro test lint format bench lock seeds ablations clean
 
-repro: setup  ## rebuild whatever is not up to date, then see reports/index.html; RUNNER=threads|dask: by Prefect
-	$(if $(filter threads dask,$(RUNNER)),tessera cluster $(RUNNER) --) dvc repro
+repro: setup  ## rebuild whatever is not up to date, then see reports/index.html; RUNNER=threads|dask|ray: by Prefect
+	$(if $(filter threads dask ray,$(RUNNER)),tessera cluster $(RUNNER) --) dvc repro
 	@echo "Report: $(CURDIR)/reports/index.html"
 
 test: setup  ## the whole test suite, a file at a time in each of two processes

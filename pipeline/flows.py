@@ -1,4 +1,4 @@
-"""Runners on Prefect: the shards of a stage as the task runs of one flow, on threads or Dask.
+"""Runners on Prefect: the shards of a stage as the task runs of one flow, on threads, Dask or Ray.
 
 The functions and the bytes are those of the other runners; Prefect decides where and when, and has a page about it.
 Its own retries and result cache stay off: the engine knows which error is worth another attempt, and the store knows
@@ -13,17 +13,19 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
-from pipeline.artifacts.files import BadInput
 from pipeline.machine import Machine
 from pipeline.runners import Item, Outcome, WorkerLost, limit_threads
+from pipeline.serving import cluster, require
 
-PACKAGES = {"threads": "prefect", "dask": "prefect_dask"}
-# Exceptions by which Dask and Prefect tell that a worker went away with its task, by package and name.
+PATIENCE = (
+    "600"  # seconds for the server that Prefect starts for a flow; its own choice of 20 is short on a busy machine
+)
+# Exceptions by which Dask, Ray and Prefect tell that a worker went away with its task, by package and name.
 LOST = frozenset(
     {("distributed", name) for name in ("KilledWorker", "FutureCancelledError", "CommClosedError")}
+    | {("ray", name) for name in ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")}
     | {("concurrent", "CancelledError"), ("asyncio", "CancelledError"), ("prefect", "CrashedRun")}
 )
 
@@ -34,10 +36,9 @@ def runner(name: str) -> Callable[[Callable[[Item], Any], Iterable[Item], Machin
     Raises:
         BadInput: its packages are not installed.
     """
-    if find_spec(PACKAGES[name]) is None:
-        remedy = 'Install them with `make setup GROUPS="dev cluster"`, or set runner to process'
-        raise BadInput("machine.yaml", f"runner {name} needs the packages of the cluster group", remedy)
-    return {"threads": run_threads, "dask": run_dask}[name]
+    require(name)
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", PATIENCE)  # read when Prefect is imported
+    return {"threads": run_threads, "dask": run_dask, "ray": run_ray}[name]
 
 
 def run_threads(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
@@ -51,22 +52,16 @@ def run_dask(work: Callable[[Item], Any], items: Iterable[Item], machine: Machin
     """Items on the Dask cluster at `machine.address`, or on a local one of `machine.workers` processes."""
     from prefect_dask import DaskTaskRunner  # type: ignore[import-not-found]  # of the cluster group
 
-    if machine.address:
-        task_runner = DaskTaskRunner(address=machine.address)
-    else:
-        task_runner = DaskTaskRunner(cluster_kwargs=dask_cluster(machine))
-    yield from _run(work, items, task_runner, _share(machine))
+    with cluster("dask", machine) as address:
+        yield from _run(work, items, DaskTaskRunner(address=address), _share(machine))
 
 
-def dask_cluster(machine: Machine) -> dict[str, Any]:
-    """Arguments of a local Dask cluster: one task at a time in each process, no page on the network."""
-    return {
-        "n_workers": machine.workers,
-        "threads_per_worker": 1,
-        "processes": True,
-        "dashboard_address": None,
-        "host": "127.0.0.1",
-    }
+def run_ray(work: Callable[[Item], Any], items: Iterable[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
+    """Items on the Ray cluster at `machine.address`, or on a local one of `machine.workers` processes."""
+    with cluster("ray", machine) as address:
+        from prefect_ray import RayTaskRunner  # type: ignore[import-not-found]  # reads the environment that is set now
+
+        yield from _run(work, items, RayTaskRunner(address, {"log_to_driver": False}), _share(machine))
 
 
 def _share(machine: Machine) -> int:

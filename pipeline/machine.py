@@ -21,8 +21,8 @@ class Machine:
     """Runner and resources.
 
     Attributes:
-        runner: `process` computes shards in worker processes, `inline` one after the other in this one; `threads`
-            and `dask` as the tasks of a Prefect flow (`pipeline.flows`; `dask` needs the cluster group).
+        runner: `process` computes shards in worker processes, `inline` one after the other in this one; `threads`,
+            `dask` and `ray` as the tasks of a Prefect flow (`pipeline.flows`; the last two need the cluster group).
         workers: worker processes or threads, and the size of a local cluster; beside a GPU, also the processes that
             make the batches of a training.
         device: torch device string, such as `cpu` or `cuda:0`.
@@ -30,12 +30,12 @@ class Machine:
             Sums are split among torch's threads, so another number rounds otherwise and weights trained with it differ
             in their last bits; hence the default does not grow with the machine.
         retries: further attempts at a shard that failed with an I/O error, a killed worker or too little memory.
-        address: of a Dask scheduler (`tcp://host:8786`); empty: a local cluster.
+        address: of a Dask scheduler (`tcp://host:8786`) or Ray head (`host:6379`, `auto`); empty: a local cluster.
         compile: methods train with the elementwise work of their transformer blocks fused (`torch.compile`): faster on
             a GPU after a minute, and rounded otherwise.
     """
 
-    runner: Literal["inline", "process", "threads", "dask"]
+    runner: Literal["inline", "process", "threads", "dask", "ray"]
     workers: Annotated[int, Range(1)]
     device: str
     threads: Annotated[int, Range(1)]

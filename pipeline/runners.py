@@ -1,7 +1,7 @@
 """Runners: where shard tasks run. Same function, same bytes, whichever runs them.
 
 A runner is a function `(work, items, machine) -> iterator of (item, outcome)`, where the outcome is what `work(item)`
-returned or the exception it raised. `threads` and `dask` are in `pipeline.flows`.
+returned or the exception it raised. `threads`, `dask` and `ray` are in `pipeline.flows`.
 """
 
 import multiprocessing

@@ -1,9 +1,10 @@
-"""What a whole run shares on this machine: one Prefect server, and one local Dask cluster.
+"""What a whole run shares on this machine: one Prefect server, and one local Dask or Ray cluster, all on loopback.
 
-Starting them costs 15 to 40 s each, so they are started once around all stages and stopped with the run.
+Starting them costs 7 to 40 s each, so they are started once around all stages and stopped with the run.
 """
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,12 +12,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pipeline.artifacts.files import BadInput
-from pipeline.flows import dask_cluster
 from pipeline.machine import Machine
 
 START_SECONDS = 600.0  # longest wait for the server; 2 s on an idle machine
@@ -28,6 +30,17 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_LEVEL": "WARNING",
 }
+PACKAGES = {"threads": "prefect", "dask": "prefect_dask", "ray": "prefect_ray"}
+RAY = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody is left to be served
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its processes listen on loopback, as they do on these
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # its own choice is 15
+}
+RAY_ATTEMPTS, RAY_STARTED = 3, "Ray runtime started."
+OBJECT_BYTES = 200 << 20  # of Ray's store; only tasks and what they raise pass through it
 
 
 @contextmanager
@@ -55,23 +68,75 @@ def prefect_server(home: Path, environ: Mapping[str, str]) -> Iterator[str]:
 
 
 @contextmanager
-def local_cluster(runner: str, machine: Machine) -> Iterator[str]:
-    """The address of a Dask cluster of `machine.workers` processes; empty for runners that need none.
+def found_server(home: Path, environ: MutableMapping[str, str]) -> Iterator[str]:
+    """The server that PREFECT_API_URL names, else one of its own (see `prefect_server`), which `environ` then names.
+
+    Prefect reads its settings when it is imported, which must come after this.
+    """
+    environ.update({name: value for name, value in QUIET.items() if name not in environ})
+    address = environ.get("PREFECT_API_URL")
+    with nullcontext(address) if address else prefect_server(home, environ) as found:
+        environ["PREFECT_API_URL"] = found
+        yield found
+
+
+def require(runner: str) -> None:
+    """Hold the runner's packages against what is installed.
 
     Raises:
-        BadInput: the packages are not installed.
+        BadInput: they are not.
     """
-    from pipeline import flows
+    if find_spec(PACKAGES[runner]) is None:
+        remedy = 'Install them with `make setup GROUPS="dev cluster"`, or set runner to process'
+        raise BadInput("machine.yaml", f"runner {runner} needs the packages of the cluster group", remedy)
 
-    if runner in flows.PACKAGES:
-        flows.runner(runner)
-    if runner == "dask":
+
+@contextmanager
+def cluster(runner: str, machine: Machine) -> Iterator[str]:
+    """The address of the cluster that the machine names, else of a local one of `machine.workers` processes.
+
+    Empty for threads, which need none.
+
+    Raises:
+        BadInput: the packages are not installed, or Ray did not start.
+    """
+    require(runner)
+    if machine.address or runner == "threads":
+        yield machine.address
+    elif runner == "dask":
         from distributed import LocalCluster  # type: ignore[import-not-found]  # of the cluster group
 
-        with LocalCluster(**dask_cluster(machine)) as cluster:
-            yield str(cluster.scheduler_address)
+        # one task at a time in each process, no page on the network
+        options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "host": LOOPBACK}
+        with LocalCluster(n_workers=machine.workers, **options) as started:
+            yield str(started.scheduler_address)
     else:
-        yield ""
+        os.environ.update(RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))  # for the head, and for those who ask it
+        with TemporaryDirectory(prefix="tessera-ray-", ignore_cleanup_errors=True) as folder:
+            head, address = _ray_head(machine.workers, Path(folder))
+            try:
+                yield address
+            finally:
+                _stop(head)
+
+
+def _ray_head(workers: int, folder: Path) -> tuple[subprocess.Popen, str]:
+    """Ray gives its node 30 s to start, of which a busy machine needs more; the next attempt finds its files read."""
+    log, said = folder / "log", ""
+    for _ in range(RAY_ATTEMPTS):
+        port = _free_port()
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+        command += [f"--node-ip-address={LOOPBACK}", f"--num-cpus={workers}", "--include-dashboard=false"]
+        command += ["--disable-usage-stats", f"--object-store-memory={OBJECT_BYTES}", f"--temp-dir={folder}"]
+        with log.open("wb") as file:
+            head = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        while head.poll() is None:
+            said = log.read_text(errors="replace")
+            if RAY_STARTED in said:
+                return head, f"{LOOPBACK}:{port}"
+            time.sleep(POLL_SECONDS)
+    last = " ".join(said.split())[-400:]
+    raise BadInput("ray", f"its node did not start in {RAY_ATTEMPTS} attempts (... {last})", "Try again, or use dask")
 
 
 def _free_port() -> int:
@@ -93,10 +158,11 @@ def _await(server: subprocess.Popen, address: str, log: Path) -> None:
 
 
 def _stop(server: subprocess.Popen) -> None:
+    """End a process and then what is left of its group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if server.poll() is None:
             os.killpg(server.pid, number)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 server.wait(timeout=STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)

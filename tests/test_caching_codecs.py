@@ -4,12 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from caching_project import CachingProject, TinyClip, TinyDino, encoded, picture
+from torch import nn
 
 from pipeline import engine
+from pipeline.artifacts import quantiser
 from pipeline.artifacts.arrays import map_array
-from pipeline.artifacts.files import BadInput, list_files
-from pipeline.artifacts.vectors import VectorWriter, dequantise, map_vectors, quantise, scales_path
+from pipeline.artifacts.files import BadInput, CorruptPayload, list_files
+from pipeline.artifacts.vectors import VectorWriter, codebook_path, dequantise, map_vectors, quantise, scales_path
 from pipeline.caching import codebook, features, pseudo_masks, teacher
 
 BAD = (5, 8)
@@ -72,6 +75,49 @@ def test_int8_has_the_same_bytes_for_any_batches_and_half_of_float16s(tmp_path, 
     np.testing.assert_array_equal(map_vectors(tmp_path / "c.zarr")[:], values.astype(np.float16))
 
 
+def written(path: Path, values: np.ndarray, step: int) -> list[bytes]:
+    with VectorWriter(path, values.shape[1:], "pq", chunk_rows=4) as writer:
+        for start in range(0, len(values), step):
+            writer.append(values[start : start + step])
+    return [(folder / name).read_bytes() for folder in (path, codebook_path(path)) for name in list_files(folder)]
+
+
+@pytest.mark.parametrize("training", [16, 16_384])
+def test_pq_has_the_same_bytes_for_any_batches_and_takes_the_nearest_level_of_each_part(
+    tmp_path, monkeypatch, training
+):
+    monkeypatch.setattr(quantiser, "TRAINING", training)  # learned in the middle of the rows, and at their end
+    values = np.random.default_rng(0).standard_normal((11, 5, 8)).astype(np.float32)
+    contents = [written(tmp_path / f"{step}.zarr", values, step) for step in (1, 3, 11)]
+    assert contents[0] == contents[1] == contents[2]
+    read, codebook = map_vectors(tmp_path / "3.zarr"), map_array(codebook_path(tmp_path / "3.zarr"))
+    assert (
+        map_array(tmp_path / "3.zarr").shape == (11, 5, 2)
+        and read.shape == (11, 5, 8)
+        and codebook.shape == (2, 256, 4)
+    )
+    for row, token, part in np.ndindex(11, 5, 2):
+        cut = slice(4 * part, 4 * part + 4)
+        nearest = min(codebook[part], key=lambda level: float(((level - values[row, token, cut]) ** 2).sum()))
+        np.testing.assert_array_equal(read[row : row + 1][0, token, cut], nearest.astype(np.float16))
+    np.testing.assert_array_equal(read[np.array([7, 2])], np.concatenate([read[7:8], read[2:3]]))
+
+
+def test_pq_refuses_what_it_would_hide_and_knows_an_array_of_no_rows(tmp_path):
+    assert written(tmp_path / "none.zarr", np.zeros((0, 5, 8), np.float32), 1)
+    assert len(map_vectors(tmp_path / "none.zarr")) == 0
+    with pytest.raises(CorruptPayload, match="not finite"):
+        written(tmp_path / "nan.zarr", np.full((3, 5, 8), np.nan, np.float32), 1)
+    with pytest.raises(ValueError, match="parts of 4"):
+        written(tmp_path / "six.zarr", np.ones((3, 5, 6), np.float32), 1)
+    for name, dim in (("a", 8), ("b", 16)):
+        written(tmp_path / f"{name}.zarr", np.ones((3, 5, dim), np.float32), 1)
+    codebook_path(tmp_path / "a.zarr").rename(tmp_path / "gone")
+    codebook_path(tmp_path / "b.zarr").rename(codebook_path(tmp_path / "a.zarr"))
+    with pytest.raises(BadInput, match=r"codebook of \(4, 256, 4\) for codes of \(3, 5, 2\)"):
+        map_vectors(tmp_path / "a.zarr")
+
+
 def test_scales_that_do_not_fit_are_refused(tmp_path):
     for name, tokens in (("a", 5), ("b", 6)):
         with VectorWriter(tmp_path / f"{name}.zarr", (tokens, 8), "int8", chunk_rows=4) as writer:
@@ -98,6 +144,31 @@ def test_features_in_int8_point_where_those_in_float16_do(made):
         arrays.append(map_vectors(project.inputs("features")[0][1] / "features.zarr")[:])
     assert cosines(*arrays).min() > 0.999
     assert (arrays[0] != arrays[1]).any()
+
+
+class WideDino(TinyDino):
+    """Vectors that can be cut into parts."""
+
+    embed_dim = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Conv2d(3, 8, self.patch_size, self.patch_size).requires_grad_(False)
+
+
+def test_masks_can_be_made_of_features_in_codes(made, monkeypatch):
+    with pytest.raises(engine.StageFailed, match="vectors of 6 values.*Set features.store to int8"):
+        engine.run(features.STAGE, made.project(features={"store": "pq"}))
+    monkeypatch.setattr(features, "_encoder", lambda folder, digest, device: WideDino())
+    arrays = []
+    for store in ("float16", "pq"):
+        project = made.project(features={"store": store})
+        engine.run(features.STAGE, project)
+        arrays.append(map_vectors(project.inputs("features")[0][1] / "features.zarr")[:])
+    assert cosines(*arrays).mean() > 0.95
+    engine.run(pseudo_masks.STAGE, project)
+    assert project.manifest("pseudo_masks").totals["rows"] == 12
 
 
 def test_teacher_views_in_int8_point_where_those_in_float16_do(made):

@@ -1,4 +1,4 @@
-"""Runners on Prefect: real threads and Dask write what `inline` writes, and a worker that is killed loses nothing."""
+"""Runners on Prefect: real Dask and Ray here write what `inline` writes, and a worker that is killed loses nothing."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from pipeline import flows, serving
 from pipeline.artifacts.files import BadInput
 from pipeline.engine import StageFailed, run
 
-# Dask's own, of Python 3.11 and of sockets they leave to the garbage collector.
+# Dask's and Ray's own, of Python 3.11 and of sockets they leave to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 def installed(runner: str):
-    absent = find_spec(flows.PACKAGES[runner]) is None
+    absent = find_spec(serving.PACKAGES[runner]) is None
     return pytest.param(
         runner, marks=pytest.mark.skipif(absent, reason=f"{runner}: not installed: make setup GROUPS='dev cluster'")
     )
 
 
-RUNNERS = [installed(runner) for runner in ("threads", "dask")]
+RUNNERS = [installed(runner) for runner in ("threads", "dask", "ray")]
 CLUSTERS = RUNNERS[1:]
 
 
@@ -52,8 +52,7 @@ def addresses(server) -> Iterator[dict[str, str]]:
 
     class Started(dict):
         def __missing__(self, runner: str) -> str:
-            machine = toy_stage.MACHINE
-            self[runner] = "" if runner == "threads" else stack.enter_context(serving.local_cluster(runner, machine))
+            self[runner] = stack.enter_context(serving.cluster(runner, toy_stage.MACHINE))
             return self[runner]
 
     with ExitStack() as stack:
@@ -105,6 +104,6 @@ def test_the_server_has_a_run_for_every_shard(tmp_path, addresses, server):
 
 
 def test_a_runner_whose_packages_are_absent_says_how_to_get_them(monkeypatch):
-    monkeypatch.setattr(flows, "find_spec", lambda name: None)
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match='GROUPS="dev cluster"'):
         flows.runner("dask")

@@ -12,15 +12,21 @@ from pipeline.artifacts.files import BadInput
 from pipeline.cli import plan
 from pipeline.cli.profile import write
 from pipeline.engine import run
+from pipeline.evaluation.stage import evaluate_all
 from pipeline.machine import Machine
 from pipeline.planning import amounts, disk, record
-from pipeline.planning.estimate import Estimate, estimates
+from pipeline.planning.estimate import Estimate, by_workers, estimates
 from pipeline.planning.rehearsal import Rehearsal
 from pipeline.planning.samples import Measured, Sample, by_kind
+from pipeline.planning.taken import taken
 from pipeline.project import Project
+from stages.selftrain import selftrain
 
 REPO = Path(__file__).resolve().parent.parent
 MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
+
+
+CANDIDATES = ["baseline:constant", "baseline:oracle", "baseline:clip_patches", "selftrained:baseline:clip_patches"]
 
 
 def project(root: Path, profile: str, *settings: str) -> Project:
@@ -42,6 +48,20 @@ def test_a_line_goes_through_the_largest_and_the_start_is_paid_once():
     assert Measured((sample(4, 9.0), sample(4, 2.0))).line("seconds").per_row == 0.5
     falling = Measured((sample(4, 9.0), sample(4, 3.0), sample(64, 2.0))).line("seconds")
     assert (falling.each, falling.per_row) == (3.0, 0.0), "noise makes no image cost less than nothing"
+
+
+@pytest.mark.parametrize(
+    ("runner", "device", "shards", "expected"),
+    [
+        ("inline", "cpu", 8, 100.0),
+        ("process", "cpu", 8, 40.0),  # the cores are the limit
+        ("process", "cpu", 2, 50.0),  # two of four workers have nothing to do
+        ("process", "cuda", 8, 100.0),  # which all workers share
+    ],
+)
+def test_shards_take_as_long_as_workers_and_cores_need(runner, device, shards, expected):
+    shared = Machine(runner=runner, workers=4, device=device, threads=1, retries=0)
+    assert by_workers(100.0, 160.0, shards, shared) == expected
 
 
 def test_files_are_counted_by_suffix_and_array():
@@ -72,10 +92,12 @@ def test_a_mix_adds_its_lists_and_an_unknown_list_is_an_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> tuple[Project, Rehearsal]:
-    """Scenes with untrained towers and no method; the parameters ask for 3 shards of 80."""
-    settings = ("scenes.num_train=240", "scenes.rows_per_shard=80", "scenes.num_tune=4", "scenes.num_val=4")
+    """Scenes with untrained towers, no method and one student; the parameters ask for 3 shards of 80."""
+    settings = ("scenes.num_train=240", "scenes.rows_per_shard=80", "scenes.num_tune=6", "scenes.num_val=8")
     chosen = project(tmp_path_factory.mktemp("plan") / "checkout", "tiny", *settings)
     chosen.params["train"] = {}
+    chosen.params["selftrain"]["teachers"] = ["baseline:clip_patches"]
+    chosen.params["evaluate"]["models"] = CANDIDATES
     return chosen, Rehearsal(chosen, chosen.root / "logs" / "rehearsal", 60.0).all()
 
 
@@ -94,6 +116,28 @@ def test_the_rehearsal_says_within_20_percent_what_a_run_then_writes(rehearsed):
         folders = [chosen.store.folder(name, row.key) for row in manifest.rows]
         files = sum(path.is_file() for folder in folders for path in folder.rglob("*"))
         assert estimate.files == pytest.approx(files, rel=0.2), name
+    selftrain(chosen)
+    labelled = list((chosen.root / "data/checkpoints").glob("selftrain-*-labels/*/*"))
+    labels = found["labels.baseline-clip_patches.scenes"]
+    assert labels.images == 6 and labels.files == len(labelled) == 7
+    assert labels.written == pytest.approx(sum(file.stat().st_size for file in labelled), rel=0.2)
+    assert found["selftrain.baseline-clip_patches.scenes"].images == 64
+    evaluate_all(chosen)
+    written = [
+        *(chosen.root / "data/checkpoints/evaluate").rglob("*.*"),
+        *(chosen.root / "reports/metrics").rglob("*.*"),
+    ]
+    written = [path for path in (*written, *(chosen.root / "reports/figures").rglob("*.*")) if path.is_file()]
+    scored = found["evaluate.scenes"]
+    assert scored.images == 8 * len(CANDIDATES) and scored.files == len(written)
+    assert scored.written == pytest.approx(sum(file.stat().st_size for file in written), rel=0.2)
+    known = taken(chosen, found)
+    assert known.keys() == {*chain.SHARD_STAGES, "selftrain.baseline-clip_patches.scenes", "evaluate.scenes"}
+    assert known["features"][0] == chosen.manifest("features").totals["bytes"]
+    assert known["evaluate.scenes"][0] == sum(file.stat().st_size for file in written)
+    assert all(seconds > 0 for _, seconds in known.values())
+    run(chain.shard_stage("features"), chosen)
+    assert taken(chosen, found) == known, "a run that had nothing to do says nothing"
     assert found["features"].flops > 100 * found["features"].images
     assert all(estimate.seconds > 0 and estimate.core_seconds > 0 for estimate in found.values())
     assert found["encoders.dino"].images == 64 and found["encoders.dino"].written > 10_000
@@ -124,6 +168,7 @@ def test_what_does_not_fit_is_refused_with_what_is_cheaper(planned):
     assert dict(small.options) == {
         "teacher.store=int8": round((9600 - 300) * 1.05),
         "features.store=int8": round((9600 - 4000) * 1.05),
+        "features.store=pq": round((9600 - 7000) * 1.05),
         "scenes.num_train=5": round(4800 * 1.05),
         "features.store=none": round(1600 * 1.05),
     }

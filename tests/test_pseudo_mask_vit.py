@@ -21,7 +21,7 @@ from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import load_config, load_model, save_model
 from pipeline.caching import features, pseudo_masks
 from pipeline.caching.image_masks import ImageMasks
-from pipeline.datasets.joined import Tables
+from pipeline.datasets.joined import Table, join
 from pipeline.encoders import load_dino, small_vit
 from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
 from pipeline.interfaces import OUTSIDE, TrainBatch
@@ -283,11 +283,11 @@ def test_a_recipe_makes_the_cached_masks_again(cached):
     """But for the seed, which a picture without a uid takes from its pixels."""
     recipe = answering(cached).recipe
     shard = data_of(cached).shards[0]
-    rows: Any = Tables(1).get(shard).slice(0, 12)
-    samples = [rows.sample(i) for i in range(12)]
+    rows = Table(shard, join(shard)).slice(0, 12)
+    samples = [rows.row(i).sample() for i in range(12)]
     tokens = features.extract(
         load_dino(cached.encoder("dino")),
-        [s.image for s in samples],
+        [np.asarray(s.image) for s in samples],
         pmv.token_config(recipe.image_size, recipe.facet, 12),
         "cpu",
     )

@@ -1,10 +1,12 @@
-"""Arrays of vectors in one of two codecs, read back as float16 whichever it was.
+"""Arrays of vectors in one of three codecs, read back as float16 whichever it was.
 
     float16    <name>.zarr                            2 bytes a value
     int8       <name>.zarr, <name>.scales.zarr        1 byte a value and a float32 per vector: value = byte * scale
+    pq         <name>.zarr, <name>.codebook.zarr      a byte for four values, by a codebook of the array's first vectors
 
-A vector's values are rounded to 127ths of its largest magnitude; its scale is the one that keeps its length. What this
-costs in cosine and masks is measured by `benchmarks/bench_codecs.py`.
+An int8 vector's values are rounded to 127ths of its largest magnitude; its scale is the one that keeps its length.
+Codes and codebook are those of `pipeline.artifacts.quantiser`. What both cost in cosine and masks is measured by
+`benchmarks/bench_codecs.py`.
 
 Axes: rows first, dim last; what lies between is the stage's (tokens, views).
 """
@@ -18,16 +20,22 @@ import numpy as np
 from jaxtyping import Float, Float16, Float32, Int8
 from numpy import ndarray
 
+from pipeline.artifacts import quantiser
 from pipeline.artifacts.arrays import ArrayWriter, map_array
-from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.files import BadInput, CorruptPayload
 
-Codec = Literal["float16", "int8"]
+Codec = Literal["float16", "int8", "pq"]
 LARGEST = 127
 
 
 def scales_path(path: Path) -> Path:
     """Where the scales of an int8 array lie."""
     return path.with_suffix(".scales.zarr")
+
+
+def codebook_path(path: Path) -> Path:
+    """Where the codebook of a product-quantised array lies."""
+    return path.with_suffix(".codebook.zarr")
 
 
 def quantise(
@@ -54,18 +62,27 @@ def dequantise(
 class VectorWriter:
     """Writes an array of vectors row by row, like `ArrayWriter`; a context manager.
 
+    With `pq` the first rows wait until there are enough vectors to learn the codebook from, or no more rows.
+
     Args:
         path: `<name>.zarr`; must not exist.
         row_shape: of a row, dim last.
     """
 
     def __init__(self, path: Path, row_shape: tuple[int, ...], codec: Codec, *, chunk_rows: int) -> None:
-        dtype = "float16" if codec == "float16" else "int8"
-        self._arrays = [ArrayWriter(path, (None, *row_shape), dtype, chunk_rows=chunk_rows, compress=False)]
-        if codec == "int8":
-            shape = (None, *row_shape[:-1])
-            scales = ArrayWriter(scales_path(path), shape, "float32", chunk_rows=chunk_rows, compress=False)
-            self._arrays.append(scales)
+        self._path, self._row_shape, self._codec = path, row_shape, codec
+        self._codebook: Float32[ndarray, "parts levels dims"] | None = None
+        self._waiting: list[Float[ndarray, "*rows dim"]] = []
+        *between, dim = row_shape
+        shapes = {
+            "float16": [(path, (*between, dim), "float16")],
+            "int8": [(path, (*between, dim), "int8"), (scales_path(path), tuple(between), "float32")],
+            "pq": [(path, (*between, dim // quantiser.DIMS), "uint8")],
+        }
+        self._arrays = [
+            ArrayWriter(place, (None, *shape), dtype, chunk_rows=chunk_rows, compress=False)
+            for place, shape, dtype in shapes[codec]
+        ]
         self._stack = ExitStack()
 
     def __enter__(self) -> "VectorWriter":
@@ -76,47 +93,83 @@ class VectorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            if self._codec == "pq" and self._codebook is None:
+                self._learn()
 
     def append(self, batch: Float[ndarray, "*rows dim"]) -> None:
         """Add rows.
 
         Raises:
-            ValueError: rows of another shape.
+            ValueError: rows of another shape. CorruptPayload: what is not finite, which `pq` would hide.
         """
-        parts = (batch,) if len(self._arrays) == 1 else quantise(batch)
-        for array, part in zip(self._arrays, parts, strict=True):
-            array.append(part)
+        if self._codec != "pq":
+            parts = (batch,) if self._codec == "float16" else quantise(batch)
+            for array, part in zip(self._arrays, parts, strict=True):
+                array.append(part)
+            return
+        if batch.shape[1:] != self._row_shape:
+            raise ValueError(f"{self._path}: rows of {batch.shape[1:]}, expected {self._row_shape}")
+        if not np.isfinite(batch).all():
+            raise CorruptPayload(self._path, "has vectors that are not finite")
+        if self._codebook is not None:
+            self._arrays[0].append(quantiser.encode(batch, self._codebook))
+            return
+        self._waiting.append(batch)
+        if sum(rows[..., 0].size for rows in self._waiting) >= quantiser.TRAINING:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Make the codebook of the first vectors, store it, and encode what waited for it."""
+        rows = np.concatenate([np.empty((0, *self._row_shape), np.float32), *self._waiting])
+        codebook = quantiser.train(rows.reshape(-1, rows.shape[-1])[: quantiser.TRAINING])
+        place, shape = codebook_path(self._path), codebook.shape
+        with ArrayWriter(place, (None, *shape[1:]), "float32", chunk_rows=shape[0], compress=False) as array:
+            array.append(codebook)
+        self._codebook, self._waiting = codebook, []
+        self._arrays[0].append(quantiser.encode(rows, codebook))
 
 
 class Vectors:
     """A stored array of vectors, mapped; `[rows]` (a slice or row numbers) reads a float16 copy of these rows."""
 
-    def __init__(self, values: ndarray, scales: ndarray | None) -> None:
-        self._values, self._scales = values, scales
-        self.shape: tuple[int, ...] = values.shape
+    def __init__(self, values: ndarray, *, scales: ndarray | None = None, codebook: ndarray | None = None) -> None:
+        self._values, self._scales, self._codebook = values, scales, codebook
+        *between, last = values.shape
+        self.shape: tuple[int, ...] = (*between, last if codebook is None else last * codebook.shape[2])
 
     def __len__(self) -> int:
         return len(self._values)
 
     def __getitem__(self, rows: "slice | ndarray") -> Float16[ndarray, "*rows dim"]:
-        if self._scales is None:
-            return np.array(self._values[rows])
-        return dequantise(np.asarray(self._values[rows]), np.asarray(self._scales[rows]))
+        values = np.array(self._values[rows])
+        if self._codebook is not None:
+            return quantiser.decode(values, self._codebook)
+        return values if self._scales is None else dequantise(values, np.asarray(self._scales[rows]))
 
 
 def map_vectors(path: Path) -> Vectors:
     """The array at `<name>.zarr`, whichever codec wrote it. Open it inside the process that reads it.
 
     Raises:
-        BadInput: absent, truncated, of another type, or scales that do not fit.
+        BadInput: absent, truncated, of another type, or scales or a codebook that do not fit.
     """
     values = map_array(path)
     if values.dtype == np.float16:
-        return Vectors(values, None)
-    if values.dtype != np.int8:
-        raise BadInput(path, f"holds {values.dtype}, not float16 or int8", "Run the stage again")
-    scales = map_array(scales_path(path))
-    if scales.shape != values.shape[:-1] or scales.dtype != np.float32:
-        raise BadInput(scales_path(path), f"{scales.shape} scales for vectors of {values.shape}", "Run the stage again")
-    return Vectors(values, scales)
+        return Vectors(values)
+    if values.dtype == np.int8:
+        scales = map_array(scales_path(path))
+        if scales.shape != values.shape[:-1] or scales.dtype != np.float32:
+            problem = f"{scales.shape} scales for vectors of {values.shape}"
+            raise BadInput(scales_path(path), problem, "Run the stage again")
+        return Vectors(values, scales=scales)
+    if values.dtype == np.uint8:
+        codebook = np.array(map_array(codebook_path(path)))
+        if codebook.shape != (values.shape[-1], quantiser.LEVELS, quantiser.DIMS) or codebook.dtype != np.float32:
+            problem = f"a codebook of {codebook.shape} for codes of {values.shape}"
+            raise BadInput(codebook_path(path), problem, "Run the stage again")
+        return Vectors(values, codebook=codebook)
+    raise BadInput(path, f"holds {values.dtype}, not float16, int8 or uint8", "Run the stage again")

@@ -1,7 +1,7 @@
 """Stage `features`: patch tokens of every kept image from the frozen DINO, [rows, tokens, dim].
 
-They are stored as float16 or int8 (`pipeline.artifacts.vectors`), or not at all: with `store: none` this stage has no
-shards, and what clusters tokens computes them as it goes (`pipeline.caching.tokens`).
+They are stored as float16, int8 or codes (`pipeline.artifacts.vectors`), or not at all: with `store: none` this stage
+has no shards, and what clusters tokens computes them as it goes (`pipeline.caching.tokens`).
 
 The stored image is squashed to a square of `image_size` (bilinear, antialiased) whatever its shape, so that tokens are
 a grid over the whole stored image, row-major.
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.artifacts.files import BadInput, CorruptPayload
+from pipeline.artifacts.quantiser import DIMS
 from pipeline.artifacts.vectors import Codec, map_vectors
 from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, half_batch, image_tasks, normalised
 from pipeline.caching.payloads import FEATURES, Precision, check_rows
@@ -43,7 +44,8 @@ class Config:
         batch_size: images of a forward pass; in no key, though float32 products of other shapes may round the last
             bit of a value in a thousand otherwise.
         chunk_rows: images of a zarr chunk.
-        store: float16, int8 (half the bytes) or none (none; every stage that reads tokens encodes the images again).
+        store: float16, int8 (half the bytes), pq (an eighth) or none (none; every stage that reads tokens encodes the
+            images again).
     """
 
     image_size: Annotated[int, Range(1)]
@@ -121,6 +123,9 @@ def stream(args: Args[Config], shard: str, device: str) -> Stream:
     if rest:
         problem = f"features.image_size {config.image_size} is no multiple of its patch size {encoder.patch_size}"
         raise BadInput(args.encoder, problem, "Change one of them in params.yaml")
+    if config.store == "pq" and encoder.embed_dim % DIMS:
+        problem = f"gives vectors of {encoder.embed_dim} values, which cannot be cut into parts of {DIMS}"
+        raise BadInput(args.encoder, problem, "Set features.store to int8")
     encoding = Encoding(
         row_shape=(grid * grid, encoder.embed_dim),
         batch_size=config.batch_size,

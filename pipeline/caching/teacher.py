@@ -17,7 +17,7 @@ Axes: batch (images), views, dim; height, width, side in pixels.
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.artifacts.files import CorruptPayload, atomic_json, read_json
-from pipeline.artifacts.vectors import Codec, map_vectors
+from pipeline.artifacts.vectors import map_vectors
 from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, half_batch, image_tasks, normalised
 from pipeline.caching.payloads import Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
@@ -56,7 +56,7 @@ class Config:
     precision: Precision
     batch_size: Annotated[int, Range(1)]
     chunk_rows: Annotated[int, Range(1)]
-    store: Codec
+    store: Literal["float16", "int8"]
 
 
 def num_views(scales: tuple[int, ...]) -> int:

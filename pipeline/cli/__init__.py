@@ -17,7 +17,8 @@ COMMANDS = {
     "status": ("pipeline.cli.status", "per stage: shards done, stale, failed, and samples lost"),
     "why": ("pipeline.cli.why", "which key field of a shard changed"),
     "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),
-    "cluster": ("pipeline.cli.cluster", "run a command with one Prefect server and one Dask cluster around it"),
+    "cluster": ("pipeline.cli.cluster", "run a command with one Prefect server and one Dask or Ray cluster around it"),
+    "schedule": ("pipeline.cli.schedule", "run the whole chain by the clock, and publish its scores in Prefect"),
     "store": (
         "pipeline.cli.store",
         "push payloads to a second place, pull them from there, remove what no commit names",

@@ -11,6 +11,7 @@ from pipeline.params import ParamsError
 from pipeline.planning import amounts, record
 from pipeline.planning.disk import Budget, budget
 from pipeline.planning.estimate import HOUR, Estimate, estimates
+from pipeline.planning.taken import taken
 from pipeline.project import Project
 
 # Core-seconds of a stage's longest measurement; each takes a few.
@@ -51,10 +52,11 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
         stages = {name: asdict(estimate) for name, estimate in found.items()}
         print(json.dumps({"stages": stages, "disk": {**asdict(disk), "fits": disk.fits}, "notes": notes}, indent=1))
         return int(not disk.fits)
-    print("\n".join(table(found, arguments.tflops)))
+    print("\n".join(table(found, arguments.tflops, taken(project, found))))
     source = "measured now" if now else "measurements of logs/plan.json"
     machine = project.machine
-    print(f"\nhours: on this machine ({machine.device}, {machine.threads} threads), a shard at a time; {source}")
+    where = f"{machine.device}, {machine.threads} threads, runner {machine.runner}, {machine.workers} workers"
+    print(f"\nhours: on this machine ({where}); {source}. wrote, took: of whole runs in logs/")
     print(f"GPU-h: counted operations at {arguments.tflops:g} TFLOP/s; --tflops sets another pace")
     for note in notes:
         print(f"note: {note}")
@@ -62,9 +64,9 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     return int(not disk.fits)
 
 
-def table(found: dict[str, Estimate], tflops: float) -> list[str]:
-    """A line per stage, and their sum."""
-    heads = ("stage", "images", "shards", "read", "written", "files", "core-h", "GPU-h", "hours")
+def table(found: dict[str, Estimate], tflops: float, known: dict[str, tuple[int, float]]) -> list[str]:
+    """A line per stage, and their sum; `known` are bytes and seconds of a run that has been, in the last columns."""
+    heads = ("stage", "images", "shards", "read", "written", "files", "core-h", "GPU-h", "hours", "wrote", "took")
     rows = [
         (
             estimate.name,
@@ -76,6 +78,8 @@ def table(found: dict[str, Estimate], tflops: float) -> list[str]:
             _hours(estimate.core_seconds / HOUR),
             _hours(estimate.gpu_hours(tflops)) if estimate.flops else "-",
             _hours(estimate.seconds / HOUR),
+            _bytes(known[estimate.name][0]) if estimate.name in known else "",
+            _hours(known[estimate.name][1] / HOUR) if estimate.name in known else "",
         )
         for estimate in found.values()
     ]
@@ -89,11 +93,14 @@ def table(found: dict[str, Estimate], tflops: float) -> list[str]:
     files = f"{sum(one.files for one in every):,}"
     read, written = map(_bytes, sums)
     cores, gpus, clock = map(_hours, hours)
-    rows.append(("total", "", "", read, written, files, cores, gpus, clock))
-    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    wrote = _bytes(sum(size for size, _ in known.values()))
+    took = _hours(sum(seconds for _, seconds in known.values()) / HOUR)
+    rows.append(("total", "", "", read, written, files, cores, gpus, clock, wrote, took))
+    shown = [row if known else row[:-2] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return [
         "  ".join(f"{cell:{width}}" if not column else f"{cell:>{width}}" for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in (heads, *rows))
+        for pairs in (list(zip(row, widths, strict=True)) for row in shown)
     ]
 
 

@@ -35,7 +35,7 @@ from pipeline.artifacts.arrays import map_array
 from pipeline.artifacts.files import BadInput, read_json
 from pipeline.caching import features, pseudo_masks
 from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, seen_tokens
-from pipeline.datasets.joined import PairShard, Tables, count_rows
+from pipeline.datasets.joined import PairShard, Table, count_rows, join
 from pipeline.datasets.pairs import Shuffle
 from pipeline.encoders import load_dino
 from pipeline.encoders.small_vit import TowerConfig
@@ -157,12 +157,12 @@ def read_recipe(shards: Sequence[PairShard], dino: PatchEncoder) -> Recipe:
     first = next((shard for shard in shards if count_rows(shard)), None)
     if first is None or first.masks is None:
         raise BadInput("pseudo_masks", "holds no mask", "Check the filter")
-    sample: Any = Tables(1).get(first).slice(0, 1).sample(0)
+    sample = Table(first, join(first)).slice(0, 1).row(0).sample()
     size = len(sample.regions) * dino.patch_size
     labels = torch.from_numpy(sample.regions.flatten())
     stored = torch.from_numpy(np.array(map_array(first.masks / pseudo_masks.CENTROIDS)[0], np.float32))
     for facet in get_args(Facet):
-        tokens = features.extract(dino, [sample.image], token_config(size, facet, 1), "cpu")[0].float()
+        tokens = features.extract(dino, [np.asarray(sample.image)], token_config(size, facet, 1), "cpu")[0].float()
         if same_tokens(tokens, labels, stored):
             return Recipe(image_size=size, facet=facet, masks=found[0])
     raise BadInput(first.masks, "its regions are not of the tokens of models/encoders/dino", REMEDY)

@@ -1,4 +1,4 @@
-"""How many images each stage of a whole run gets, from the parameters and the lists that are there.
+"""How many images each stage of a whole run gets, from the parameters and the lists and benchmarks that are there.
 
 A list of links that is not on this machine yet has the length that its publishers state; of its links a part is dead.
 """
@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.artifacts.files import BadInput
+from pipeline.datasets.benchmarks import open_benchmark
+from pipeline.evaluation.config import Config as Evaluation
+from pipeline.evaluation.pairs import SCENES
 from pipeline.project import Project
+from pipeline.selftraining.config import Config as SelfTraining
 from pipeline.sources import download
 from pipeline.sources.mixes import Listed
 
@@ -33,6 +37,45 @@ class Amount:
     shards: int
     alive: float | None
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What a benchmark of the evaluation has.
+
+    Attributes:
+        test, learned: images that count, and those from which self-training learns.
+        size: bytes of an image with its mask, on average.
+    """
+
+    test: int
+    learned: int
+    size: float
+
+
+def of_benchmarks(project: Project) -> dict[str, Scored]:
+    """By name, those that are here; generated ones have no size before they are."""
+    config, learning = project.config("evaluate", Evaluation), project.config("selftrain", SelfTraining)
+    found: dict[str, Scored] = {}
+    for entry in config.benchmarks:
+        if entry.root == SCENES:
+            block = project.params["scenes"]
+            test = min(entry.limit or block["num_val"], block["num_val"])
+            found[entry.name] = Scored(test=test, learned=block["num_tune"], size=0.0)
+            continue
+        try:
+            benchmark = open_benchmark(entry.name, project.path(entry.root), config.protocol)
+            ids = benchmark.ids("test", entry.limit)
+        except BadInput:
+            continue
+        try:
+            split = learning.splits.get(entry.name) or benchmark.layout["tune"]
+            learned = len(benchmark.listed(split, masks=False))
+        except BadInput:
+            learned = 0
+        sizes = [file(i).stat().st_size for i in ids for file in (benchmark.image_path, benchmark.mask_path)]
+        found[entry.name] = Scored(test=len(ids), learned=learned, size=sum(sizes) / len(ids))
+    return found
 
 
 def name_of(listed: Listed) -> str:

@@ -9,7 +9,7 @@ from pipeline.planning.estimate import Estimate, total_written
 from pipeline.project import Project
 
 MARGIN = 0.05  # of the plan, kept free: estimates are not exact, and a shard is written beside what it replaces
-INT8 = 0.5  # of float16's bytes; the scales are a few in a thousand
+INT8, PQ = 0.5, 0.125  # of float16's bytes; scales and codebooks are a few in a thousand
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +60,8 @@ def savings(project: Project, found: Mapping[str, Estimate]) -> dict[str, float]
     for stage, array in (("teacher", "views.zarr"), ("features", "features.zarr")):
         if stage in found and stored[stage] == "float16":
             saved[f"{stage}.store=int8"] = found[stage].by_kind.get(array, 0) * (1 - INT8)
+    if "features" in found and stored["features"] == "float16":
+        saved["features.store=pq"] = found["features"].by_kind.get("features.zarr", 0) * (1 - PQ)
     if "features" in found and stored["features"] != "none":
         saved["features.store=none"] = found["features"].written
     if "download" in found:

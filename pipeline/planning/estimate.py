@@ -1,17 +1,21 @@
 """The rehearsal scaled to the whole run: a line per stage.
 
-Hours are those of this machine, one task after the other, beside core-hours, which do not change with their number. The
+Hours are those of this machine and its runner, beside core-hours, which do not change with the number of workers. The
 hours of a GPU come from counted operations at a stated pace where the rehearsal had none.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pipeline import chain
-from pipeline.planning.amounts import Amount
-from pipeline.planning.rehearsal import optimisations, padded
+from pipeline.evaluation.config import Config as Evaluation
+from pipeline.evaluation.pairs import SCENES
+from pipeline.machine import Machine
+from pipeline.planning.amounts import Amount, Scored, of_benchmarks
+from pipeline.planning.rehearsal import IMAGES, block_of, optimisations, padded
 from pipeline.planning.samples import Measured
+from pipeline.planning.scoring import EVALUATE, LABELS, STUDENT, pictures
 from pipeline.project import Project
 
 HOUR = 3600.0
@@ -43,7 +47,7 @@ class Estimate:
         out: rows out.
         read, written: bytes. `by_kind`: the written ones by suffix or array.
         files: written.
-        seconds, core_seconds: on this machine, runner `inline`; the start of the process not counted.
+        seconds, core_seconds: on this machine; the start of the process not counted.
         flops: of encoder or model.
     """
 
@@ -70,10 +74,74 @@ def estimates(project: Project, measured: Mapping[str, Measured], amount: Amount
     for name in chain.SHARD_STAGES:
         if name in measured:
             found[name] = _of_shards(name, project, measured[name], amount, found)
+    scored = _benchmarks(project, found)
     for name in measured:
-        if name not in found:
-            found[name] = _of_training(name, project, measured[name], found)
+        kind, _, rest = name.partition(".")
+        if kind == LABELS:
+            found[name] = _of_labels(name, measured[name], scored)
+        elif kind != EVALUATE and name not in found:
+            found[name] = _of_training(name, project, measured[name], found, scored)
+    for benchmark, amounts in scored.items():
+        pairs = [one for name, one in measured.items() if name.startswith(f"{EVALUATE}.{benchmark}.")]
+        if pairs:
+            found[f"{EVALUATE}.{benchmark}"] = _of_evaluation(benchmark, project, pairs, amounts)
     return found
+
+
+def _benchmarks(project: Project, found: Mapping[str, Estimate]) -> dict[str, Scored]:
+    """The benchmarks; a generated one has the bytes that its stage will write."""
+    scored = of_benchmarks(project)
+    if SCENES in scored and "scenes" in found:
+        images = project.params["scenes"]["num_tune"] + project.params["scenes"]["num_val"]
+        size = sum(found["scenes"].by_kind.get(kind, 0) for kind in IMAGES) / max(images, 1)
+        scored[SCENES] = replace(scored[SCENES], size=size)
+    return scored
+
+
+def _of_labels(name: str, measured: Measured, scored: Mapping[str, Scored]) -> Estimate:
+    """A teacher labels every image from which its student learns."""
+    amounts = scored[name.rpartition(".")[2]]
+    sizes, largest = measured.line("size"), measured.largest
+    size = sizes(amounts.learned, 1)
+    return Estimate(
+        name=name,
+        images=amounts.learned,
+        out=amounts.learned,
+        shards=1,
+        read=round(amounts.size * amounts.learned),
+        written=round(size),
+        by_kind={kind: round(size * part / max(largest.size, 1)) for kind, part in largest.bytes.items()},
+        files=amounts.learned + 1,
+        seconds=measured.line("seconds")(amounts.learned, 1),
+        core_seconds=measured.line("core_seconds")(amounts.learned, 1),
+        flops=measured.flops_per_row * amounts.learned,
+    )
+
+
+def _of_evaluation(benchmark: str, project: Project, pairs: Sequence[Measured], amounts: Scored) -> Estimate:
+    """All pairs of a benchmark, as many at once as the machine has threads; a drawn image is answered once more."""
+    config = project.config(EVALUATE, Evaluation)
+    answered = amounts.test + pictures(config, amounts.test)
+    written = Counter[str]()
+    for one in pairs:
+        written.update(one.largest.bytes)
+
+    def total(name: str) -> float:
+        return sum(one.line(name)(answered, 1) for one in pairs)
+
+    return Estimate(
+        name=f"{EVALUATE}.{benchmark}",
+        images=amounts.test * len(pairs),
+        out=amounts.test * len(pairs),
+        shards=len(pairs),
+        read=round(amounts.size * answered * len(pairs)),
+        written=sum(written.values()),
+        by_kind=dict(written),
+        files=sum(one.largest.files for one in pairs),
+        seconds=total("seconds") / min(project.machine.threads, len(pairs)),
+        core_seconds=total("core_seconds"),
+        flops=sum(one.flops_per_row for one in pairs) * answered,
+    )
 
 
 def _of_shards(
@@ -88,6 +156,8 @@ def _of_shards(
     size = measured.line("size", "padded")(min(worked, out) if name == "codebook" else chunked, shards)
     written = {kind: round(size * part / max(largest.size, 1)) for kind, part in largest.bytes.items()}
     read = sum(_bytes(found[above], kind) for above, kind in READS.get(name, ()) if above in found)
+    seconds = measured.start("seconds") + measured.line("seconds")(worked, shards)
+    cores = measured.start("core_seconds") + measured.line("core_seconds")(worked, shards)
     return Estimate(
         name=name,
         images=rows,
@@ -97,10 +167,17 @@ def _of_shards(
         written=sum(written.values()),
         by_kind=written,
         files=_files(name, project, measured, shards),
-        seconds=measured.start("seconds") + measured.line("seconds")(worked, shards),
-        core_seconds=measured.start("core_seconds") + measured.line("core_seconds")(worked, shards),
+        seconds=by_workers(seconds, cores, shards, project.machine),
+        core_seconds=cores,
         flops=measured.flops_per_row * rows,
     )
+
+
+def by_workers(seconds: float, cores: float, shards: int, machine: Machine) -> float:
+    """What shards that take `seconds` one after the other take in the machine's workers, which share its cores."""
+    if machine.runner == "inline" or machine.device != "cpu":
+        return seconds
+    return max(seconds / min(machine.workers, shards), cores / machine.workers)
 
 
 def _files(name: str, project: Project, measured: Measured, shards: int) -> int:
@@ -132,14 +209,13 @@ def _bytes(estimate: Estimate, kind: str) -> int:
     return estimate.by_kind.get(kind, 0) if kind else estimate.written
 
 
-def _of_training(name: str, project: Project, measured: Measured, found: Mapping[str, Estimate]) -> Estimate:
-    """A training reads its pairs and targets once an epoch."""
+def _of_training(
+    name: str, project: Project, measured: Measured, found: Mapping[str, Estimate], scored: Mapping[str, Scored]
+) -> Estimate:
+    """A training reads its pairs and targets once an epoch, a student its benchmark's images."""
     from pipeline import methods
 
-    block: Any = project.params
-    for part in name.split("."):
-        block = block[part]
-    images = sum(settings["images"] for settings in optimisations(block))
+    images = sum(settings["images"] for settings in optimisations(block_of(project.params, name)))
     kind, _, label = name.partition(".")
     targets = methods.get(label).TARGETS if kind == "train" else ()
     masks = {"pseudo_masks": "masks.zarr"}
@@ -147,6 +223,8 @@ def _of_training(name: str, project: Project, measured: Measured, found: Mapping
     read = sum(_bytes(estimate, part) for estimate, part in epoch)
     read += _bytes(found["download"], ".tar") if "download" in found else 0
     rows = found["filter"].out if "filter" in found else images
+    if kind == STUDENT:
+        read = round(scored[name.rpartition(".")[2]].size * rows)
     pace = measured.samples[-1]
     return Estimate(
         name=name,

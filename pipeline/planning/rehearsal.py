@@ -18,16 +18,19 @@ from pipeline import chain
 from pipeline.artifacts.files import BadInput, list_files
 from pipeline.encoders.released import TRAIN
 from pipeline.engine import Counts, ShardStage, StageFailed, Task, run
+from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
-from pipeline.planning import amounts, standins
+from pipeline.planning import amounts, scoring, standins
 from pipeline.planning.samples import Measured, Sample, Watch, by_kind, counting
 from pipeline.project import Project
+from pipeline.selftraining.runner import Job, obtain
 
 SMALL, MIDDLE, LARGE = 4, 64, 1000  # images of a checkout
 VAL_IMAGES = 8  # of a checkout's generated val set and tune set; more in the largest
 HEAVY = ("features", "teacher")  # stages with a network, whose operations are counted
 SLACK = 4.0  # by which a training's first, small, counted batches may overrate an image
 IMAGES = (".jpg", ".png")  # of generated val and tune sets; those of training are in tars
+START = 2  # images of a batch that only pays for the start
 STEPS = 6  # of a rehearsed training; the second half is measured
 
 
@@ -56,6 +59,7 @@ class Rehearsal:
             self._shards(name, checkouts)
         for method in self.real.params["train"]:
             self._training(f"train.{method}", checkouts, partial(_train, method))
+        self._scoring(checkouts)
         return self
 
     def _sizes(self) -> list[int]:
@@ -83,6 +87,9 @@ class Rehearsal:
             scenes["num_train"] = 0
             download |= self._lists(root, rows)
             download |= {"rows_per_shard": rows}
+        for entry in values["evaluate"]["benchmarks"]:
+            if entry["root"] != SCENES:
+                entry["root"] = str(self.real.path(entry["root"]).resolve())
         features, teacher = values["features"], values["teacher"]
         features["batch_size"] = min(features["batch_size"], rows)
         views = sum(n * n for n in teacher["scales"])
@@ -160,7 +167,10 @@ class Rehearsal:
         largest = self._with_targets(name, checkouts)
         if largest is None:
             self._note(f"{name}: not rehearsed (its targets were not)")
-            return
+        else:
+            self._paced(name, largest, train)
+
+    def _paced(self, name: str, largest: Project, train: Callable[[Project], Any]) -> None:
         samples: list[Sample] = []
         whole = max(_batch_sizes(self.real.params, name))
         batches = sorted({min(batch, whole) for batch in (SMALL, MIDDLE // 2, whole)})
@@ -181,6 +191,23 @@ class Rehearsal:
                 break
         if samples:
             self.measured[name] = Measured(tuple(samples))
+
+    def _scoring(self, checkouts: list[Project]) -> None:
+        """Students and the evaluation, in the largest checkout, with the models of all of them and the real ones."""
+        place = checkouts[-1]
+        for project in (*reversed(checkouts[:-1]), self.real):
+            for model in project.model("").glob("*") if project.model("").is_dir() else ():
+                if not place.model(model.name).exists() and model.name not in ("encoders", "selftrain"):
+                    place.model(model.name).symlink_to(model.resolve())
+        found = scoring.Scoring(place, self.seconds, lambda what: print(f"plan: {what}", file=sys.stderr))
+        for job in found.students(place):
+            name = f"{scoring.STUDENT}.{scoring.name_of(job)}"
+            _student(job, _short(place, name, START))  # writes the labels, which are not the training's
+            self._paced(name, place, partial(_student, job))
+        found.pairs()
+        self.measured |= found.measured
+        for note in found.notes:
+            self._note(note)
 
     def _with_targets(self, name: str, checkouts: list[Project]) -> Project | None:
         """The largest checkout in which everything that the training reads was made."""
@@ -251,20 +278,33 @@ def optimisations(block: Any) -> Iterator[dict[str, Any]]:
             yield from optimisations(value)
 
 
-def _block(values: dict[str, Any], name: str) -> dict[str, Any]:
+def block_of(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The block of params.yaml that holds a training's `optimisation`: `train.sseg`, `selftrain.sseg.scenes`."""
+    if name.startswith(f"{scoring.STUDENT}.transfer-"):
+        return values[scoring.STUDENT]["transfer"]
+    if name.startswith(f"{scoring.STUDENT}."):
+        return {"optimisation": values[scoring.STUDENT]["optimisation"]}
     for part in name.split("."):
         values = values[part]
     return values
 
 
+def places(project: Project, name: str) -> tuple[str, Path]:
+    """What the logs of a training's phases begin with, and its model's folder."""
+    kind, _, label = name.partition(".")
+    folders = {"encoders": project.encoder(label), "train": project.model(label)}
+    folder = folders.get(kind, project.model(kind).joinpath(*label.split(".")))
+    return label if kind == "train" else name.replace(".", "-"), folder
+
+
 def _batch_sizes(values: dict[str, Any], name: str) -> list[int]:
-    return [settings["batch_size"] for settings in optimisations(_block(values, name))]
+    return [settings["batch_size"] for settings in optimisations(block_of(values, name))]
 
 
 def _short(project: Project, name: str, batch: int) -> Project:
     """The checkout with every phase of that training cut to a few steps of `batch` images."""
     values = copy.deepcopy(project.params)
-    for settings in optimisations(_block(values, name)):
+    for settings in optimisations(block_of(values, name)):
         settings["batch_size"] = min(batch, settings["batch_size"])
         images = STEPS * settings["batch_size"]
         settings |= {"images": images, "warmup_images": 0, "checkpoint_images": images, "log_images": images // 2}
@@ -275,18 +315,16 @@ def _training_sample(
     project: Project, real: dict[str, Any], name: str, spent: tuple[float, float], flops: float, batch: int
 ) -> Sample:
     """Rows, and the seconds that they take at the pace of the second half of every phase, as the budget weighs them."""
-    kind, _, label = name.partition(".")
-    label = f"encoders-{label}" if kind == "encoders" else label
-    block = _block(project.params, name)
+    label, folder = places(project, name)
+    block = block_of(project.params, name)
     images = budget = paced = 0.0
     for path in sorted(project.logs.glob(f"{label}*.jsonl")):
         phase = path.stem.removeprefix(label).removeprefix("-")
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         rates = [line["images_per_second"] for line in lines if line["event"] == "row"]
-        share = next(optimisations(_block(real, f"{name}.{phase}" if phase in block else name)))["images"]
+        share = next(optimisations(block_of(real, f"{name}.{phase}" if phase in block else name)))["images"]
         images, budget, paced = images + STEPS * batch, budget + share, paced + share / rates[-1]
     paced *= images / budget
-    folder = project.encoder(name.partition(".")[2]) if kind == "encoders" else project.model(label)
     files = [(file, (folder / file).stat().st_size) for file in list_files(folder)]
     busy = min(1.0, paced / spent[0])  # what the model's making took is not the images'
     return Sample(
@@ -305,6 +343,10 @@ def _train(method: str, project: Project) -> None:
     from stages.train import train
 
     train(project, method)
+
+
+def _student(job: Job, project: Project) -> None:
+    obtain(replace(job, config=project.config(scoring.STUDENT, type(job.config))), project)
 
 
 def _train_encoder(name: Any, project: Project) -> None:

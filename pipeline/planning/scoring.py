@@ -1,0 +1,162 @@
+"""Self-training and evaluation on a few images, in a rehearsal's checkout whose models are made.
+
+Every student and every pair of candidate and benchmark is measured by itself, on more and more images while the next
+number would not take longer than its share of the time. The benchmarks are the real ones, where they are here.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from pipeline.artifacts.files import BadInput, atomic_json, list_files
+from pipeline.evaluation import candidates
+from pipeline.evaluation.config import BenchmarkConfig, Config
+from pipeline.evaluation.pairs import Pair, benchmark_root, draw, evaluate, open_pair
+from pipeline.evaluation.scoring import Scored
+from pipeline.params import ParamsError
+from pipeline.planning.samples import Measured, Sample, Watch, by_kind, counting
+from pipeline.project import Project
+from pipeline.selftraining import labels, runner
+from pipeline.selftraining.config import Config as SelfTraining
+
+COUNTS = (1, 4, 16, 64)  # images of the measurements
+PLACES = 2  # where a pair's files end up: data/checkpoints and reports
+EVALUATE, LABELS, STUDENT = "evaluate", "labels", "selftrain"
+METRICS = "metrics.json"
+ABSENT = (BadInput, ParamsError, ValueError)
+Part = TypeVar("Part", Pair, labels.Labelling)
+
+
+@dataclass(slots=True)
+class Scoring:
+    """What was measured, by `evaluate.<benchmark>.<candidate>` and `labels.<student>.<benchmark>`.
+
+    Attributes:
+        checkout: of the rehearsal, with its models.
+        seconds: core-seconds of each stage's measurements.
+        say: is told what is measured.
+        notes: what was left out, and why.
+    """
+
+    checkout: Project
+    seconds: float
+    say: Callable[[str], None]
+    measured: dict[str, Measured] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def students(self, project: Project) -> list[runner.Job]:
+        """Measure the labelling for each student; the jobs, cut to a few images, whose training is to be rehearsed."""
+        config, evaluation = project.config(STUDENT, SelfTraining), project.config(EVALUATE, Config)
+        try:
+            found = list(runner.jobs(config, evaluation, project))
+        except ABSENT as error:
+            self._left_out(STUDENT, error)
+            return []
+        return [self._labelled(job, project, self.seconds / len(found)) for job in found]
+
+    def _labelled(self, job: runner.Job, project: Project, seconds: float) -> runner.Job:
+        cut = replace(job, ids=job.ids[: COUNTS[-1]])
+        if job.labelling is None:
+            return cut
+        whole, name = job.labelling, name_of(job)
+        self.say(f"labels of {name}")
+
+        def write(count: int) -> list[tuple[str, int]]:
+            with tempfile.TemporaryDirectory(dir=self.checkout.root) as folder:
+                labels.write_labels(_first(whole, count), Path(folder), project, lambda: None)
+                return _sizes(Path(folder))
+
+        samples = _measure(write, len(whole.ids), seconds)
+        self.measured[f"{LABELS}.{name}"] = Measured(tuple(samples))
+        few = samples[-1].rows
+        return replace(cut, ids=cut.ids[:few], labelling=_first(whole, few))
+
+    def pairs(self) -> None:
+        """Measure every pair that can be opened."""
+        config = self.checkout.config(EVALUATE, Config)
+        found = [pair for entry in config.benchmarks for pair in self._open(entry, config)]
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the stage does, whose pairs have a thread each
+        try:
+            for pair in found:
+                name = f"{EVALUATE}.{pair.benchmark.name}.{candidates.folder_name(pair.spec)}"
+                self.say(name)
+                self.measured[name] = self._pair(pair, config, self.seconds / len(found))
+        finally:
+            torch.set_num_threads(before)
+
+    def _open(self, entry: BenchmarkConfig, config: Config) -> Iterator[Pair]:
+        for spec in config.models:
+            try:
+                root = benchmark_root(self.checkout, entry.name, entry.root)
+                yield open_pair(spec, entry, root, config.protocol, config, self.checkout)
+            except ABSENT as error:
+                self._left_out(f"{EVALUATE}.{entry.name}.{candidates.folder_name(spec)}", error)
+
+    def _pair(self, pair: Pair, config: Config, seconds: float) -> Measured:
+        candidate = candidates.load(pair.spec, self.checkout, config.geometry, pair.benchmark)
+        scored: list[Scored] = []
+
+        def score(count: int) -> list[tuple[str, int]]:
+            scored.append(evaluate(_first(pair, count), candidate, bar=False))
+            return []
+
+        *before, last = _measure(score, len(pair.ids), seconds)
+        with tempfile.TemporaryDirectory(dir=self.checkout.root) as folder:
+            one = replace(config, panels=replace(config.panels, seeded=1, best=0, worst=0))
+            masks = candidates.pseudo_masks(self.checkout)
+            draw(Path(folder) / "figures", _first(pair, last.rows), candidate, scored[-1], one, masks)
+            atomic_json(Path(folder) / METRICS, scored[-1].report)
+            found = _sizes(Path(folder))
+        shown, places = pictures(config, len(pair.ids)), PLACES
+        sizes = by_kind([(name, places * size * (1 if name == METRICS else shown)) for name, size in found])
+        files = places * (2 + shown * (len(found) - 2))  # figures, beside metrics.json and panels.json
+        return Measured((*before, replace(last, bytes=sizes, files=files)))
+
+    def _left_out(self, what: str, error: Exception) -> None:
+        self.notes.append(f"{what}: not rehearsed ({str(error).splitlines()[0][:160]})")
+
+
+def name_of(job: runner.Job) -> str:
+    """A student's name: `sseg.scenes`, `transfer-dino.voc`."""
+    return f"{candidates.folder_name(job.spec).removeprefix('selftrained-')}.{job.benchmark.name}"
+
+
+def pictures(config: Config, images: int) -> int:
+    """Images of a pair that are drawn."""
+    return min(images, config.panels.seeded + config.panels.best + config.panels.worst)
+
+
+def _first(whole: Part, count: int) -> Part:
+    """Its first images, with as many tune images as go with them."""
+    tune_ids = whole.settings.tune_ids
+    settings = replace(whole.settings, tune_ids=tune_ids[: math.ceil(len(tune_ids) * count / len(whole.ids))])
+    return replace(whole, ids=whole.ids[:count], settings=settings)
+
+
+def _sizes(folder: Path) -> list[tuple[str, int]]:
+    return [(name, (folder / name).stat().st_size) for name in list_files(folder)]
+
+
+def _measure(work: Callable[[int], list[tuple[str, int]]], whole: int, seconds: float) -> list[Sample]:
+    """Samples of `work(count)`, which returns its files, for growing counts of images.
+
+    The first, of one image, has its operations counted and pays for the start.
+    """
+    samples: list[Sample] = []
+    for count in (1, *sorted({min(count, whole) for count in COUNTS})):
+        if len(samples) > 1 and samples[-1].core_seconds * count / samples[-1].rows > seconds:
+            break
+        with counting(not samples) as flops:
+            watch = Watch()
+            files = work(count)
+            spent, cores = watch.read()
+        numbers = {"seconds": spent, "core_seconds": cores, "flops": sum(flops)}
+        made = {"bytes": by_kind(files), "files": len(files)}
+        samples.append(Sample(rows=count, out=count, padded=count, **numbers, **made))
+    return samples
