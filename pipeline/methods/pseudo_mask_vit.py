@@ -157,7 +157,7 @@ def read_recipe(shards: Sequence[PairShard], dino: PatchEncoder) -> Recipe:
     first = next((shard for shard in shards if count_rows(shard)), None)
     if first is None or first.masks is None:
         raise BadInput("pseudo_masks", "holds no mask", "Check the filter")
-    sample = Table(first, join(first)).slice(0, 1).row(0).sample()
+    sample: Any = Table(first, join(first)).slice(0, 1).row(0).sample()
     size = len(sample.regions) * dino.patch_size
     labels = torch.from_numpy(sample.regions.flatten())
     stored = torch.from_numpy(np.array(map_array(first.masks / pseudo_masks.CENTROIDS)[0], np.float32))
