@@ -240,8 +240,8 @@ def test_another_key_or_a_damaged_checkpoint_starts_anew(tmp_path):
     assert other.asked[0] == 0
     folder = tmp_path / "checkpoints" / ("k" * 8)
     # The same folder under another key: what is inside counts, not only where it lies.
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"key": "stale"}))
+    path = next(folder.glob("*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"key": "stale"}))
     stale = ToyLoader()
     with pytest.raises(Killed):
         train(tmp_path, KilledLoader())
@@ -256,7 +256,7 @@ def test_another_key_or_a_damaged_checkpoint_starts_anew(tmp_path):
 def test_only_one_checkpoint_stays(tmp_path):
     train(tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints" / ("k" * 8)).iterdir())
-    assert names == ["state-000000012.safetensors", "state.json"]
+    assert names == ["state-000000012.json", "state-000000012.safetensors"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -305,9 +305,9 @@ def test_optimiser_state_keeps_names():
 def test_live_plot_files(tmp_path):
     """In a process of its own: dvclive's import raises warnings that are errors here."""
     code = (
-        "import sys; from pathlib import Path; from pipeline.training.curve import LivePlot\n"
+        "import sys; from pathlib import Path; from pipeline.training.watching import LivePlot\n"
         "live = LivePlot(Path(sys.argv[1]), [{'step': 3.0, 'total': 2.5}])\n"
-        "live.log({'step': 6.0, 'total': 1.5})\nlive.close()"
+        "live.log({'step': 6.0, 'total': 1.5}, {'matches': [3, 1]})\nlive.close()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "live")], check=True, capture_output=True)
     rows = (tmp_path / "live/plots/metrics/total.tsv").read_text().split()

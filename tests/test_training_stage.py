@@ -75,14 +75,14 @@ def stop(root: Path, number: int) -> int:
     arguments = [sys.executable, "-m", "stages.train", "sseg"]
     process = subprocess.Popen(arguments, cwd=root, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
-    while not list(root.glob("data/checkpoints/sseg/*/state.json")) and time.monotonic() < deadline:
+    while not list(root.glob("data/checkpoints/sseg/*/state-*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(number)
     return process.wait(timeout=60)
 
 
 def images_saved(root: Path) -> int:
-    path = next(root.glob("data/checkpoints/sseg/*/state.json"))
+    path = next(root.glob("data/checkpoints/sseg/*/state-*.json"))
     return json.loads(path.read_text())["images"]
 
 

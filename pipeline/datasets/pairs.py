@@ -66,8 +66,11 @@ class PairLoader:
         threads: int,
         prepare: Prepare,
         collate: Collate,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Counts the rows of every shard. `threads` decode ahead of the training step; with 0 nothing is read ahead.
+
+        `share` (i, n): of every batch only the i-th of n equal parts, counted from 0; positions count whole batches.
 
         Raises:
             BadInput: no usable row, or a payload that does not fit the others.
@@ -75,6 +78,8 @@ class PairLoader:
         self._shards = list(shards)
         self._batch_size, self._seed, self._shuffle, self._threads = batch_size, seed, shuffle, threads
         self._prepare, self._collate = prepare, collate
+        part = batch_size // share[1]
+        self._part = slice(share[0] * part, (share[0] + 1) * part)
         self._blocks = _cut(self._shards, shuffle.block_rows)
         self._tables = Tables(OPEN_SHARDS)
         if not self._blocks:
@@ -107,7 +112,7 @@ class PairLoader:
             draws.append(draw)
             if len(draws) == self._batch_size:
                 position += len(draws)
-                yield draws, position
+                yield draws[self._part], position
                 draws = []
 
     def _draws(self, reader: ThreadPoolExecutor, position: int) -> Iterator["_Draw"]:

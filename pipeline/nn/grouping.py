@@ -113,14 +113,22 @@ class Grouped(NamedTuple):
         return maps
 
     @torch.no_grad()
-    def effective_groups(self) -> Float[Tensor, ""]:
-        """How many groups an image uses: exponential of the entropy of their sizes, mean over images.
-
-        A token counts for its strongest group. 1: one group takes the whole picture.
-        """
+    def sizes(self) -> Float[Tensor, "batch groups"]:
+        """Share of the tokens whose strongest group each is; sums to 1."""
         maps = self.soft_maps()
-        sizes = F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
-        return torch.special.entr(sizes).sum(dim=1).exp().mean()
+        return F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
+
+    def effective_groups(self) -> Float[Tensor, ""]:
+        """See `effective_number`."""
+        return effective_number(self.sizes())
+
+
+def effective_number(sizes: Float[Tensor, "batch groups"]) -> Float[Tensor, ""]:
+    """How many groups an image uses: exponential of the entropy of their sizes, mean over images.
+
+    1: one group takes the whole picture.
+    """
+    return torch.special.entr(sizes).sum(dim=1).exp().mean()
 
 
 class TokenMixer(nn.Module):
