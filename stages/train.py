@@ -51,14 +51,8 @@ def train(project: Project, name: str) -> None:
     inputs |= {tower: model_digest(project.encoder(tower)) for tower in method.ENCODERS}
     decided = {"method": name, "config": params.plain(config), "inputs": inputs}
     key = digest({**decided, "code": code_digest(method.__name__)})
-    data, encoders = read_data(project, method.TARGETS), project.encoder("dino").parent
-    torch.set_num_threads(project.machine.threads)
-    model = methods.fresh(method, config, method.vocabulary(config, data), encoders)
-    methods.attach(method, model, encoders)
-    if project.machine.recompute:
-        recompute_blocks(model)
-    if project.machine.compile:
-        compile_blocks(model)
+    data = read_data(project, method.TARGETS)
+    model = start(project, method, config, data)
     run = _run(project, name, key, decided)
     with distributed.process_group(project.machine.device) as device:
         results = fit_phases(project, method, model, config, data, run, device)
@@ -70,6 +64,19 @@ def train(project: Project, name: str) -> None:
         "precision": results[-1].precision if results else "fp32",
     }
     save_model(project.model(name), model.state_dict(), {**decided, "trained": trained})
+
+
+def start(project: Project, method: ModuleType, config: Any, data: TrainingData) -> Any:
+    """The model that training starts from, as this machine wants it run."""
+    encoders = project.encoder("dino").parent
+    torch.set_num_threads(project.machine.threads)
+    model = methods.fresh(method, config, method.vocabulary(config, data), encoders)
+    methods.attach(method, model, encoders)
+    if project.machine.recompute:
+        recompute_blocks(model)
+    if project.machine.compile:
+        compile_blocks(model)
+    return model
 
 
 def _run(project: Project, name: str, key: str, decided: dict[str, Any]) -> Run:

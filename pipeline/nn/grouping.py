@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.nn.attention import INIT_STD, Block, initialise, mlp
+from pipeline.nn.attention import INIT_STD, Block, in_one_kernel, initialise, mlp
 from pipeline.nn.vit import ConvStem, resize_position, sine_code
 from pipeline.params import ParamsError, Range
 
@@ -161,7 +161,7 @@ class CrossAttention(nn.Module):
             x.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for x in (self.query(queries), self.key(tokens), self.value(tokens))
         )
-        if queries.is_cuda:
+        if in_one_kernel(queries):
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:
             mixed = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v

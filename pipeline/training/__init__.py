@@ -34,7 +34,7 @@ from pipeline.training.interrupts import stop_requests
 from pipeline.training.optimiser import Optimisation, Precision, adamw, parameter_groups, resolve_precision
 from pipeline.training.state import RunState, restore_state, save_state
 from pipeline.training.steps import Hook, Loaded, Loader, Loss, NonFiniteLoss, Progress, Steps, counted_step
-from pipeline.training.watching import Watch, memory
+from pipeline.training.watching import Watch, gpu_memory
 
 __all__ = ["FitResult", "Loaded", "NonFiniteLoss", "Optimisation", "Progress", "Run", "fit"]
 
@@ -188,7 +188,7 @@ class _Fitting:
         last = state.images >= settings.images
         if last or _crossed(previous, state.images, settings.log_images):
             row = self.curve.append(state.step, state.images, state.means.take())
-            rates = clock.row(state.images) | memory(self.steps.device)
+            rates = clock.row(state.images) | gpu_memory(self.steps.device)
             self.watch.row(row, rates, self.steps.model)
         if line := clock.line(state.images, values, force=last):
             self.watch.say(line)

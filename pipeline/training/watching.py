@@ -34,13 +34,13 @@ class Watch:
         self._plots: list[LivePlot | Board] = []
         if self._quiet:
             return
-        known = _rates(log)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log.open("a", encoding="utf-8")
-        if live is not None:
-            self._plots.append(LivePlot(live, [row | known.get(int(row["step"]), {}) for row in rows]))
         if board is not None:
             self._plots.append(Board(board))
+        if live is not None:
+            known = _rates(log)
+            self._plots.append(LivePlot(live, [row | known.get(int(row["step"]), {}) for row in rows]))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log.open("a", encoding="utf-8")
 
     def say(self, line: str) -> None:
         """A line for the person who watches."""
@@ -141,7 +141,7 @@ def _rates(log: Path) -> dict[int, Row]:
     return found
 
 
-def memory(device: torch.device) -> Row:
+def gpu_memory(device: torch.device) -> Row:
     """Largest bytes of a GPU's memory in use so far; nothing on a CPU."""
     return {"memory": float(torch.cuda.max_memory_allocated(device))} if device.type == "cuda" else {}
 
