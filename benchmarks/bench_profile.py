@@ -4,8 +4,8 @@
     python -m benchmarks.bench_profile --batch 4 --markdown reports/cpu.md
 
 Steps are those of `benchmarks.bench_training`. Floors: the step's matrix products and convolutions at the rate of a
-large product, and its bytes at the rate of a large copy: weights are read twice, gradients written and read, AdamW reads
-and writes both moments and the weights, and what the backward pass needs is written and read once.
+large product, and its bytes at the rate of a large copy: weights are read twice, gradients written and read, AdamW
+reads and writes both moments and the weights, and what the backward pass needs is written and read once.
 """
 
 import argparse

@@ -195,7 +195,7 @@ class _Fitting:
         due = last or _crossed(previous, state.images, settings.checkpoint_images)
         if due:
             self._keep_best()
-            self.watch.picture(self.steps.model, getattr(loaded.batch, "pixels", None), state.images)
+            self.watch.picture(self.steps.model, loaded.batch, state.images, self.steps.device)
         if due or stopping:
             self._save()
         if stopping:

@@ -63,13 +63,13 @@ class Watch:
         for plot in self._plots:
             plot.log(row | rates, counts)
 
-    def picture(self, model: nn.Module, pixels: Tensor | None, images: int) -> None:
+    def picture(self, model: nn.Module, batch: Any, images: int, device: torch.device) -> None:
         """Paint the regions of the first images that this process was shown, for a model that knows regions."""
         folder = self._pictures
-        if self._quiet or folder is None or pixels is None or not hasattr(model, "regions"):
+        if self._quiet or folder is None or not hasattr(model, "regions"):
             return
         if self._pixels is None:
-            self._pixels = pixels[:PICTURES].detach().clone()
+            self._pixels = batch.to(device).pixels[:PICTURES].detach().clone()
         save_regions(folder / f"{images:012d}.png", model, self._pixels)
 
     def close(self) -> None:
