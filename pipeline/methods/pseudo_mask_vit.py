@@ -233,8 +233,7 @@ class PseudoMaskViT(nn.Module):
             end_token=self.tokenizer.eot,
             vocabulary=vocabulary,
         )
-        scale = {"temperature": config.temperature, "max_scale": config.max_scale}
-        self.contrast = ContrastiveLoss(**scale, gather=gather_rows)
+        self.contrast = ContrastiveLoss(temperature=config.temperature, max_scale=config.max_scale, gather=gather_rows)
 
     def lend(self, dino: PatchEncoder) -> None:
         """Make masks of this DINO's tokens. It is neither among the parameters nor in the state."""

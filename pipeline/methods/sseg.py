@@ -194,8 +194,9 @@ class SSeg(nn.Module):
         )
         self.image_projection = _projection(decoder.dim, config.embed_dim)
         self.text_projection = _projection(text.width, config.embed_dim)
-        scale = {"temperature": config.loss.temperature, "max_scale": config.loss.max_scale}
-        self.contrast = ContrastiveLoss(**scale, gather=gather_rows)
+        self.contrast = ContrastiveLoss(
+            temperature=config.loss.temperature, max_scale=config.loss.max_scale, gather=gather_rows
+        )
         self.register_buffer("matches", torch.zeros(decoder.queries, dtype=torch.int64))
         self.matches: Int64[Tensor, " queries"]
         """How often each query has been matched (last layer, all of the training); collapse shows here."""

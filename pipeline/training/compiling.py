@@ -27,7 +27,7 @@ def recompute_blocks(model: nn.Module) -> int:
     Draws (dropout, skipped branches) are repeated, so that no bit changes. timm's models have a switch of their own.
     Returns the number of blocks and of such models. Source: Chen et al. 2016, arXiv 1604.06174.
     """
-    towers = [module for module in model.modules() if hasattr(module, "set_grad_checkpointing")]
+    towers: list[Any] = [module for module in model.modules() if hasattr(module, "set_grad_checkpointing")]
     for tower in towers:
         tower.set_grad_checkpointing(True)
     blocks = [block for block in listed(model) if not listed(block)]

@@ -68,8 +68,8 @@ class Watch:
         folder = self._pictures
         if self._quiet or folder is None or not hasattr(model, "regions"):
             return
-        if self._pixels is None:
-            self._pixels = batch.to(device).pixels[:PICTURES].detach().clone()
+        pixels: Tensor = batch.to(device).pixels if self._pixels is None else self._pixels
+        self._pixels = pixels[:PICTURES].detach().clone()
         save_regions(folder / f"{images:012d}.png", model, self._pixels)
 
     def close(self) -> None:
