@@ -5,11 +5,13 @@
 
 Steps are those of `benchmarks.bench_training`. Floors: the step's matrix products and convolutions at the rate of a
 large product, and its bytes at the rate of a large copy: weights are read twice, gradients written and read, AdamW
-reads and writes both moments and the weights, and what the backward pass needs is written and read once.
+reads and writes both moments and the weights, and what the backward pass needs is written and read once. Both rates are
+measured before each method, so that they share its share of a busy machine.
 """
 
 import argparse
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +33,7 @@ PARTS = ("forward", "backward", "update")
 TOP = 6  # operations of the table
 COPIED = 2**28  # bytes of the copy that measures the memory's rate
 OF_WEIGHTS = 11  # times 4 bytes: read twice, gradient written and read twice, AdamW: 3 read, 3 written
-HEADS = ("images/s", "forward", "backward", "update", "FLOP floor", "byte floor", "MFU")
+HEADS = ("images/s", "forward", "backward", "update", "FLOP floor", "byte floor", "MFU", "TFLOP/s", "GB/s")
 
 
 def copy_rate(device: str) -> float:
@@ -57,7 +59,11 @@ def profiled(entry: Contestant, options: argparse.Namespace) -> tuple[dict[str, 
     with profile(activities=kinds) as found:
         step(entry, optimiser, options.device)
     cuda = options.device != "cpu"
-    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in found.key_averages()}
+    times = {
+        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in found.key_averages()
+        if "#" not in event.key  # marks such as `Optimizer.step#AdamW.step`
+    }
     whole = sum(times.values())
     largest = sorted(times, key=lambda name: -times[name])[:TOP]
     parts = {part: 1e3 * statistics.median(one[part] for one in rounds) for part in PARTS}
@@ -90,23 +96,25 @@ def report(options: argparse.Namespace) -> list[str]:
     head = (
         f"Steps of {options.batch} images of 224 px, {name}, {device_name(options.device)}, torch {torch.__version__}."
     )
-    rate = f"A large product runs at {rates[0] / 1e12:.2f} TFLOP/s, a large copy at {rates[1] / 1e9:.1f} GB/s."
+    busy = f"Load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores when it began, with this process."
     steps = [f"| ms a step | {' | '.join(HEADS)} |", f"| --- |{' ---: |' * len(HEADS)}"]
     operations = ["| method | operations with the largest shares of the time |", "| --- | --- |"]
     for method in options.methods:
         entry = ours(method, options, precision)
+        rates = product_rate(options.device, precision), copy_rate(options.device)
         flops, moved = floors(entry, *rates)
         parts, largest = profiled(entry, options)
         whole = sum(parts.values())
         cells = [f"{1e3 * options.batch / whole:.2f}", *(f"{parts[part]:.0f}" for part in PARTS)]
         cells += [f"{flops:.0f}", f"{moved:.0f}", f"{flops / whole:.0%}"]
+        cells += [f"{rates[0] / 1e12:.2f}", f"{rates[1] / 1e9:.1f}"]
         steps.append(f"| {method} | {' | '.join(cells)} |")
         shares = ", ".join(f"`{operation}` {share:.0%}" for operation, share in largest)
         operations.append(f"| {method} | {shares} |")
         print(steps[-1], operations[-1], sep="\n", flush=True)
         del entry
         gc.collect()
-    return [f"{head} {rate}", "", *steps, "", *operations]
+    return [f"{head} {busy}", "", *steps, "", *operations]
 
 
 def main() -> None:

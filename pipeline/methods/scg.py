@@ -323,8 +323,10 @@ class SCG(nn.Module):
             low = self._downsample(batch.groups[named])
         else:
             _, low = self._regions(pixels)
-        vectors = self.region_vectors(pixels, low, None)[:count]
-        present = members(low.flatten(1), self.clusters).any(-1)[:count]
+        vectors = self.region_vectors(pixels, low, None)
+        present = members(low.flatten(1), self.clusters).any(-1)
+        if not count:
+            vectors, present = vectors[:0], present[:0]
         with torch.autocast(pixels.device.type, enabled=False):
             return self._contrast(self.noun_vectors(batch.nouns), owner, vectors, present)
 
