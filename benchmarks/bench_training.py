@@ -33,6 +33,7 @@ from pipeline.training.optimiser import adamw, parameter_groups
 WORDS = 12  # tokens of a caption, start and end among them: CC12M's mean is about 20 words, its prompts' about 8
 CONTEXT = 77
 REGIONS = 16  # pseudo-masks of an image
+CELL = 8  # pixels of a pseudo-mask's cell: DINO's patch
 TO_REACH = {"cpu": 1.5, "cuda": 2.0}  # images/s of GroupViT over transformers'
 
 
@@ -68,8 +69,8 @@ def token_ids(texts: int, end: int, length: int, generator: torch.Generator) -> 
 
 def batch_for(name: str, model: Any, config: Any, images: int, length: int) -> Any:
     """Random inputs of the sizes that the method's loader would give."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(images, 3, 224, 224, generator=generator)
+    generator, side = torch.Generator().manual_seed(0), image_side(config)
+    pixels = torch.randn(images, 3, side, side, generator=generator)
     uids = [str(i) for i in range(images)]
 
     def ids(texts: int) -> Tensor:
@@ -90,8 +91,17 @@ def batch_for(name: str, model: Any, config: Any, images: int, length: int) -> A
     if name == "groupvit" and config.loss.num_prompts:
         batch.prompt_ids = torch.stack([ids(images) for _ in range(config.loss.num_prompts)])
     if name in ("sseg", "pseudo_mask_vit"):
-        batch.regions = torch.randint(REGIONS, (images, 28, 28), generator=generator).to(torch.uint8)
+        cells = side // CELL
+        batch.regions = torch.randint(REGIONS, (images, cells, cells), generator=generator).to(torch.uint8)
     return batch
+
+
+def image_side(config: Any) -> int:
+    """Pixels of a side of the training images."""
+    for block in ("patches", "encoder", "augmentation"):
+        if hasattr(config, block):
+            return getattr(config, block).image_size
+    raise ValueError("no block of the config has an image size")
 
 
 def ours(

@@ -33,6 +33,13 @@ class Machine:
         address: of a Dask scheduler (`tcp://host:8786`) or Ray head (`host:6379`, `auto`); empty: a local cluster.
         compile: methods train with the elementwise work of their transformer blocks fused (`torch.compile`): faster on
             a GPU after a minute, and rounded otherwise.
+        recompute: methods train with the inside of their transformer blocks computed again in the backward pass: less
+            memory (`tessera fit-batch`), about a quarter slower, the same bits.
+        keep_checkpoints: of a training, the newest; it continues from an older one where the newest is damaged.
+        keep_best: also keep, as a model folder `data/checkpoints/*/*/best`, the weights with the least mean loss
+            between two checkpoints.
+        tensorboard: write logs/tensorboard as well (`pip install tensorboard`).
+        peak_gflops: of the device, for the share of it that a training uses (MFU in its log); 0: not reported.
     """
 
     runner: Literal["inline", "process", "threads", "dask", "ray"]
@@ -42,6 +49,11 @@ class Machine:
     retries: Annotated[int, Range(0)]
     address: str = ""
     compile: bool = False
+    recompute: bool = False
+    keep_checkpoints: Annotated[int, Range(1)] = 1
+    keep_best: bool = False
+    tensorboard: bool = False
+    peak_gflops: Annotated[int, Range(0)] = 0
 
     @property
     def loaders(self) -> int:
@@ -58,7 +70,8 @@ def defaults() -> dict[str, Any]:
     device = find_device()
     workers = cores if device == "cpu" else max(1, cores // 2)
     found = {"runner": "process", "workers": workers, "device": device, "threads": min(2, cores), "retries": 2}
-    return found | {"address": "", "compile": False}
+    training = {"compile": False, "recompute": False, "keep_checkpoints": 1, "keep_best": False}
+    return found | {"address": "", **training, "tensorboard": False, "peak_gflops": 0}
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,9 @@
-"""Train a method on the pairs and its cached targets: `python -m stages.train METHOD`."""
+"""Train a method on the pairs and its cached targets: `python -m stages.train METHOD`, or `torchrun -m` the same."""
 
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,10 +13,11 @@ from pipeline import methods, params
 from pipeline.artifacts.files import digest
 from pipeline.artifacts.weights import model_digest, save_model
 from pipeline.datasets.pairs import PairLoader, PairShard
+from pipeline.machine import Machine
 from pipeline.project import Project
 from pipeline.source_code import code_digest
-from pipeline.training import FitResult, Run, fit
-from pipeline.training.compiling import compile_blocks
+from pipeline.training import FitResult, Run, distributed, fit
+from pipeline.training.compiling import compile_blocks, recompute_blocks
 from pipeline.training.phases import Phase, TrainingData
 from stages import open_project, report_errors
 
@@ -50,13 +52,13 @@ def train(project: Project, name: str) -> None:
     inputs |= {tower: model_digest(project.encoder(tower)) for tower in method.ENCODERS}
     decided = {"method": name, "config": params.plain(config), "inputs": inputs}
     key = digest({**decided, "code": code_digest(method.__name__)})
-    data, encoders = read_data(project, method.TARGETS), project.encoder("dino").parent
-    torch.set_num_threads(project.machine.threads)
-    model = methods.fresh(method, config, method.vocabulary(config, data), encoders)
-    methods.attach(method, model, encoders)
-    if project.machine.compile:
-        compile_blocks(model)
-    results = fit_phases(project, method, model, config, data, key)
+    data = read_data(project, method.TARGETS)
+    model = start(project, method, config, data)
+    run = _run(project, name, key, decided)
+    with distributed.process_group(project.machine.device) as device:
+        results = fit_phases(project, method, model, config, data, run, device)
+        if not distributed.leads():
+            return
     trained = {
         "images": sum(result.images for result in results),
         "failed": sum(result.failed for result in results),
@@ -65,53 +67,85 @@ def train(project: Project, name: str) -> None:
     save_model(project.model(name), model.state_dict(), {**decided, "trained": trained})
 
 
+def start(project: Project, method: ModuleType, config: Any, data: TrainingData) -> Any:
+    """The model that training starts from, as this machine wants it run."""
+    encoders = project.encoder("dino").parent
+    torch.set_num_threads(project.machine.threads)
+    model = methods.fresh(method, config, method.vocabulary(config, data), encoders)
+    methods.attach(method, model, encoders)
+    if project.machine.recompute:
+        recompute_blocks(model)
+    if project.machine.compile:
+        compile_blocks(model)
+    return model
+
+
+def _run(project: Project, name: str, key: str, decided: dict[str, Any]) -> Run:
+    """The files of a method's only phase."""
+    machine = project.machine
+    return Run(
+        name=name,
+        key=key,
+        checkpoints=project.checkpoints(name, key),
+        curve=project.root / "reports" / "curves" / f"{name}.csv",
+        log=project.logs / f"{name}.jsonl",
+        live=project.logs / "dvclive" / name,
+        board=project.logs / "tensorboard" / name if machine.tensorboard else None,
+        pictures=project.logs / "pictures" / name,
+        keep=machine.keep_checkpoints,
+        best=decided if machine.keep_best else None,
+        peak_flops=1e9 * machine.peak_gflops,
+    )
+
+
+def _phase_run(project: Project, run: Run, phase: str, before: str) -> Run:
+    """The files of one of several phases."""
+    name = f"{run.name}-{phase}"
+    places = {"log": project.logs / f"{name}.jsonl", "before": before}
+    places |= {kind: folder.with_name(name) for kind in ("live", "board", "pictures") if (folder := getattr(run, kind))}
+    return replace(run, name=name, checkpoints=project.checkpoints(name, run.key), **places)
+
+
 def fit_phases(
-    project: Project, method: ModuleType, model: Any, config: Any, data: TrainingData, key: str
+    project: Project, method: ModuleType, model: Any, config: Any, data: TrainingData, run: Run, device: str
 ) -> list[FitResult]:
     """Every phase of the method in turn; their curves make one."""
-    name = method.__name__.rsplit(".", 1)[1]
     before, results = "", []  # a method that learns nothing has no phase
     for phase in method.phases(model, config, data):
-        label = f"{name}-{phase.name}" if phase.name else name
-        run = Run(
-            name=label,
-            key=key,
-            checkpoints=project.checkpoints(label, key),
-            curve=project.root / "reports" / "curves" / f"{name}.csv",
-            log=project.logs / f"{label}.jsonl",
-            live=project.logs / "dvclive" / label,
-            before=before,
-        )
-        result = _fit_phase(project, model, config, data, phase, run)
-        for other in run.checkpoints.parent.iterdir():
-            if other.name != key:
-                shutil.rmtree(other)
-        print(f"{label}: {result.images:,} images at {result.images_per_second:.0f}/s", file=sys.stderr)
-        before = run.curve.read_text(encoding="utf-8")
+        own = _phase_run(project, run, phase.name, before) if phase.name else run
+        phase.begin()
+        loader = pair_loader(data, config, phase, project.machine)
+        result = fit(model, phase.loss, loader, phase.optimisation, run=own, device=device, after_step=phase.after_step)
+        distributed.wait_for_all()
+        if distributed.leads():
+            for other in own.checkpoints.parent.iterdir():
+                if other.name != run.key:
+                    shutil.rmtree(other)
+            print(f"{own.name}: {result.images:,} images at {result.images_per_second:.0f}/s", file=sys.stderr)
+        before = own.curve.read_text(encoding="utf-8")
         results.append(result)
     return results
 
 
-def _fit_phase(project: Project, model: Any, config: Any, data: TrainingData, phase: Phase, run: Run) -> FitResult:
-    phase.begin()
-    loader = PairLoader(
+def pair_loader(data: TrainingData, config: Any, phase: Phase, machine: Machine) -> PairLoader:
+    """This process's share of the phase's batches; the processes of a host share its loader's workers, too.
+
+    Raises:
+        ParamsError: the processes cannot share a batch equally.
+    """
+    batch, ranks = phase.optimisation.batch_size, distributed.ranks()
+    if batch % ranks:
+        raise params.ParamsError(f"optimisation.batch_size: {ranks} processes cannot share {batch} images equally")
+    return PairLoader(
         data.shards,
-        batch_size=phase.optimisation.batch_size,
+        batch_size=batch,
         seed=phase.optimisation.seed,
         shuffle=config.shuffle,
-        threads=project.machine.threads,
-        workers=project.machine.loaders,
+        threads=machine.threads,
+        workers=-(-machine.loaders // distributed.local_ranks()),
         prepare=phase.prepare,
         collate=phase.collate,
-    )
-    return fit(
-        model,
-        phase.loss,
-        loader,
-        phase.optimisation,
-        run=run,
-        device=project.machine.device,
-        after_step=phase.after_step,
+        share=(distributed.rank(), ranks),
     )
 
 

@@ -175,7 +175,7 @@ def test_killed_and_continued_ends_with_the_same_bytes(trained, tmp_path, capsys
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", RUN], cwd=root, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    states = "data/checkpoints/selftrain-sseg-scenes/*/state.json"
+    states = "data/checkpoints/selftrain-sseg-scenes/*/state-*.json"
     while not list(root.glob(states)) and time.monotonic() < deadline:
         time.sleep(0.005)
     assert list(root.glob(states)), "no checkpoint in time"

@@ -5,15 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.weights import load_model
 from pipeline.training import Loaded, NonFiniteLoss, Optimisation, Progress, Run, fit
 from pipeline.training.optimiser import adamw, lr_factor, parameter_groups
+from pipeline.training.watching import _rates
 
 OPTIMISATION = Optimisation(
     images=96,
@@ -203,9 +208,13 @@ class Killed(BaseException):
 
 
 class KilledLoader(ToyLoader):
+    def __init__(self, last: int = 56):
+        super().__init__()
+        self.last = last
+
     def batches(self, position):
         for loaded in super().batches(position):
-            if loaded.position > 56:
+            if loaded.position > self.last:
                 raise Killed
             yield loaded
 
@@ -240,8 +249,8 @@ def test_another_key_or_a_damaged_checkpoint_starts_anew(tmp_path):
     assert other.asked[0] == 0
     folder = tmp_path / "checkpoints" / ("k" * 8)
     # The same folder under another key: what is inside counts, not only where it lies.
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"key": "stale"}))
+    path = next(folder.glob("*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"key": "stale"}))
     stale = ToyLoader()
     with pytest.raises(Killed):
         train(tmp_path, KilledLoader())
@@ -256,7 +265,7 @@ def test_another_key_or_a_damaged_checkpoint_starts_anew(tmp_path):
 def test_only_one_checkpoint_stays(tmp_path):
     train(tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints" / ("k" * 8)).iterdir())
-    assert names == ["state-000000012.safetensors", "state.json"]
+    assert names == ["state-000000012.json", "state-000000012.safetensors"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -305,10 +314,135 @@ def test_optimiser_state_keeps_names():
 def test_live_plot_files(tmp_path):
     """In a process of its own: dvclive's import raises warnings that are errors here."""
     code = (
-        "import sys; from pathlib import Path; from pipeline.training.curve import LivePlot\n"
+        "import sys; from pathlib import Path; from pipeline.training.watching import LivePlot\n"
         "live = LivePlot(Path(sys.argv[1]), [{'step': 3.0, 'total': 2.5}])\n"
-        "live.log({'step': 6.0, 'total': 1.5})\nlive.close()"
+        "live.log({'step': 6.0, 'total': 1.5}, {'matches': [3, 1]})\nlive.close()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "live")], check=True, capture_output=True)
     rows = (tmp_path / "live/plots/metrics/total.tsv").read_text().split()
     assert rows == ["step", "total", "3", "2.5", "6", "1.5"]
+
+
+def test_the_newest_checkpoints_stay_and_an_older_one_stands_in(tmp_path):
+    """Of three that were kept the newest is damaged: the run continues from the one before, with the same end."""
+    whole, _ = train(tmp_path / "whole")
+    keeping = replace(run_at(tmp_path), keep=3)
+    model = toy()
+    with pytest.raises(Killed):
+        fit(model, model.loss, KilledLoader(last=88), OPTIMISATION, run=keeping, after_step=model.after)
+    saved = sorted(keeping.checkpoints.glob("*.safetensors"))
+    assert [path.name for path in saved] == ["state-000000004.safetensors", "state-000000008.safetensors"]
+    saved[1].write_bytes(saved[1].read_bytes()[:-1] + b"x")
+    again, model = ToyLoader(), toy()
+    fit(model, model.loss, again, OPTIMISATION, run=keeping, after_step=model.after)
+    assert again.asked[0] == 32 and same(whole, model)
+
+
+def test_the_best_weights_stay_as_a_model_folder(tmp_path):
+    """Those of the least mean total between two checkpoints, also where a run was torn in between."""
+    folders = []
+    for name, loader in (("whole", None), ("torn", KilledLoader())):
+        run = replace(run_at(tmp_path / name), best={"method": "toy"})
+        for part in (loader, None) if loader else (None,):
+            model = toy()
+            with suppress(Killed):
+                fit(model, model.loss, part or ToyLoader(), OPTIMISATION, run=run, after_step=model.after)
+        folders.append(run.checkpoints / "best")
+    rows = [line.split(",") for line in (tmp_path / "whole/toy.csv").read_text().splitlines()[1:]]
+    assert len({row[4] for row in rows}) == len(rows)
+    state, config = load_model(folders[0])
+    assert (
+        config["method"] == "toy"
+        and config["trained"]["images"] in (32, 64, 96)
+        and set(state) == set(toy().state_dict())
+    )
+    assert all((folders[0] / path.name).read_bytes() == path.read_bytes() for path in folders[1].iterdir())
+    losses = {}
+    for images in (32, 64, 96):
+        short = toy()
+        settings = replace(OPTIMISATION, log_images=32)
+        fit(short, short.loss, ToyLoader(), settings, run=run_at(tmp_path / f"s{images}"), after_step=short.after)
+        for line in (tmp_path / f"s{images}/toy.csv").read_text().splitlines()[1:]:
+            losses[int(line.split(",")[1])] = float(line.split(",")[4])
+    assert config["trained"]["images"] == min(losses, key=lambda images: losses[images])
+    assert config["trained"]["mean_total"] == pytest.approx(min(losses.values()), rel=1e-5)
+
+
+class Seeing(Toy):
+    """A model with regions and counts, whose drawing of regions asks for random numbers."""
+
+    def regions(self, pixels):
+        assert not self.training
+        return torch.randint(0, 3, pixels.shape[-2:]) * 0 + (pixels[0, 0] > 0).long()
+
+    def watch(self):
+        return {"sizes": torch.tensor([2, 3])}
+
+
+@dataclass
+class SeenBatch(ToyBatch):
+    pixels: Tensor = None
+
+    def to(self, device):
+        return self
+
+
+class SeenLoader(ToyLoader):
+    def batches(self, position):
+        for loaded in super().batches(position):
+            batch = SeenBatch(loaded.batch.x, loaded.batch.uids, torch.randn(8, 3, 8, 8, generator=torch.Generator()))
+            yield Loaded(batch, loaded.position, [])
+
+
+def test_pictures_and_counts_change_nothing_and_are_written(tmp_path):
+    models = []
+    for pictures in (None, tmp_path / "pictures"):
+        torch.manual_seed(0)
+        model = Seeing()
+        run = replace(run_at(tmp_path / str(bool(pictures))), pictures=pictures)
+        fit(model, model.loss, SeenLoader(), OPTIMISATION, run=run, after_step=model.after)
+        models.append(model)
+    assert same(*models) and models[1].training
+    found = sorted((tmp_path / "pictures").iterdir())
+    assert [int(path.stem) for path in found] == [32, 64, 96]
+    with Image.open(found[0]) as picture:
+        assert picture.size == (64, 16) and len(picture.getcolors(1024)) > 8
+    rows = [json.loads(line) for line in (tmp_path / "True/toy.jsonl").read_text().splitlines()]
+    assert [row["counts"] for row in rows if row["event"] == "row"] == [{"sizes": [2, 3]}] * 4
+
+
+def test_mfu_counts_the_products_of_a_step(tmp_path):
+    """Forward and backward of two linear layers, and of the teacher forward alone; weights stay as without counting."""
+    plain, _ = train(tmp_path / "plain")
+    model = toy()
+    fit(
+        model,
+        model.loss,
+        ToyLoader(),
+        OPTIMISATION,
+        run=replace(run_at(tmp_path), peak_flops=1e9),
+        after_step=model.after,
+    )
+    assert same(plain, model)
+    rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    # Multiply and add: body 5x6 (its input has a learned offset: three products), head 6x2 (three), teacher 5x6 (one).
+    flops = 2 * (3 * 30 + 3 * 12 + 30)
+    for row in (row for row in rows if row["event"] == "row"):
+        assert row["mfu"] == pytest.approx(row["images_per_second"] * flops / 1e9)
+
+
+def test_a_board_needs_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BadInput, match="pip install tensorboard"):
+        fit(toy(), toy().loss, ToyLoader(), OPTIMISATION, run=replace(run_at(tmp_path), board=tmp_path / "board"))
+
+
+def test_a_resumed_plot_has_the_rates_of_before(tmp_path):
+    train(tmp_path)
+    known = _rates(tmp_path / "toy.jsonl")
+    assert sorted(known) == [3, 6, 9, 12] and all(
+        set(row) == {"images_per_second", "data_wait"} for row in known.values()
+    )
+    with (tmp_path / "toy.jsonl").open("a") as log:
+        log.write('{"event": "row", "step": 12, "images_per_second": 7.0}\n{"event": "ro')
+    assert _rates(tmp_path / "toy.jsonl")[12] == {"images_per_second": 7.0}

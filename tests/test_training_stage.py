@@ -74,15 +74,15 @@ def stop(root: Path, number: int) -> int:
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "stages.train", "sseg"]
     process = subprocess.Popen(arguments, cwd=root, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while not list(root.glob("data/checkpoints/sseg/*/state.json")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 240
+    while not list(root.glob("data/checkpoints/sseg/*/state-*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(number)
     return process.wait(timeout=60)
 
 
 def images_saved(root: Path) -> int:
-    path = next(root.glob("data/checkpoints/sseg/*/state.json"))
+    path = next(root.glob("data/checkpoints/sseg/*/state-*.json"))
     return json.loads(path.read_text())["images"]
 
 
@@ -104,7 +104,13 @@ def test_what_it_leaves(trained):
     rows = (trained / "reports/curves/sseg.csv").read_text().splitlines()
     assert len(rows) == 16 and rows[0].startswith("step,images,total,focal,dice,image_to_text,text_to_image")
     assert float(rows[-1].split(",")[2]) < float(rows[1].split(",")[2])
-    assert (trained / "logs/dvclive/sseg/plots/metrics/total.tsv").is_file()
+    for name in ("total", "grad_norm", "images_per_second", "data_wait"):
+        assert len((trained / f"logs/dvclive/sseg/plots/metrics/{name}.tsv").read_text().splitlines()) == 16, name
+    log = [json.loads(line) for line in (trained / "logs/sseg.jsonl").read_text().splitlines()]
+    counts = [row["counts"]["matches"] for row in log if row["event"] == "row"]
+    assert counts[-1] == model.matches.tolist() and sum(counts[0]) < sum(counts[-1])
+    pictures = sorted((trained / "logs/pictures/sseg").iterdir())
+    assert [int(path.stem) for path in pictures] == [40, 80, 120, 160, 200, 240]
 
 
 def test_killed_and_continued_ends_with_the_same_bytes(trained, tmp_path, capsys):

@@ -14,6 +14,7 @@ COMMANDS = {
         "pipeline.cli.plan",
         "per stage, before it runs: images, bytes, files, hours, and whether the disk holds it",
     ),
+    "fit-batch": ("pipeline.cli.fit_batch", "the largest batch of a method's training that fits into a GPU's memory"),
     "status": ("pipeline.cli.status", "per stage: shards done, stale, failed, and samples lost"),
     "why": ("pipeline.cli.why", "which key field of a shard changed"),
     "verify": ("pipeline.cli.verify", "check payloads: existence and size, or checksums"),

@@ -23,7 +23,9 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--disk", type=_size, metavar="SIZE", help="bytes that the plan may take in all, such as 500G")
+    parser.add_argument(
+        "--disk", type=parse_size, metavar="SIZE", help="bytes that the plan may take in all, such as 500G"
+    )
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help=f"core-seconds of one measurement, at most (default {SECONDS:g})"
     )
@@ -127,7 +129,7 @@ def _hours(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 500G")

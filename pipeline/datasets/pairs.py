@@ -68,6 +68,7 @@ class PairLoader:
         workers: int = 0,
         prepare: Prepare,
         collate: Collate,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Counts the rows of every shard.
 
@@ -76,6 +77,8 @@ class PairLoader:
             workers: processes that do so instead of threads, which Python lets do most of their work one at a time; 0
                 for threads. `prepare` and `collate` must pickle.
 
+        `share` (i, n): of every batch only the i-th of n equal parts, counted from 0; positions count whole batches.
+
         Raises:
             BadInput: no usable row, or a payload that does not fit the others.
         """
@@ -83,6 +86,8 @@ class PairLoader:
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
         self._threads, self._workers = threads, workers
         self._preparation = Preparation(prepare, collate, seed)
+        part = batch_size // share[1]
+        self._part = slice(share[0] * part, (share[0] + 1) * part)
         self._blocks = _cut(self._shards, shuffle.block_rows)
         if not self._blocks:
             raise BadInput(shards[0].filtered if shards else "shards", "no kept row to train on", "Check the filter")
@@ -125,7 +130,7 @@ class PairLoader:
             draws.append(draw)
             if len(draws) == self._batch_size:
                 position += len(draws)
-                yield draws, position
+                yield draws[self._part], position
                 draws = []
 
     def _draws(self, read: Read, position: int) -> Iterator["_Draw"]:

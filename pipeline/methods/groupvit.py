@@ -28,7 +28,7 @@ from pipeline.datasets.pairs import Shuffle
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss, ContrastiveTerms, MultiLabelForm, Temperature, multi_label
 from pipeline.nn.group_reader import GroupReader, GroupReading
-from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig
+from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig, effective_number
 from pipeline.nn.projector import Projector
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
@@ -163,6 +163,7 @@ class GroupViT(GroupReader, ReadingModule):
         """
         settings = self.settings
         grouped = self.image(batch.pixels)
+        self._sizes = grouped.sizes()
         image = self._embed_image(grouped)
         captions, prompts = self._embed_batch(batch)
         caption = multi = image.new_zeros(())
@@ -174,8 +175,12 @@ class GroupViT(GroupReader, ReadingModule):
             "total": settings.caption * caption + settings.multi_label * multi,
             "caption": caption,
             "multi_label": multi,
-            "groups": grouped.effective_groups(),
+            "groups": effective_number(self._sizes),
         }
+
+    def watch(self) -> dict[str, Tensor]:
+        """`group_sizes`: share of the last batch's tokens in each group."""
+        return {"group_sizes": self._sizes.mean(dim=0)}
 
     @property
     def logit_scale(self) -> float:

@@ -13,8 +13,8 @@ release (`blend_statistics`).
 Deviates: the mask loss is a mean over images (`pipeline.losses.mask_consistency`); captions are masked by the clean
 rule unless `completion.strip` says `released`; partners are never the image itself where another exists
 (`pipeline.datasets.partners`); temperature, positions and group tokens take no weight decay; the dead assignment module
-of the release's decoder is not built; BatchNorm is never synchronised over processes. The stem may be convolutional and
-the text shrunk to the captions' tokens, neither of which the paper's configuration does.
+of the release's decoder is not built; BatchNorm is synchronised over processes in the bridge too. The stem may be
+convolutional and the text shrunk to the captions' tokens, neither of which the paper's configuration does.
 
 Axes: batch, groups, tokens (patches, row-major), length (text tokens), prompts, dim, classes, rows x columns.
 """
@@ -42,7 +42,7 @@ from pipeline.losses.mask_consistency import ConsistencyRules, group_consistency
 from pipeline.nn.bert import Bert
 from pipeline.nn.entity_decoder import EntityDecoder
 from pipeline.nn.group_reader import GroupReader, GroupReading
-from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig
+from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig, effective_number
 from pipeline.nn.projector import Projector
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Vocabulary
@@ -52,7 +52,7 @@ from pipeline.text.mask_tokens import MASK, MaskedBytePairs, MaskTokenizer, Word
 from pipeline.text.masking import Strip
 from pipeline.text.prompts import SINGLE, entity_prompt, fill, templates
 from pipeline.training import Optimisation
-from pipeline.training.distributed import gather_rows
+from pipeline.training.distributed import balanced, gather_rows
 from pipeline.training.phases import Phase, TrainingData
 
 Count = Annotated[int, Range(1)]
@@ -247,6 +247,7 @@ class OVSegmentor(GroupReader, ReadingModule):
         `groups` is not optimised: how many groups an image uses (exponential of the entropy of their sizes, mean).
         """
         grouped = self.image(batch.pixels)
+        self._sizes = grouped.sizes()
         image = self._image_vector(grouped)
         text, _ = self._text(batch.token_ids)
         contrast = self.contrast(image, F.normalize(text.float(), dim=-1)).loss(halved=True)
@@ -259,8 +260,12 @@ class OVSegmentor(GroupReader, ReadingModule):
             "contrast": contrast,
             "completion": completion,
             "mask": mask,
-            "groups": grouped.effective_groups(),
+            "groups": effective_number(self._sizes),
         }
+
+    def watch(self) -> dict[str, Tensor]:
+        """`group_sizes`: share of the last batch's tokens in each group."""
+        return {"group_sizes": self._sizes.mean(dim=0)}
 
     def begin_mask_phase(self) -> None:
         """Freeze BERT (its dropout stays active) and copy the image encoder as the teacher, where configured."""
@@ -320,7 +325,7 @@ class OVSegmentor(GroupReader, ReadingModule):
             assert batch.mask_classes is not None
             logits, there = self.classify(states).float().flatten(0, 1), batch.mask_classes.flatten() >= 0
             losses = F.cross_entropy(logits, batch.mask_classes.flatten(), ignore_index=-1, reduction="sum")
-            return losses / there.sum().clamp(min=1)
+            return balanced(losses / there.sum().clamp(min=1), there.sum())
         assert self.bridge is not None and batch.answer_ids is not None
         completed = F.normalize(self.bridge(states[:, 0]).float(), dim=-1)
         answer, _ = self._text(batch.answer_ids)
@@ -347,7 +352,7 @@ class OVSegmentor(GroupReader, ReadingModule):
                 target_fit = self._fitting(self.image_projector, target.segments)
             other = self._direction(partner, target, partner_fit, target_fit, entity, batch.pixels)
             losses = (losses + other) / 2
-        return (losses * batch.paired).sum() / batch.paired.sum().clamp(min=1)
+        return balanced((losses * batch.paired).sum() / batch.paired.sum().clamp(min=1), batch.paired.sum())
 
     def _direction(
         self,

@@ -47,6 +47,7 @@ from pipeline.params import ParamsError, Range
 from pipeline.store import PAYLOAD, repair_command
 from pipeline.text.tokenizers import BytePairTokenizer, tokenizer
 from pipeline.training import Optimisation
+from pipeline.training.distributed import gather_rows
 from pipeline.training.phases import Phase, TrainingData
 
 Count = Annotated[int, Range(1)]
@@ -233,7 +234,7 @@ class PseudoMaskViT(ReadingModule):
             end_token=self.tokenizer.eot,
             vocabulary=vocabulary,
         )
-        self.contrast = ContrastiveLoss(temperature=config.temperature, max_scale=config.max_scale)
+        self.contrast = ContrastiveLoss(temperature=config.temperature, max_scale=config.max_scale, gather=gather_rows)
 
     def lend(self, dino: PatchEncoder) -> None:
         """Make masks of this DINO's tokens. It is neither among the parameters nor in the state."""

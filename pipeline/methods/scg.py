@@ -51,6 +51,7 @@ from pipeline.nn.visual_tower import renormalised, run
 from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import templates
 from pipeline.training import Optimisation
+from pipeline.training.distributed import gather_rows, row_counts
 from pipeline.training.phases import Phase, TrainingData
 
 Count = Annotated[int, Range(1)]
@@ -305,9 +306,12 @@ class SCG(ReadingModule):
         Pictures whose caption has no noun are left out.
         """
         named = torch.bincount(batch.owner, minlength=len(batch.groups)) > 0
-        if not named.any():
-            nothing = 0 * (self.offsets.sum() + self.temperature.scale)
+        count = int(named.sum())
+        if not sum(row_counts(count)):
+            nothing = 0 * torch.stack([weight.sum() for weight in self.parameters()]).sum()
             return {"total": nothing, "tokens": nothing.detach()}
+        if not count:  # other processes have nouns: take part, with a picture that is dropped below
+            named[0] = True
         pixels, owner = batch.pixels[named], named.cumsum(0)[batch.owner] - 1
         if self.config.grouping.kind == "codebook":
             low = self._downsample(batch.groups[named])
@@ -315,8 +319,14 @@ class SCG(ReadingModule):
             _, low = self._regions(pixels)
         vectors = self.region_vectors(pixels, low, None)
         present = members(low.flatten(1), self.clusters).any(-1)
+        if not count:
+            vectors, present = vectors[:0], present[:0]
         with torch.autocast(pixels.device.type, enabled=False):
             return self._contrast(self.noun_vectors(batch.nouns), owner, vectors, present)
+
+    def watch(self) -> dict[str, Tensor]:
+        """`hits` so far, by cluster."""
+        return {"hits": self.hits}
 
     def _contrast(
         self,
@@ -325,6 +335,9 @@ class SCG(ReadingModule):
         vectors: Float[Tensor, "batch clusters dim"],
         present: Tensor,
     ) -> dict[str, Tensor]:
+        vectors, first = gather_rows(vectors)
+        owner, nouns = gather_rows(owner + first)[0], gather_rows(nouns)[0]
+        present = gather_rows(present.byte())[0].bool()
         settings, scale, captions = self.config.loss, self.temperature.capped(), len(vectors)
         forward = noun_region.noun_to_region(nouns, owner, vectors, present, captions)
         hits = torch.bincount(forward.best.gather(1, owner[:, None])[:, 0], minlength=self.clusters)

@@ -35,6 +35,7 @@ from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.text.tokenizers import BytePairTokenizer, tokenizer
 from pipeline.training import Optimisation
+from pipeline.training.distributed import balanced, gather_rows, summed
 from pipeline.training.phases import Phase, TrainingData
 
 Count = Annotated[int, Range(1)]
@@ -194,7 +195,9 @@ class SSeg(ReadingModule):
         )
         self.image_projection = _projection(decoder.dim, config.embed_dim)
         self.text_projection = _projection(text.width, config.embed_dim)
-        self.contrast = ContrastiveLoss(temperature=config.loss.temperature, max_scale=config.loss.max_scale)
+        self.contrast = ContrastiveLoss(
+            temperature=config.loss.temperature, max_scale=config.loss.max_scale, gather=gather_rows
+        )
         self.register_buffer("matches", torch.zeros(decoder.queries, dtype=torch.int64))
         self.matches: Int64[Tensor, " queries"]
         """How often each query has been matched (last layer, all of the training); collapse shows here."""
@@ -232,6 +235,10 @@ class SSeg(ReadingModule):
             "text_to_image": contrast.text_to_image,
             "winners": winners,
         }
+
+    def watch(self) -> dict[str, Tensor]:
+        """`matches` so far, by query."""
+        return {"matches": self.matches}
 
     def segment(
         self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
@@ -278,7 +285,9 @@ class SSeg(ReadingModule):
             matched = self._match(layer, targets)
             layer_focal, layer_dice = matched_losses(layer, targets.masks, targets.valid, matched)
             focal, dice = focal + layer_focal, dice + layer_dice
-        counts = torch.bincount(matched[matched >= 0], minlength=logits.shape[2])
+        own = torch.bincount(matched[matched >= 0], minlength=logits.shape[2])
+        focal, dice = balanced(focal, own.sum()), balanced(dice, own.sum())
+        counts = summed(own)
         self.matches += counts
         share = counts / counts.sum().clamp(min=1)
         return focal, dice, torch.special.entr(share).sum().exp()

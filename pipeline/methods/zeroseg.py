@@ -38,7 +38,7 @@ from pipeline.losses.views import (
     view_weights,
 )
 from pipeline.nn.group_reader import GroupReader, GroupReading
-from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingStages
+from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingStages, effective_number
 from pipeline.nn.masked_autoencoder import (
     DecoderConfig,
     Encoded,
@@ -205,6 +205,7 @@ class ZeroSeg(GroupReader, ReadingModule):
             raise ValueError("ZeroSeg learns from cached views, and this batch has none")
         settings = self.settings
         encoded, grouped, decoded = self._forward(batch.pixels)
+        self._sizes = grouped.sizes()
         predicted = self.autoencoder.predict(self.autoencoder.decode(encoded) if decoded is None else decoded)
         image, segments = self._project(grouped.segments)
         with torch.autocast(batch.pixels.device.type, enabled=False):
@@ -223,8 +224,12 @@ class ZeroSeg(GroupReader, ReadingModule):
             "multi_scale": multi_scale,
             "match": match,
             "tiles": tiles,
-            "groups": grouped.effective_groups(),
+            "groups": effective_number(self._sizes),
         }
+
+    def watch(self) -> dict[str, Tensor]:
+        """`group_sizes`: share of the last batch's tokens in each group."""
+        return {"group_sizes": self._sizes.mean(dim=0)}
 
     def _multi_scale(
         self, image: Float[Tensor, "batch dim"], views: Float[Tensor, "batch views dim"]

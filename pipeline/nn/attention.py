@@ -3,6 +3,10 @@
 Axes: batch, length (tokens), dim, heads. Masks are additive float: 0 keeps, -inf drops.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,6 +14,22 @@ from torch import Tensor, nn
 
 # Source: timm and DINO (`trunc_normal_`, std 0.02, in every linear layer).
 INIT_STD = 0.02
+_ONE_KERNEL: ContextVar[bool] = ContextVar("one_kernel", default=False)
+
+
+@contextmanager
+def one_kernel() -> Iterator[None]:
+    """Attention as on a GPU, whatever the device: one kernel, which keeps no scores for the backward pass."""
+    token = _ONE_KERNEL.set(True)
+    try:
+        yield
+    finally:
+        _ONE_KERNEL.reset(token)
+
+
+def in_one_kernel(x: Tensor) -> bool:
+    """Whether attention over `x` is one kernel. On a CPU its bf16 backward is slower than writing it out."""
+    return x.is_cuda or _ONE_KERNEL.get()
 
 
 class Attention(nn.Module):
@@ -40,10 +60,9 @@ class Attention(nn.Module):
         batch, length, dim = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if x.is_cuda:
+        if in_one_kernel(x):
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
-            # Written out: on a CPU the fused kernel's bf16 backward is slower than two matrix products and a softmax.
             scores = (query * (dim // self.heads) ** -0.5) @ key.transpose(-2, -1)
             if mask is not None:
                 scores = scores + mask.to(scores.dtype)

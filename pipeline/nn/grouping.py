@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.nn.attention import INIT_STD, Block, initialise, mlp
+from pipeline.nn.attention import INIT_STD, Block, in_one_kernel, initialise, mlp
 from pipeline.nn.vit import ConvStem, resize_position, sine_code
 from pipeline.params import ParamsError, Range
 
@@ -113,14 +113,22 @@ class Grouped(NamedTuple):
         return maps
 
     @torch.no_grad()
-    def effective_groups(self) -> Float[Tensor, ""]:
-        """How many groups an image uses: exponential of the entropy of their sizes, mean over images.
-
-        A token counts for its strongest group. 1: one group takes the whole picture.
-        """
+    def sizes(self) -> Float[Tensor, "batch groups"]:
+        """Share of the tokens whose strongest group each is; sums to 1."""
         maps = self.soft_maps()
-        sizes = F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
-        return torch.special.entr(sizes).sum(dim=1).exp().mean()
+        return F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
+
+    def effective_groups(self) -> Float[Tensor, ""]:
+        """See `effective_number`."""
+        return effective_number(self.sizes())
+
+
+def effective_number(sizes: Float[Tensor, "batch groups"]) -> Float[Tensor, ""]:
+    """How many groups an image uses: exponential of the entropy of their sizes, mean over images.
+
+    1: one group takes the whole picture.
+    """
+    return torch.special.entr(sizes).sum(dim=1).exp().mean()
 
 
 class TokenMixer(nn.Module):
@@ -153,7 +161,7 @@ class CrossAttention(nn.Module):
             x.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for x in (self.query(queries), self.key(tokens), self.value(tokens))
         )
-        if queries.is_cuda:
+        if in_one_kernel(queries):
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:
             mixed = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v

@@ -12,71 +12,31 @@
 Budgets count images. A run of the same key continues from its last checkpoint bit for bit (CPU, same threads):
 weights, optimiser, random states, the loader's position and the open row of the curve are all saved. SIGTERM and
 SIGINT finish the step, save and end the process with 128 + the signal's number.
+
+In a process group (`pipeline.training.distributed`) the loader gives each process its share of every batch, gradients
+are averaged, and the first process writes; how many there are is in no key.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pipeline.artifacts.weights import save_model
 from pipeline.engine import SIGNAL_EXIT, Interrupted
-from pipeline.params import Range
-from pipeline.training.curve import Clock, Curve, LivePlot, Log, say
+from pipeline.training import distributed
+from pipeline.training.curve import Clock, Curve
 from pipeline.training.interrupts import stop_requests
-from pipeline.training.optimiser import (
-    Decayed,
-    Positive,
-    Precision,
-    adamw,
-    lr_factor,
-    parameter_groups,
-    resolve_precision,
-)
+from pipeline.training.optimiser import Optimisation, Precision, adamw, parameter_groups, resolve_precision
 from pipeline.training.state import RunState, restore_state, save_state
+from pipeline.training.steps import Hook, Loaded, Loader, Loss, NonFiniteLoss, Progress, Steps, counted_step
+from pipeline.training.watching import Watch, gpu_memory
 
 __all__ = ["FitResult", "Loaded", "NonFiniteLoss", "Optimisation", "Progress", "Run", "fit"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Optimisation:
-    """How a model is optimised; a block of params.yaml.
-
-    Attributes:
-        images: budget, in images seen.
-        batch_size: images a step.
-        lr: peak learning rate of AdamW, for this batch size.
-        lr_multipliers: factor on `lr` by prefix of parameter name.
-        final_lr_fraction: share of `lr` at the end of the cosine.
-        warmup_images: images of linear warm-up.
-        weight_decay: of AdamW.
-        decayed: what it acts on, see `parameter_groups`.
-        betas: AdamW's moment decays.
-        clip_norm: largest gradient norm of the whole model.
-        precision: bf16 = autocast with losses in fp32; falls back to fp32 on a CPU without bf16 instructions.
-        checkpoint_images: images between two checkpoints.
-        log_images: images between two rows of the curve.
-        seed: of the weights, of the order and augmentation of the pairs, and of dropout.
-    """
-
-    images: Positive
-    batch_size: Positive
-    lr: Annotated[float, Range(0, low_open=True)]
-    lr_multipliers: dict[str, float]
-    final_lr_fraction: Annotated[float, Range(0, 1)]
-    warmup_images: Annotated[int, Range(0)]
-    weight_decay: Annotated[float, Range(0)]
-    decayed: Decayed
-    betas: tuple[float, float]
-    clip_norm: Annotated[float, Range(0, low_open=True)]
-    precision: Precision
-    checkpoint_images: Positive
-    log_images: Positive
-    seed: Annotated[int, Range(0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +50,13 @@ class Run:
         curve: the CSV, such as reports/curves/sseg.csv.
         log: JSON lines with times, such as logs/sseg.jsonl.
         live: DVCLive's folder, or None for none.
+        board: TensorBoard's folder, or None for none.
+        pictures: folder of a PNG per checkpoint, the regions of a few training images, or None for none.
         before: the curve of the phases before this one.
+        keep: checkpoints that stay, the newest.
+        best: config of a model folder `best` beside the checkpoints, written whenever the mean total between two
+            checkpoints is the least so far; None for no such folder. No benchmark has a part in it.
+        peak_flops: FLOP/s of the device, for the share that is used (MFU); 0 where it is not known.
     """
 
     name: str
@@ -99,37 +65,12 @@ class Run:
     curve: Path
     log: Path
     live: Path | None
+    board: Path | None = None
+    pictures: Path | None = None
     before: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """`step` counts finished optimiser steps, `images` the images seen with the current batch, of `budget`."""
-
-    step: int
-    images: int
-    budget: int
-
-    @property
-    def fraction(self) -> float:
-        """Share of the budget, in [0, 1]."""
-        return min(self.images / self.budget, 1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A batch with the loader's position after it (samples drawn, failed ones too) and the samples that failed."""
-
-    batch: Any
-    position: int
-    failures: list[tuple[str, str]] = field(default_factory=list)
-
-
-@runtime_checkable
-class Loader(Protocol):
-    """Endless batches from a position on; closing the iterator ends its threads."""
-
-    def batches(self, position: int) -> Iterator[Loaded]: ...
+    keep: int = 1
+    best: dict[str, Any] | None = None
+    peak_flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,16 +86,9 @@ class FitResult:
     precision: Precision
 
 
-class NonFiniteLoss(RuntimeError):
-    """A loss or gradient became NaN or infinite; the message names the step, the terms and the samples."""
-
-
-Hook = Callable[[Progress], None]
-
-
 def fit(
     model: nn.Module,
-    loss: Callable[[Any, Progress], dict[str, Tensor]],
+    loss: Loss,
     loader: Loader,
     optimisation: Optimisation,
     *,
@@ -181,125 +115,119 @@ def fit(
         decayed=optimisation.decayed,
     )
     optimiser = adamw(groups, optimisation.betas)
-    torch.manual_seed(optimisation.seed)
+    torch.manual_seed(optimisation.seed + distributed.rank())
     state = restore_state(run.checkpoints, run.key, model, optimiser) or RunState(key=run.key)
-    precision = resolve_precision(optimisation.precision, device)
-    loop = _Loop(model, loss, optimiser, optimisation, precision, device, before_step, after_step)
-    return _run(loop, loader, run, state)
-
-
-@dataclass(slots=True)
-class _Loop:
-    """One optimiser step at a time."""
-
-    model: nn.Module
-    loss: Callable[[Any, Progress], dict[str, Tensor]]
-    optimiser: torch.optim.AdamW
-    optimisation: Optimisation
-    precision: Precision
-    device: torch.device
-    before_step: Hook | None
-    after_step: Hook | None
-
-    def step(self, loaded: Loaded, done: int) -> dict[str, float]:
-        """Forward, backward, update; returns every term, the learning rate and the gradient's norm."""
-        settings = self.optimisation
-        progress = Progress(done, loaded.position, settings.images)
-        factor = lr_factor(
-            loaded.position,
-            budget=settings.images,
-            warmup=settings.warmup_images,
-            final_fraction=settings.final_lr_fraction,
-        )
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        if self.before_step:
-            self.before_step(progress)
-        batch = loaded.batch.to(self.device)
-        self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            terms = self.loss(batch, progress)
-        values = {name: float(term.detach()) for name, term in terms.items()}
-        self._demand_finite(values, batch, done)
-        terms["total"].backward()
-        trained = [p for group in self.optimiser.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm))
-        self._demand_finite({"grad_norm": norm}, batch, done)
-        self.optimiser.step()
-        if self.after_step:
-            self.after_step(Progress(done + 1, loaded.position, settings.images))
-        return {**values, "lr": settings.lr * factor, "grad_norm": norm}
-
-    def _demand_finite(self, values: dict[str, float], batch: Any, done: int) -> None:
-        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if bad:
-            raise NonFiniteLoss(f"step {done + 1}: {bad} on the samples {', '.join(batch.uids)}")
-
-
-def _run(loop: _Loop, loader: Loader, run: Run, state: RunState) -> FitResult:
-    settings = loop.optimisation
+    steps = Steps(
+        model=model,
+        loss=distributed.averaged(model, loss),
+        optimiser=optimiser,
+        optimisation=optimisation,
+        precision=resolve_precision(optimisation.precision, device),
+        device=device,
+        before_step=before_step,
+        after_step=after_step,
+    )
     curve = Curve(run.curve, state.curve, run.before)
-    log, live = Log(run.log), LivePlot(run.live, curve.rows())
-    clock = Clock(state.images, settings.images)
-    before = state.seconds
-    log.write("start", run=run.name, key=run.key, images=state.images, precision=loop.precision)
-    if state.images:
-        say(f"{run.name}: continues at {state.images:,} of {settings.images:,} images")
-
-    def save() -> None:
-        state.curve, state.seconds = curve.text, before + clock.seconds
-        save_state(run.checkpoints, state, loop.model, loop.optimiser)
-        curve.publish()
-
+    places = {"log": run.log, "live": run.live, "board": run.board, "pictures": run.pictures}
+    watch = Watch(run.name, curve.rows(), **places)
     batches = loader.batches(state.images)
     try:
-        with stop_requests() as stop:
-            while state.images < settings.images:
-                asked = perf_counter()
-                loaded = next(batches)
-                clock.waited += perf_counter() - asked
-                values = loop.step(loaded, state.step)
-                previous, state.images, state.step = state.images, loaded.position, state.step + 1
-                state.means.add(values)
-                _report_failures(loaded, state, log)
-                last = state.images >= settings.images
-                if last or _crossed(previous, state.images, settings.log_images):
-                    _write_row(state, curve, live, log, clock)
-                if line := clock.line(state.images, values, force=last):
-                    say(f"{run.name}: {line}")
-                if last or stop or _crossed(previous, state.images, settings.checkpoint_images):
-                    save()
-                if stop:
-                    log.write("interrupted", signal=stop[0], images=state.images)
-                    say(f"{run.name}: interrupted, saved at {state.images:,} images; `dvc repro` continues there")
-                    raise Interrupted(SIGNAL_EXIT + stop[0])
+        return _Fitting(steps, run, state, curve, watch).all(batches)
     finally:
         batches.close()  # type: ignore[attr-defined]
-        live.close()
-        log.close()
-    curve.publish()
-    return FitResult(
-        images=state.images,
-        steps=state.step,
-        failed=state.failed,
-        seconds=before + clock.seconds,
-        images_per_second=clock.rate(state.images),
-        data_wait=clock.waited / clock.seconds,
-        precision=loop.precision,
-    )
+        watch.close()
+
+
+class _Fitting:
+    """A run under way: steps, rows, checkpoints."""
+
+    def __init__(self, steps: Steps, run: Run, state: RunState, curve: Curve, watch: Watch) -> None:
+        self.steps, self.run, self.state, self.curve, self.watch = steps, run, state, curve, watch
+        self.settings = steps.optimisation
+        self.clock = Clock(state.images, self.settings.images, run.peak_flops * distributed.ranks())
+        self.before = state.seconds
+
+    def all(self, batches: Any) -> FitResult:
+        """Step until the budget is spent."""
+        state, budget = self.state, self.settings.images
+        self.watch.write(
+            "start", run=self.run.name, key=self.run.key, images=state.images, precision=self.steps.precision
+        )
+        if state.images:
+            self.watch.say(f"continues at {state.images:,} of {budget:,} images")
+        with stop_requests() as stop:
+            while state.images < budget:
+                asked = perf_counter()
+                loaded = next(batches)
+                self.clock.waited += perf_counter() - asked
+                self._step(loaded, stop)
+        if distributed.leads():
+            self.curve.publish()
+        return FitResult(
+            images=state.images,
+            steps=state.step,
+            failed=state.failed,
+            seconds=self.before + self.clock.seconds,
+            images_per_second=self.clock.rate(state.images),
+            data_wait=self.clock.waited / self.clock.seconds,
+            precision=self.steps.precision,
+        )
+
+    def _step(self, loaded: Loaded, stop: list[int]) -> None:
+        state, settings, clock = self.state, self.settings, self.clock
+        count = clock.peak > 0 and not clock.flops
+        own, flops = counted_step(self.steps, loaded, state.step, count=count)
+        previous, state.images, state.step = state.images, loaded.position, state.step + 1
+        values, failed, stopping, flops = self._over_processes(own, len(loaded.failures), bool(stop), flops)
+        clock.flops = clock.flops or flops / (state.images - previous)
+        state.means.add(values)
+        state.recent.add({"total": values["total"]})
+        state.failed += failed
+        for uid, reason in loaded.failures:
+            self.watch.write("failed_sample", uid=uid, reason=reason)
+        last = state.images >= settings.images
+        if last or _crossed(previous, state.images, settings.log_images):
+            row = self.curve.append(state.step, state.images, state.means.take())
+            rates = clock.row(state.images) | gpu_memory(self.steps.device)
+            self.watch.row(row, rates, self.steps.model)
+        if line := clock.line(state.images, values, force=last):
+            self.watch.say(line)
+        due = last or _crossed(previous, state.images, settings.checkpoint_images)
+        if due:
+            self._keep_best()
+            self.watch.picture(self.steps.model, loaded.batch, state.images, self.steps.device)
+        if due or stopping:
+            self._save()
+        if stopping:
+            number = stop[0] if stop else signal.SIGTERM
+            self.watch.write("interrupted", signal=number, images=state.images)
+            self.watch.say(f"interrupted, saved at {state.images:,} images; `dvc repro` continues there")
+            raise Interrupted(SIGNAL_EXIT + number)
+
+    def _over_processes(
+        self, values: dict[str, float], failed: int, stop: bool, flops: float
+    ) -> tuple[dict[str, float], int, bool, float]:
+        """Mean terms, and the sums of the others: the same on every process, so that all of them do the same."""
+        *totals, failures, stops, operations = distributed.sums([*values.values(), failed, stop, flops])
+        means = [total / distributed.ranks() for total in totals]
+        return dict(zip(values, means, strict=True)), int(failures), bool(stops), operations
+
+    def _keep_best(self) -> None:
+        mean, state = self.state.recent.take()["total"], self.state
+        if state.best is not None and mean >= state.best:
+            return
+        state.best = mean
+        if self.run.best is not None and distributed.leads():
+            about = {"trained": {"images": state.images, "mean_total": mean}}
+            save_model(self.run.checkpoints / "best", self.steps.model.state_dict(), {**self.run.best, **about})
+
+    def _save(self) -> None:
+        state = self.state
+        state.curve, state.seconds = self.curve.text, self.before + self.clock.seconds
+        save_state(self.run.checkpoints, state, self.steps.model, self.steps.optimiser, self.run.keep)
+        if distributed.leads():
+            self.curve.publish()
 
 
 def _crossed(before: int, after: int, every: int) -> bool:
     return before // every != after // every
-
-
-def _write_row(state: RunState, curve: Curve, live: LivePlot, log: Log, clock: Clock) -> None:
-    means = state.means.take()
-    live.log(curve.append(state.step, state.images, means))
-    log.write("row", step=state.step, images=state.images, **clock.row(state.images), **means)
-
-
-def _report_failures(loaded: Loaded, state: RunState, log: Log) -> None:
-    state.failed += len(loaded.failures)
-    for uid, reason in loaded.failures:
-        log.write("failed_sample", uid=uid, reason=reason)

@@ -1,6 +1,12 @@
-"""`torch.compile` of a model's repeated parts."""
+"""A model's repeated parts, its transformer blocks, compiled or computed twice; in place, names and state stay."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
@@ -9,7 +15,33 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     Blocks of one kind share one compilation, and what is not traceable (matching, logging) stays outside. Names and
     state stay as they were.
     """
-    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    blocks = listed(model)
     for block in blocks:
         block.compile(dynamic=False, backend=backend)
     return len(blocks)
+
+
+def recompute_blocks(model: nn.Module) -> int:
+    """Keep only the inputs of the innermost blocks for the backward pass, which computes their insides again.
+
+    Draws (dropout, skipped branches) are repeated, so that no bit changes. timm's models have a switch of their own.
+    Returns the number of blocks and of such models. Source: Chen et al. 2016, arXiv 1604.06174.
+    """
+    towers: list[Any] = [module for module in model.modules() if hasattr(module, "set_grad_checkpointing")]
+    for tower in towers:
+        tower.set_grad_checkpointing(True)
+    blocks = [block for block in listed(model) if not listed(block)]
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward)
+    return len(blocks) + len(towers)
+
+
+def listed(model: nn.Module) -> list[nn.Module]:
+    """What stands in the model's `ModuleList`s."""
+    return [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **named)

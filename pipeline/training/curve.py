@@ -1,16 +1,13 @@
-"""What a run writes while it goes: the curve (deterministic), times, the live plot and a progress line.
+"""The curve of a run (deterministic), and its rates.
 
 The curve holds means over the images since the row before, and no times, so two runs of the same key write the same
-bytes. Times and rates go to the log.
+bytes. Times and rates go to the log (`pipeline.training.watching`).
 """
 
-import json
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pipeline.artifacts.files import atomic_write
 
@@ -87,38 +84,16 @@ class Curve:
         return [dict(zip(names, map(float, line.split(",")), strict=True)) for line in self.lines[1:]]
 
 
-class LivePlot:
-    """DVCLive's files for `dvc plots` and editors; rebuilt from the curve when a run resumes."""
-
-    def __init__(self, folder: Path | None, rows: Sequence[dict[str, float]]) -> None:
-        self._live: Any = None
-        if folder is not None:
-            from dvclive.live import Live
-
-            self._live = Live(dir=str(folder), save_dvc_exp=False, dvcyaml=None)
-            for row in rows:
-                self.log(row)
-
-    def log(self, row: dict[str, float]) -> None:
-        if self._live is None:
-            return
-        self._live.step = int(row["step"])
-        for name, value in row.items():
-            if name != "step":
-                self._live.log_metric(name, value)
-
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.end()
-
-
 class Clock:
-    """Rates of one process: images a second and the share of time spent waiting for data."""
+    """Rates of one process: images a second and the share of time spent waiting for data.
 
-    def __init__(self, images: int, budget: int) -> None:
+    `flops`: operations of an image, once they are counted; `peak`: FLOP/s of all devices, or 0 where it is not known.
+    """
+
+    def __init__(self, images: int, budget: int, peak: float) -> None:
         self.started = self._row_started = self._said = time.perf_counter()
         self.first_images = self._row_images = images
-        self.budget = budget
+        self.budget, self.peak, self.flops = budget, peak, 0.0
         self.waited = self._row_waited = 0.0
 
     @property
@@ -137,6 +112,8 @@ class Clock:
             "images_per_second": (images - self._row_images) / seconds,
             "data_wait": (self.waited - self._row_waited) / seconds,
         }
+        if self.flops:
+            rates["mfu"] = rates["images_per_second"] * self.flops / self.peak
         self._row_started, self._row_images, self._row_waited = now, images, self.waited
         return rates
 
@@ -153,23 +130,3 @@ class Clock:
             f"{images:,}/{self.budget:,} images | {rate:.0f} images/s | ETA {left // 60:.0f}:{left % 60:02.0f} | "
             f"waiting {self.waited / self.seconds:.1%} | {shown}"
         )
-
-
-class Log:
-    """Lines of JSON with times, appended."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def write(self, event: str, **values: Any) -> None:
-        self._file.write(json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def say(line: str) -> None:
-    """A line for the person who watches."""
-    print(line, file=sys.stderr, flush=True)

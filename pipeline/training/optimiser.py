@@ -4,6 +4,7 @@ Budgets and schedules count images, not steps or minutes, so that a run means th
 """
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -14,6 +15,43 @@ from pipeline.params import Range
 Precision = Literal["fp32", "bf16"]
 Positive = Annotated[int, Range(1)]
 Decayed = Literal["weights", "all_but_vectors"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimisation:
+    """How a model is optimised; a block of params.yaml.
+
+    Attributes:
+        images: budget, in images seen.
+        batch_size: images a step.
+        lr: peak learning rate of AdamW, for this batch size.
+        lr_multipliers: factor on `lr` by prefix of parameter name.
+        final_lr_fraction: share of `lr` at the end of the cosine.
+        warmup_images: images of linear warm-up.
+        weight_decay: of AdamW.
+        decayed: what it acts on, see `parameter_groups`.
+        betas: AdamW's moment decays.
+        clip_norm: largest gradient norm of the whole model.
+        precision: bf16 = autocast with losses in fp32; falls back to fp32 on a CPU without bf16 instructions.
+        checkpoint_images: images between two checkpoints.
+        log_images: images between two rows of the curve.
+        seed: of the weights, of the order and augmentation of the pairs, and of dropout.
+    """
+
+    images: Positive
+    batch_size: Positive
+    lr: Annotated[float, Range(0, low_open=True)]
+    lr_multipliers: dict[str, float]
+    final_lr_fraction: Annotated[float, Range(0, 1)]
+    warmup_images: Annotated[int, Range(0)]
+    weight_decay: Annotated[float, Range(0)]
+    decayed: Decayed
+    betas: tuple[float, float]
+    clip_norm: Annotated[float, Range(0, low_open=True)]
+    precision: Precision
+    checkpoint_images: Positive
+    log_images: Positive
+    seed: Annotated[int, Range(0)]
 
 
 def parameter_groups(

@@ -1,7 +1,8 @@
 """The exact state of a run on disk: safetensors for tensors, JSON for the rest, nothing pickled.
 
-A checkpoint is `state-<step>.safetensors` and `state.json`, which names the former with its sha256. The tensors are
-written first, so at every moment `state.json` names a whole file; older tensors are removed last.
+A checkpoint is `state-<step>.safetensors` and `state-<step>.json`, which holds the former's sha256. The tensors are
+written first, and removed last, so at every moment a JSON file stands beside a whole file; a run continues from the
+newest pair that is intact.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -13,13 +14,24 @@ from torch import Tensor, nn
 
 from pipeline.artifacts.files import atomic_json, atomic_write, read_json, sha256_file
 from pipeline.training.curve import Means
+from pipeline.training.distributed import leads, rank, ranks
 
 REMEDY = "Remove the folder to train from the start"
 
 
 @dataclass(slots=True)
 class RunState:
-    """Where a run stands: optimiser steps done, samples drawn from the loader, the open row, the curve so far."""
+    """Where a run stands.
+
+    Attributes:
+        step, images: optimiser steps done, samples drawn from the loader.
+        means: the open row of the curve.
+        curve: its rows so far.
+        failed: samples that did not decode.
+        seconds: of every process that worked on it.
+        recent: the total since the checkpoint before.
+        best: the least mean total between two checkpoints; None before the first.
+    """
 
     key: str
     step: int = 0
@@ -28,39 +40,52 @@ class RunState:
     curve: str = ""
     failed: int = 0
     seconds: float = 0.0
+    recent: Means = field(default_factory=Means)
+    best: float | None = None
 
 
-def save_state(folder: Path, state: RunState, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Write the checkpoint that `restore_state` continues from."""
+def save_state(folder: Path, state: RunState, model: nn.Module, optimiser: torch.optim.Optimizer, keep: int) -> None:
+    """Write the checkpoint that `restore_state` continues from; the newest `keep` stay.
+
+    Every process calls it, for its random states; the first one writes.
+    """
     from safetensors.torch import save
 
+    random = _random_states()
+    if not leads():
+        return
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in _named(optimiser):
         for slot, value in optimiser.state.get(parameter, {}).items():
             tensors[f"optimiser.{name}|{slot}"] = value
-    tensors |= _random_states()
+    tensors |= random
     # Clones: safetensors refuses tensors that share memory, and tied weights do.
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     path = folder / f"state-{state.step:09d}.safetensors"
     atomic_write(path, save(plain))
-    saved = {**asdict(state), "means": state.means.json(), "tensors": path.name, "sha256": sha256_file(path)}
-    atomic_json(folder / "state.json", saved)
-    for old in folder.glob("state-*.safetensors"):
-        if old != path:
-            old.unlink()
+    means = {"means": state.means.json(), "recent": state.recent.json()}
+    atomic_json(path.with_suffix(".json"), {**asdict(state), **means, "sha256": sha256_file(path)})
+    # One that is newer is damaged, or this run would have continued there.
+    kept = sorted(old.stem for old in folder.glob("state-*.json") if old.stem <= path.stem)[-keep:]
+    for pattern in ("state-*.json", "state-*.safetensors"):
+        for old in folder.glob(pattern):
+            if old.stem not in kept:
+                old.unlink()
 
 
 def restore_state(folder: Path, key: str, model: nn.Module, optimiser: torch.optim.Optimizer) -> RunState | None:
     """The saved run with weights, optimiser and random states put back; None when there is nothing to continue.
 
-    A checkpoint of another key, or one whose tensors are absent or damaged, is no start: training begins anew.
+    A checkpoint of another key, or one whose tensors are absent or damaged, is no start: an older one is, or training
+    begins anew.
     """
-    saved = _intact(folder, key)
-    if saved is None:
+    found = (_intact(path, key) for path in sorted(folder.glob("state-*.json"), reverse=True))
+    path, saved = next((pair for pair in found if pair), (None, {}))
+    if path is None:
         return None
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / saved["tensors"])
+    tensors = load_file(path)
     model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
     slots: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -73,18 +98,16 @@ def restore_state(folder: Path, key: str, model: nn.Module, optimiser: torch.opt
                 slot: value.to(parameter.device, copy=True) for slot, value in slots[name].items()
             }
     _set_random_states(tensors)
-    fields = {name: saved[name] for name in ("key", "step", "images", "curve", "failed", "seconds")}
-    return RunState(**fields, means=Means.of_json(saved["means"]))
+    fields = {name: saved[name] for name in ("key", "step", "images", "curve", "failed", "seconds", "best")}
+    return RunState(**fields, means=Means.of_json(saved["means"]), recent=Means.of_json(saved["recent"]))
 
 
-def _intact(folder: Path, key: str) -> dict[str, Any] | None:
-    if not (folder / "state.json").is_file():
+def _intact(path: Path, key: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint's tensors and the rest, where they are whole and of this key."""
+    saved, tensors = read_json(path, REMEDY), path.with_suffix(".safetensors")
+    if saved["key"] != key or not tensors.is_file() or sha256_file(tensors) != saved["sha256"]:
         return None
-    saved = read_json(folder / "state.json", REMEDY)
-    path = folder / saved["tensors"]
-    if saved["key"] != key or not path.is_file() or sha256_file(path) != saved["sha256"]:
-        return None
-    return saved
+    return tensors, saved
 
 
 def _named(optimiser: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
@@ -92,14 +115,28 @@ def _named(optimiser: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
 
 
 def _random_states() -> dict[str, Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
+    """Of every process: its CPU's generator, and its GPU's where it uses one."""
+    own = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        own["cuda"] = torch.cuda.get_rng_state()
+    states = {}
+    for name, value in own.items():
+        for number, state in enumerate(_of_every_process(value)):
+            states[f"random.{name}.{number}"] = state
     return states
 
 
+def _of_every_process(state: Tensor) -> list[Tensor]:
+    if ranks() == 1:
+        return [state]
+    found = [torch.empty_like(state) for _ in range(ranks())]
+    torch.distributed.all_gather(found, state)
+    return found
+
+
 def _set_random_states(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
-    devices = sorted((int(name.rsplit(".", 1)[1]), name) for name in tensors if name.startswith("random.cuda."))
-    if devices and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[name] for _, name in devices])
+    """A process that was not there when the state was saved keeps its own."""
+    if f"random.cpu.{rank()}" in tensors:
+        torch.set_rng_state(tensors[f"random.cpu.{rank()}"])
+    if f"random.cuda.{rank()}" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"random.cuda.{rank()}"])

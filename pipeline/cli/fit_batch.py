@@ -1,0 +1,111 @@
+"""`tessera fit-batch METHOD [--memory 24G]`: the largest batch that fits, from real steps of the current parameters."""
+
+import argparse
+import os
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import methods
+from pipeline.cli.plan import parse_size
+from pipeline.project import Project
+from pipeline.training.memory import Fit, allocate, count, largest_counted, largest_tried, tensors
+from pipeline.training.optimiser import adamw, parameter_groups
+from pipeline.training.phases import Phase, TrainingData
+from pipeline.training.steps import Steps
+
+COUNTED = (4, 8)  # images of the two batches that are counted on a CPU
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("method", choices=methods.names())
+    parser.add_argument(
+        "--memory", type=parse_size, metavar="SIZE", help="such as 24G; default: all that this device has"
+    )
+
+
+def run(arguments: argparse.Namespace, project: Project) -> int:
+    """Print the batch of every phase; 1 where the batch of the parameters does not fit.
+
+    Raises:
+        BadInput: the training's inputs are not here; a few of their shards are enough.
+    """
+    from stages.train import read_data, start
+
+    method = methods.get(arguments.method)
+    config = project.config(f"train.{arguments.method}", method.Config)
+    data = read_data(project, method.TARGETS)
+    device = torch.device(project.machine.device)
+    memory, model, fits = arguments.memory or _memory(device), start(project, method, config, data), True
+    model.to(device).train()
+    for phase in method.phases(model, config, data):
+        phase.begin()
+        found = _largest(project, model, config, data, phase, memory)
+        wanted = phase.optimisation.batch_size
+        fits = fits and wanted <= found.images
+        print("\n".join(lines(" ".join(filter(None, (arguments.method, phase.name))), found, memory, wanted, device)))
+    return int(not fits)
+
+
+def lines(name: str, found: Fit, memory: float, wanted: int, device: torch.device) -> list[str]:
+    """What was tried, and the verdict."""
+    how = "allocated" if device.type == "cuda" else "counted on this CPU as a GPU would hold it"
+    table = [f"{name}: {how}"]
+    for spent in found.tried:
+        rate = spent.images / spent.seconds
+        table.append(f"  {spent.images:6,} images a step: {spent.bytes / GIB:8.3f} GiB at most, {rate:8.1f} images/s")
+    verdict = "fits" if wanted <= found.images else "does not fit: smaller batches, `recompute: true` in machine.yaml"
+    table.append(f"  {found.images:6,} images a step fit into {memory / GIB:.3g} GiB")
+    table.append(f"  {wanted:6,} (batch_size) takes about {found.bytes_of(wanted) / GIB:.3g} GiB: {verdict}")
+    return table
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _largest(project: Project, model: Any, config: Any, data: TrainingData, phase: Phase, memory: float) -> Fit:
+    device = torch.device(project.machine.device)
+    spend = partial(_spend, project, model, config, data, phase)
+    if device.type == "cuda":
+        return largest_tried(spend, memory, start=min(COUNTED))
+    return largest_counted(spend, memory, COUNTED)
+
+
+def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase: Phase, images: int) -> Any:
+    from stages.train import pair_loader
+
+    settings = replace(phase.optimisation, batch_size=images)
+    batches = pair_loader(data, config, replace(phase, optimisation=settings), project.machine).batches(0)
+    loaded = next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    device = torch.device(project.machine.device)
+    groups = parameter_groups(
+        model,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        lr_multipliers=settings.lr_multipliers,
+        decayed=settings.decayed,
+    )
+    steps = Steps(
+        model=model,
+        loss=phase.loss,
+        optimiser=adamw(groups, settings.betas),
+        optimisation=settings,
+        precision=settings.precision,
+        device=device,
+        after_step=phase.after_step,
+    )
+    return allocate(steps, loaded) if device.type == "cuda" else count(steps, loaded, lent(model))
+
+
+def lent(model: Any) -> list[Tensor]:
+    """Weights of the frozen towers that a model reads."""
+    return [tensor for tower in getattr(model, "_lent", ()) for tensor in tensors(tower)]

@@ -1,0 +1,157 @@
+"""How many bytes a training step takes at most, and the largest batch that fits.
+
+On a GPU: what a real step allocated. Elsewhere: the tensors of a real step on the CPU that are alive at once, with the
+attention kernels of a GPU; what kernels use inside and what an allocator cannot fill is not in it.
+"""
+
+import math
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.nn.attention import one_kernel
+from pipeline.training.steps import Loaded, Steps
+
+ROUNDS = 2  # steps of a batch: AdamW's moments are there from the first one on
+SPARE = 0.05  # of the memory, for what an allocator cannot fill
+UNCOUNTED = 0.2  # of the memory, for what a count misses: measured 12 % (`python -m benchmarks memory`)
+CLOSE = 16  # a search ends within this share of the batch
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a step of `images` took: bytes at most, and seconds."""
+
+    images: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """`images`: the largest batch that fits, 0 where none does; `tried`: what it is known from."""
+
+    images: int
+    tried: tuple[Spent, ...]
+
+    def bytes_of(self, images: int) -> float:
+        """Of a step: the line through the two largest batches that were tried; NaN where fewer were."""
+        if len(self.tried) < 2:
+            return math.nan
+        (low, high) = sorted(self.tried, key=lambda one: one.images)[-2:]
+        return high.bytes + (images - high.images) * (high.bytes - low.bytes) / (high.images - low.images)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still there: `now`, and `peak`, the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        mark, size = storage._cdata, storage.nbytes()
+        if mark in self._known:
+            return
+        self._known.add(mark)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, mark, size)
+
+    def _free(self, mark: int, size: int) -> None:
+        self._known.discard(mark)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+
+def count(steps: Steps, loaded: Loaded, held: list[Tensor]) -> Spent:
+    """A step on the CPU; `held`: tensors that lie on the device besides those of the model, such as lent towers.
+
+    Gradients go as they come, so that a small batch has its peak where a large one has it, and count in full, as do
+    AdamW's moments: an upper bound, since the last gradients come when most of what was saved has gone.
+    """
+    trained = [parameter for parameter in steps.model.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
+    started, alive = time.perf_counter(), Alive()
+    for tensor in [*tensors(steps.model), *held, *vars_of(loaded.batch)]:
+        alive.add(tensor)
+    with one_kernel(), alive:
+        steps.step(loaded, 0)
+    for hook in hooks:
+        hook.remove()
+    optimiser = 3 * sum(parameter.nbytes for parameter in trained)
+    return Spent(len(loaded.batch.uids), alive.peak + optimiser, time.perf_counter() - started)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def allocate(steps: Steps, loaded: Loaded) -> Spent | None:
+    """Steps on the GPU; None where its memory is too small."""
+    started = 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(steps.device)
+    try:
+        for number in range(ROUNDS):
+            started = time.perf_counter()
+            steps.step(loaded, number)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        steps.optimiser.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_allocated(steps.device)
+    return Spent(len(loaded.batch.uids), peak, time.perf_counter() - started)
+
+
+def largest_counted(spend: Callable[[int], Spent], memory: float, images: tuple[int, int]) -> Fit:
+    """The batch that fits into `memory` bytes by the line through two small batches."""
+    found = Fit(0, (spend(images[0]), spend(images[1])))
+    each = found.bytes_of(images[1] + 1) - found.bytes_of(images[1])
+    return Fit(max(int(((1 - UNCOUNTED) * memory - found.bytes_of(0)) / max(each, 1)), 0), found.tried)
+
+
+def largest_tried(spend: Callable[[int], Spent | None], memory: float, start: int) -> Fit:
+    """The batch that fits, tried: doubled until one does not fit, then halved in between."""
+    tried: list[Spent] = []
+
+    def fits(images: int) -> bool:
+        spent = spend(images)
+        if spent is not None:
+            tried.append(spent)
+        return spent is not None and spent.bytes <= (1 - SPARE) * memory
+
+    low, high = 0, start
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, high // CLOSE):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return Fit(low, tuple(tried))
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def vars_of(batch: Any) -> list[Tensor]:
+    """The batch's tensors."""
+    return [value for value in vars(batch).values() if isinstance(value, Tensor)]

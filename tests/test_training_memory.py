@@ -1,0 +1,130 @@
+"""The batch that fits: the count of tensors alive, the searches, recomputed blocks, and the command."""
+
+import gc
+from copy import deepcopy
+
+import pytest
+import test_groupvit
+import torch
+from test_training_stage import make_project
+from torch import nn
+
+from pipeline.cli import main
+from pipeline.nn.attention import Attention, one_kernel
+from pipeline.training import Loaded
+from pipeline.training.compiling import recompute_blocks
+from pipeline.training.memory import Alive, Spent, count, largest_counted, largest_tried
+from pipeline.training.optimiser import adamw, parameter_groups
+from pipeline.training.steps import Steps
+
+
+def test_alive_counts_a_storage_once_and_forgets_what_is_freed():
+    kibi = torch.zeros(256)
+    with Alive() as alive:
+        alive.add(kibi)
+        first = kibi + 1
+        view = first.view(16, 16)
+        second = first * view.flatten()
+        assert alive.now == alive.peak == 3 * 1024
+        del first, view
+        assert (alive.now, alive.peak) == (2 * 1024, 3 * 1024)
+        third = second + kibi
+        assert (alive.now, alive.peak) == (3 * 1024, 3 * 1024)
+        del third
+    assert alive.now == 2 * 1024
+
+
+def test_attention_in_one_kernel_is_the_same_and_keeps_no_scores():
+    torch.manual_seed(0)
+    attention, x = Attention(16, 2), torch.randn(2, 64, 16)
+    found, kept = [], []
+    for kernel in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.numel()) or t, lambda t: t):
+            kept.append([])
+            if kernel:
+                with one_kernel():
+                    found.append(attention(x))
+            else:
+                found.append(attention(x))
+    torch.testing.assert_close(*found)
+    scores = 2 * 2 * 64 * 64
+    assert scores in kept[0] and scores not in kept[1]
+
+
+def by_line(images: int) -> Spent:
+    return Spent(images, 1000 + 10 * images, 1.0)
+
+
+@pytest.mark.parametrize(("memory", "images"), [(2000, 60), (1000, 0)])
+def test_a_counted_batch_fits_with_a_fifth_to_spare(memory, images):
+    found = largest_counted(by_line, memory, (4, 8))
+    assert found.images == images and found.bytes_of(500) == 6000
+    assert [one.images for one in found.tried] == [4, 8]
+
+
+@pytest.mark.parametrize("largest", [0, 3, 4, 100, 1000])
+def test_a_tried_batch_is_within_a_sixteenth_of_the_largest(largest):
+    asked = []
+
+    def spend(images: int) -> Spent | None:
+        asked.append(images)
+        if images > largest * 1.2:
+            return None  # out of memory
+        return Spent(images, 95 * images // max(largest, 1), 1.0)
+
+    found = largest_tried(spend, 100, start=4)
+    assert largest * 15 / 16 - 1 <= found.images <= largest and len(asked) < 20
+
+
+def counted(model: nn.Module, images: int) -> Spent:
+    batch = test_groupvit.batch(model, images)
+    settings = test_groupvit.config().optimisation
+    optimiser = adamw(parameter_groups(model, lr=0.0, weight_decay=0.0, lr_multipliers={}), (0.9, 0.99))
+    steps = Steps(
+        model=model,
+        loss=lambda data, _: model.loss(data),
+        optimiser=optimiser,
+        optimisation=settings,
+        precision="fp32",
+        device=torch.device("cpu"),
+    )
+    gc.collect()
+    return count(steps, Loaded(batch, images), held=[])
+
+
+def test_a_counted_step_is_a_line_above_weights_gradients_and_moments():
+    model = test_groupvit.model()
+    weights = sum(value.nbytes for value in model.parameters())
+    small, middle, large = (counted(model, images).bytes for images in (8, 16, 24))
+    assert large - middle == pytest.approx(middle - small, rel=0.1) and middle > small
+    assert small > 4 * weights
+    assert not any(value.grad is not None for value in model.parameters())
+
+
+def test_recomputed_blocks_give_the_same_bits_for_less_memory():
+    """With noise, skipped branches and dropped gradients' order: everything that is drawn in a block is drawn again."""
+    changes = {"grouping": {"drop_path": 0.5}}
+    plain = test_groupvit.model(**changes)
+    recomputed = deepcopy(plain)
+    assert recompute_blocks(recomputed) == 3 + 1, "three of the image, one of the text; not the stages around them"
+    assert list(recomputed.state_dict()) == list(plain.state_dict())
+    for model in (plain, recomputed):
+        torch.manual_seed(1)
+        model.loss(test_groupvit.batch(model))["total"].backward()
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.equal(one.grad, other.grad)
+    slopes = [counted(model, 24).bytes - counted(model, 8).bytes for model in (plain, recomputed)]
+    assert slopes[1] < 0.9 * slopes[0]
+
+
+def test_the_command_says_what_fits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TESSERA_THREADS", "1")
+    monkeypatch.setenv("TESSERA_DEVICE", "cpu")
+    root = make_project(tmp_path)
+    assert main(["--root", str(root), "fit-batch", "sseg", "--memory", "4G"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[0].startswith("sseg: counted") and lines[4].endswith("fits")
+    assert int(lines[3].split()[0].replace(",", "")) > 1000
+    assert main(["--root", str(root), "fit-batch", "sseg", "--memory", "1M"]) == 1
+    assert "does not fit" in capsys.readouterr().out

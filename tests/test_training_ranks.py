@@ -1,0 +1,206 @@
+"""One training in two processes: the gradients of one process, shared batches, files written once, exact resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_groupvit
+import test_ovsegmentor
+import test_pseudo_mask_vit
+import test_scg
+import test_sseg
+import test_zeroseg
+import torch
+import torch.distributed as dist
+from pair_shards import write_pairs
+from test_training_stage import REPO, make_project
+
+from pipeline.datasets.pairs import PairLoader, Shuffle
+from pipeline.training import distributed
+
+QUIET = {"grouping": {"gumbel": False}}  # each process draws its own noise
+
+
+def groupvit(folder: Path) -> tuple[Any, Any]:
+    tower = test_groupvit.model(**QUIET)
+    return tower, test_groupvit.batch(tower)
+
+
+def ovsegmentor(folder: Path) -> tuple[Any, Any]:
+    tower = test_ovsegmentor.model(**QUIET)
+    tower.begin_mask_phase()
+    return tower, test_ovsegmentor.batch(tower, partners=True)
+
+
+def sseg(folder: Path) -> tuple[Any, Any]:
+    """The first half has fewer masks than the second."""
+    tower = test_sseg.model()
+    batch = test_sseg.batch(tower)
+    batch.regions[:3] = 0
+    return tower, batch
+
+
+def pseudo_mask_vit(folder: Path) -> tuple[Any, Any]:
+    return test_pseudo_mask_vit.model(), test_pseudo_mask_vit.batch()
+
+
+def zeroseg(folder: Path) -> tuple[Any, Any]:
+    """No patch is hidden, for which are is drawn."""
+    return test_zeroseg.model(encoder={"mask_ratio": 0.0}, head={"gumbel": False}), test_zeroseg.batch()
+
+
+def scg(folder: Path) -> tuple[Any, Any]:
+    """The second half has one picture with nouns, and one without."""
+    return test_scg.model(test_scg.made_encoders(folder)), test_scg.batch()
+
+
+MADE = {made.__name__: made for made in (groupvit, ovsegmentor, sseg, pseudo_mask_vit, zeroseg, scg)}
+
+
+def made(name: str, folder: Path) -> tuple[Any, Any]:
+    """Model and batch in float64, so that a wrong formula cannot hide in rounding; see `in_float64`."""
+    model, batch = MADE[name](folder)
+    for part in (model, *getattr(model, "_lent", ())):
+        part.double()
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    floats = {key: v.double() for key, v in values.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return model.train(), replace(batch, **floats)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Losses leave autocast by `.float()`; here they stay in float64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def half(batch: Any, number: int) -> Any:
+    """A process's share of a batch."""
+    size = len(batch.uids)
+    part = slice(number * size // 2, (number + 1) * size // 2)
+    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    owner = found.pop("owner", None)
+    nouns = found.pop("nouns", None)
+    cut = {name: value[part] for name, value in found.items() if value is not None and name != "prompt_ids"}
+    if found.get("prompt_ids") is not None:
+        cut["prompt_ids"] = found["prompt_ids"][:, part]
+    if owner is not None:
+        own = (owner >= part.start) & (owner < part.stop)
+        cut["owner"] = owner[own] - part.start
+        cut["nouns"] = [noun for noun, mine in zip(nouns, own.tolist(), strict=True) if mine]
+    return replace(batch, **cut)
+
+
+def one_rank(number: int, folder: str) -> None:
+    """The gradients of every method on half a batch, averaged as a training does; rank 0 writes them."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    with distributed.process_group("cpu"), in_float64():
+        for name in MADE:
+            model, batch = made(name, Path(folder, f"{name}{number}"))
+            loss = distributed.averaged(model, lambda data, model=model: model.loss(data))
+            terms = loss(half(batch, number))
+            terms["total"].backward()
+            totals = distributed.sums([terms["total"].item() / 2])
+            if number == 0:
+                found = {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
+                buffers = dict(model.named_buffers())
+                torch.save({"total": totals[0], "gradients": found, "buffers": buffers}, Path(folder, f"{name}.pt"))
+            dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Folder of what two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "port").write_text(str(free_port()))
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=one_rank, args=(number, str(folder))) for number in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
+    return folder
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_two_processes_with_half_a_batch_have_the_gradients_of_one(two, tmp_path, name):
+    with in_float64():
+        model, batch = made(name, tmp_path)
+        terms = model.loss(batch)
+        terms["total"].backward()
+    found = torch.load(two / f"{name}.pt")
+    assert found["total"] == pytest.approx(terms["total"].item(), rel=1e-9)
+    ours = {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
+    assert found["gradients"].keys() == ours.keys()
+    one, other = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in (ours, found["gradients"]))
+    assert (one - other).norm() <= 1e-9 * one.norm()
+    for key, value in model.named_buffers():
+        torch.testing.assert_close(found["buffers"][key], value, atol=1e-9, rtol=1e-9)
+
+
+def test_shares_make_the_batch(tmp_path):
+    """Four processes' shares, one after the other, are the batch of one; positions are those of the whole."""
+    shards = [write_pairs(tmp_path, "00000", 20)]
+    settings = {"batch_size": 8, "seed": 1, "shuffle": Shuffle(block_rows=4, window_blocks=2), "threads": 0}
+    settings |= {"prepare": lambda sample, rng: (sample.uid, rng.integers(1 << 30)), "collate": lambda rows, uids: rows}
+
+    def drawn(share: tuple[int, int]) -> list[tuple[list, int]]:
+        batches = PairLoader(shards, **settings, share=share).batches(4)
+        return [((loaded := next(batches)).batch, loaded.position) for _ in range(5)]
+
+    parts = [drawn((number, 4)) for number in range(4)]
+    for step, (batch, position) in enumerate(drawn((0, 1))):
+        assert [row for part in parts for row in part[step][0]] == batch
+        assert {part[step][1] for part in parts} == {position}
+
+
+def torchrun(root: Path, *, stop: int | None = None) -> int:
+    """Train S-Seg in two processes; send the signal after the first checkpoint. The exit status."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen([*command, "-m", "stages.train", "sseg"], cwd=root, env=environment)
+    if stop is not None:
+        deadline = time.monotonic() + 120
+        while not list(root.glob("data/checkpoints/sseg/*/state-*.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(stop)
+    return process.wait(timeout=240)
+
+
+def test_torchrun_trains_stops_and_continues_exactly(tmp_path):
+    """An interrupted run of two processes ends with the bytes of one that was let run."""
+    whole, torn = make_project(tmp_path / "whole"), make_project(tmp_path / "torn")
+    assert torchrun(whole) == 0
+    assert torchrun(torn, stop=signal.SIGTERM) != 0
+    saved = json.loads(next(torn.glob("data/checkpoints/sseg/*/state-*.json")).read_text())
+    assert 40 <= saved["images"] < 240 and not (torn / "models/sseg").exists()
+    assert torchrun(torn) == 0
+    for name in ("models/sseg/model.safetensors", "models/sseg/config.json", "reports/curves/sseg.csv"):
+        assert (whole / name).read_bytes() == (torn / name).read_bytes(), name
+    rows = [json.loads(line) for line in (whole / "logs/sseg.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows].count("start") == 1, "only the first process writes"
