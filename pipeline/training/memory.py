@@ -8,7 +8,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -87,17 +87,18 @@ def count(steps: Steps, loaded: Loaded, held: list[Tensor]) -> Spent:
     Gradients go as they come, so that a small batch has its peak where a large one has it, and count in full, as do
     AdamW's moments: an upper bound, since the last gradients come when most of what was saved has gone.
     """
+    batch = loaded.batch.to(steps.device)
     trained = [parameter for parameter in steps.model.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
     started, alive = time.perf_counter(), Alive()
-    for tensor in [*tensors(steps.model), *held, *vars_of(loaded.batch)]:
+    for tensor in [*tensors(steps.model), *held, *fields_of(batch)]:
         alive.add(tensor)
     with one_kernel(), alive:
-        steps.step(loaded, 0)
+        steps.step(replace(loaded, batch=batch), 0)
     for hook in hooks:
         hook.remove()
     optimiser = 3 * sum(parameter.nbytes for parameter in trained)
-    return Spent(len(loaded.batch.uids), alive.peak + optimiser, time.perf_counter() - started)
+    return Spent(len(batch.uids), alive.peak + optimiser, time.perf_counter() - started)
 
 
 def _drop(parameter: Tensor) -> None:
@@ -106,7 +107,7 @@ def _drop(parameter: Tensor) -> None:
 
 def allocate(steps: Steps, loaded: Loaded) -> Spent | None:
     """Steps on the GPU; None where its memory is too small."""
-    started = 0.0
+    started, images = 0.0, len(loaded.batch.to("cpu").uids)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(steps.device)
     try:
@@ -118,7 +119,7 @@ def allocate(steps: Steps, loaded: Loaded) -> Spent | None:
     finally:
         steps.optimiser.zero_grad(set_to_none=True)
     peak = torch.cuda.max_memory_allocated(steps.device)
-    return Spent(len(loaded.batch.uids), peak, time.perf_counter() - started)
+    return Spent(images, peak, time.perf_counter() - started)
 
 
 def largest_counted(spend: Callable[[int], Spent], memory: float, images: tuple[int, int]) -> Fit:
@@ -152,6 +153,6 @@ def tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def vars_of(batch: Any) -> list[Tensor]:
+def fields_of(batch: Any) -> list[Tensor]:
     """The batch's tensors."""
-    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    return [value for field in fields(batch) if isinstance(value := getattr(batch, field.name), Tensor)]
