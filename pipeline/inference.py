@@ -265,16 +265,23 @@ class Segmenter:
     ) -> Iterator[tuple[Float[Tensor, "_ _"], Int64[Tensor, "_ _"]]]:
         """`__call__` of every image in order; a `WindowReader` reads their windows of equal size together.
 
-        All are held resized, on the device. What else a forward pass sees rounds an answer, as little as a float does.
+        So many images are held resized and read before they are answered for as one forward pass sees
+        (`PIXELS_AT_ONCE`). What else that sees rounds an answer, as little as a float does.
         """
-        with torch.inference_mode():
-            canvases = [self._canvas(image) for image in images]
-            if isinstance(self.model, WindowReader):
-                crops = [crop for pixels in canvases for _, crop in self._crops(pixels)]
-                for batch in same_size(crops, PIXELS_AT_ONCE):
-                    self.model.read(torch.cat([crops[index] for index in batch]))
-        for image, pixels in zip(images, canvases, strict=True):
-            yield self._answer(pixels, image.shape[:2])
+        held: list[tuple[tuple[int, int], Tensor]] = []
+        for number, image in enumerate(images, start=1):
+            held.append((image.shape[:2], self._canvas(image)))
+            if number == len(images) or sum(pixels[0, 0].numel() for _, pixels in held) >= PIXELS_AT_ONCE:
+                self._read_ahead([pixels for _, pixels in held])
+                yield from (self._answer(pixels, size) for size, pixels in held)
+                held = []
+
+    @torch.inference_mode()
+    def _read_ahead(self, canvases: list[Float[Tensor, "1 3 _ _"]]) -> None:
+        if isinstance(self.model, WindowReader):
+            crops = [crop for pixels in canvases for _, crop in self._crops(pixels)]
+            for batch in same_size(crops, PIXELS_AT_ONCE):
+                self.model.read(torch.cat([crops[index] for index in batch]))
 
     @torch.inference_mode()
     def _answer(

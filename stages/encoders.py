@@ -1,7 +1,6 @@
 """The frozen towers: released weights resolved, or small ones trained: `python -m stages.encoders [dino|clip]`."""
 
 import argparse
-import shutil
 import sys
 from typing import Any, get_args
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline import encoders, params
-from pipeline.artifacts.files import digest
+from pipeline.artifacts.files import digest, remove_siblings
 from pipeline.artifacts.weights import model_digest, save_model
 from pipeline.datasets.pairs import PairShard
 from pipeline.encoders import released, runs
@@ -42,23 +41,13 @@ def obtain(project: Project, name: released.Kind, config: Any, key: str) -> tupl
         PairShard(name=row.shard, download=folder, filtered=filtered[row.shard], masks=None)
         for row, folder in project.inputs("download")
     ]
-    label = f"encoders-{name}"
-    run = Run(
-        name=label,
-        key=key,
-        checkpoints=project.checkpoints(label, key),
-        curve=project.root / "reports" / "curves" / f"{label}.csv",
-        log=project.logs / f"{label}.jsonl",
-        live=project.logs / "dvclive" / label,
-    )
+    run = Run.of(project, f"encoders-{name}", key)
     torch.set_num_threads(project.machine.threads)
     if name == "dino":
         found = runs.train_dino(config.train, pairs, run, project.machine)
     else:
         found = runs.train_clip(config.train, pairs, project.encoder("dino"), run, project.machine)
-    for other in run.checkpoints.parent.iterdir():
-        if other.name != key:
-            shutil.rmtree(other)
+    remove_siblings(run.checkpoints)
     return found
 
 

@@ -1,7 +1,6 @@
 """Train a method on the pairs and its cached targets: `python -m stages.train METHOD`, or `torchrun -m` the same."""
 
 import argparse
-import shutil
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import methods, params
-from pipeline.artifacts.files import digest
+from pipeline.artifacts.files import digest, remove_siblings
 from pipeline.artifacts.weights import model_digest, save_model
 from pipeline.datasets.pairs import PairLoader, PairShard
 from pipeline.machine import Machine
@@ -54,7 +53,7 @@ def train(project: Project, name: str) -> None:
     key = digest({**decided, "code": code_digest(method.__name__)})
     data = read_data(project, method.TARGETS)
     model = start(project, method, config, data)
-    run = _run(project, name, key, decided)
+    run = Run.of(project, name, key, best=decided)
     with distributed.process_group(project.machine.device) as device:
         results = fit_phases(project, method, model, config, data, run, device)
         if not distributed.leads():
@@ -80,24 +79,6 @@ def start(project: Project, method: ModuleType, config: Any, data: TrainingData)
     return model
 
 
-def _run(project: Project, name: str, key: str, decided: dict[str, Any]) -> Run:
-    """The files of a method's only phase."""
-    machine = project.machine
-    return Run(
-        name=name,
-        key=key,
-        checkpoints=project.checkpoints(name, key),
-        curve=project.root / "reports" / "curves" / f"{name}.csv",
-        log=project.logs / f"{name}.jsonl",
-        live=project.logs / "dvclive" / name,
-        board=project.logs / "tensorboard" / name if machine.tensorboard else None,
-        pictures=project.logs / "pictures" / name,
-        keep=machine.keep_checkpoints,
-        best=decided if machine.keep_best else None,
-        peak_flops=1e9 * machine.peak_gflops,
-    )
-
-
 def _phase_run(project: Project, run: Run, phase: str, before: str) -> Run:
     """The files of one of several phases."""
     name = f"{run.name}-{phase}"
@@ -118,9 +99,7 @@ def fit_phases(
         result = fit(model, phase.loss, loader, phase.optimisation, run=own, device=device, after_step=phase.after_step)
         distributed.wait_for_all()
         if distributed.leads():
-            for other in own.checkpoints.parent.iterdir():
-                if other.name != run.key:
-                    shutil.rmtree(other)
+            remove_siblings(own.checkpoints)
             print(f"{own.name}: {result.images:,} images at {result.images_per_second:.0f}/s", file=sys.stderr)
         before = own.curve.read_text(encoding="utf-8")
         results.append(result)

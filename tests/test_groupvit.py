@@ -18,7 +18,7 @@ from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import info_nce, multi_label
 from pipeline.methods import groupvit
 from pipeline.nn.group_scores import group_confidence
-from pipeline.nn.grouping import Assignment, Grouped
+from pipeline.nn.grouping import Assignment, Grouped, effective_number
 from pipeline.nn.text import Vocabulary
 from pipeline.training import Loaded, Run, fit
 
@@ -299,7 +299,7 @@ def test_effective_groups_by_hand():
     maps[1, 0, :3] = maps[1, 1, 3:] = 1  # two share evenly
     maps[2, 0, :2] = maps[2, 1, 2:4] = maps[2, 3, 4:] = 1
     grouped = Grouped(maps, [Assignment(maps, maps, maps, maps)])
-    assert grouped.effective_groups().item() == pytest.approx((1 + 2 + 3) / 3, abs=1e-5)
+    assert effective_number(grouped.sizes()).item() == pytest.approx((1 + 2 + 3) / 3, abs=1e-5)
     terms = model().loss(batch(model()))
     assert 1 <= terms["groups"].item() <= 3 and not terms["groups"].requires_grad
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,10 @@ def fsync_tree(folder: Path) -> None:
 def list_files(folder: Path) -> list[str]:
     """Names of all files below `folder`, relative, with forward slashes, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def remove_siblings(folder: Path) -> None:
+    """Remove the folders beside this one: what other keys left."""
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other)

@@ -13,7 +13,7 @@ from pipeline import methods
 from pipeline.cli.plan import parse_size
 from pipeline.project import Project
 from pipeline.training.memory import Fit, allocate, count, largest_counted, largest_tried, tensors
-from pipeline.training.optimiser import adamw, parameter_groups
+from pipeline.training.optimiser import optimiser_of
 from pipeline.training.phases import Phase, TrainingData
 from pipeline.training.steps import Steps
 
@@ -87,17 +87,10 @@ def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase:
     loaded = next(batches)
     batches.close()  # type: ignore[attr-defined]
     device = torch.device(project.machine.device)
-    groups = parameter_groups(
-        model,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        lr_multipliers=settings.lr_multipliers,
-        decayed=settings.decayed,
-    )
     steps = Steps(
         model=model,
         loss=phase.loss,
-        optimiser=adamw(groups, settings.betas),
+        optimiser=optimiser_of(model, settings),
         optimisation=settings,
         precision=settings.precision,
         device=device,

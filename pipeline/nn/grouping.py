@@ -118,10 +118,6 @@ class Grouped(NamedTuple):
         maps = self.soft_maps()
         return F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
 
-    def effective_groups(self) -> Float[Tensor, ""]:
-        """See `effective_number`."""
-        return effective_number(self.sizes())
-
 
 def effective_number(sizes: Float[Tensor, "batch groups"]) -> Float[Tensor, ""]:
     """How many groups an image uses: exponential of the entropy of their sizes, mean over images.

@@ -1,10 +1,8 @@
 """A student from its name to its folder: labels, network and key, whichever kind of labels it learns."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from numpy import ndarray
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.artifacts.files import digest
+from pipeline.artifacts.files import digest, remove_siblings
 from pipeline.artifacts.weights import model_digest, save_model
 from pipeline.datasets.benchmarks import Benchmark, open_benchmark
 from pipeline.encoders import has_key
@@ -110,14 +108,7 @@ def obtain(job: Job, project: Project) -> str:
     optimisation = job.settings.optimisation
     torch.manual_seed(optimisation.seed)
     network = _network(job, project)
-    run = Run(
-        name=name,
-        key=key,
-        checkpoints=project.checkpoints(name, key),
-        curve=project.root / "reports" / "curves" / "selftrain" / f"{name}.csv",
-        log=project.logs / f"{name}.jsonl",
-        live=project.logs / "dvclive" / name,
-    )
+    run = Run.of(project, name, key, kind="selftrain")
     loader = crops.CropLoader(
         job.ids,
         read,
@@ -128,7 +119,7 @@ def obtain(job: Job, project: Project) -> str:
         threads=project.machine.threads,
     )
     result = fit(network, partial(students.loss, network), loader, optimisation, run=run, device=project.machine.device)
-    _forget_others(run.checkpoints)
+    remove_siblings(run.checkpoints)
     trained = {"images": result.images, "precision": result.precision}
     save_model(folder, network.state_dict(), {**decided, "learned_from": learned_from, "trained": trained, "key": key})
     return f"{name}: {result.images:,} images at {result.images_per_second:.0f}/s"
@@ -142,7 +133,7 @@ def _labelled(job: Job, decided: dict[str, Any], name: str, project: Project) ->
     folder = project.checkpoints(f"{name}-labels", decided["inputs"]["labels"])
     with interruptible(), tqdm(total=None, desc=f"{name}: labels", unit="image", mininterval=1.0) as progress:
         found = labels.write_labels(job.labelling, folder, project, progress.update)
-    _forget_others(folder)
+    remove_siblings(folder)
     pseudo = labels.PseudoLabels(folder, job.ids, len(job.benchmark.classes), job.config.labels.keep)
     learned_from = {"labels": f"predictions of {job.labelling.teacher}", **known, **found}
     return partial(_predicted, job.benchmark, pseudo), learned_from
@@ -168,10 +159,3 @@ def _network(job: Job, project: Project) -> nn.Module:
         return students.UPerNet(job.config.network, num_classes, job.config.crops.size)
     name: Any = job.spec.removeprefix(candidates.TRANSFER)
     return students.EncoderHead(name, students.open_encoder(name, project), num_classes)
-
-
-def _forget_others(folder: Path) -> None:
-    """Drop what other keys left beside this one's folder."""
-    for other in folder.parent.iterdir():
-        if other != folder:
-            shutil.rmtree(other)

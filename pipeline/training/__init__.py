@@ -28,10 +28,11 @@ from torch import nn
 
 from pipeline.artifacts.weights import save_model
 from pipeline.engine import SIGNAL_EXIT, Interrupted
+from pipeline.project import Project
 from pipeline.training import distributed
 from pipeline.training.curve import Clock, Curve
 from pipeline.training.interrupts import stop_requests
-from pipeline.training.optimiser import Optimisation, Precision, adamw, parameter_groups, resolve_precision
+from pipeline.training.optimiser import Optimisation, Precision, optimiser_of, resolve_precision
 from pipeline.training.state import RunState, restore_state, save_state
 from pipeline.training.steps import Hook, Loaded, Loader, Loss, NonFiniteLoss, Progress, Steps, counted_step
 from pipeline.training.watching import Watch, gpu_memory
@@ -72,6 +73,27 @@ class Run:
     best: dict[str, Any] | None = None
     peak_flops: float = 0.0
 
+    @classmethod
+    def of(cls, project: Project, name: str, key: str, *, kind: str = "", best: dict[str, Any] | None = None) -> "Run":
+        """The run's files in a checkout, as its machine wants them; `kind`: folder of its curve in reports/curves.
+
+        `best` is heeded where machine.yaml asks for it.
+        """
+        machine, logs = project.machine, project.logs
+        return cls(
+            name=name,
+            key=key,
+            checkpoints=project.checkpoints(name, key),
+            curve=project.root / "reports" / "curves" / kind / f"{name}.csv",
+            log=logs / f"{name}.jsonl",
+            live=logs / "dvclive" / name,
+            board=logs / "tensorboard" / name if machine.tensorboard else None,
+            pictures=logs / "pictures" / name,
+            keep=machine.keep_checkpoints,
+            best=best if machine.keep_best else None,
+            peak_flops=1e9 * machine.peak_gflops,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
@@ -107,14 +129,7 @@ def fit(
     """
     device = torch.device(device)
     model.to(device).train()
-    groups = parameter_groups(
-        model,
-        lr=optimisation.lr,
-        weight_decay=optimisation.weight_decay,
-        lr_multipliers=optimisation.lr_multipliers,
-        decayed=optimisation.decayed,
-    )
-    optimiser = adamw(groups, optimisation.betas)
+    optimiser = optimiser_of(model, optimisation)
     torch.manual_seed(optimisation.seed + distributed.rank())
     state = restore_state(run.checkpoints, run.key, model, optimiser) or RunState(key=run.key)
     steps = Steps(

@@ -113,6 +113,18 @@ def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
     return torch.optim.AdamW(plain, betas=betas, fused=True)
 
 
+def optimiser_of(model: nn.Module, settings: Optimisation) -> torch.optim.AdamW:
+    """AdamW over the model's parameters as the settings group them. Raises ValueError: see `parameter_groups`."""
+    groups = parameter_groups(
+        model,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        lr_multipliers=settings.lr_multipliers,
+        decayed=settings.decayed,
+    )
+    return adamw(groups, settings.betas)
+
+
 def lr_factor(images: int, *, budget: int, warmup: int, final_fraction: float) -> float:
     """Share of the peak learning rate after `images` images: linear from 0, then half a cosine to `final_fraction`.
 
