@@ -35,6 +35,7 @@ from pipeline.inference import (
 )
 from pipeline.mask_metrics import BoundaryIoU
 from pipeline.methods import groupvit
+from pipeline.nn.group_scores import group_confidence
 
 TARGET = 0.8
 SIZE = (375, 500)  # VOC's usual height and width
@@ -84,11 +85,9 @@ def contestants(benchmark: Benchmark, classes: int, device: str) -> dict[str, Ca
 
     @torch.inference_mode()
     def bare() -> None:
-        model.forget()
-        for batch in same_size(windows, PIXELS_AT_ONCE):
-            model.read(torch.cat([windows[index] for index in batch]))
-            for index in batch:
-                model.groups(windows[index], embeddings)
+        for batch in same_size(windows, PIXELS_AT_ONCE):  # nothing is remembered
+            for vectors, image, _ in model._read(torch.cat([windows[index] for index in batch])):
+                group_confidence(vectors, image, embeddings, model.logit_scale)
         wait_for(device)
 
     def answer(samples: Sequence[Sample]) -> Iterator[torch.Tensor]:

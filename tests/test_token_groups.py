@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.cluster import MeanShift, estimate_bandwidth, spectral_clustering
 
-from pipeline.nn.reading import Memory, fingerprint, seed_of
+from pipeline.nn.reading import Memory, checksums, fingerprint, seed_of
 from pipeline.nn.token_groups import (
     LEAST_AFFINITY,
     group_means,
@@ -131,6 +131,19 @@ def test_memory_computes_once_and_forgets_the_oldest():
     assert calls == [1, 2, 3, 4]
     recall(2)
     assert calls == [1, 2, 3, 4, 2] and memory.size == 3 * 40
+
+
+def test_checksums_tell_pictures_apart():
+    """One bit of one value, two values that change places, and values that are only swapped between pictures."""
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    bit, swapped = x.clone(), x.clone()
+    bit.view(torch.int32)[0, 1, 2, 3] ^= 1
+    swapped[0, 0, 0, 0], swapped[0, 2, 7, 7] = x[0, 2, 7, 7], x[0, 0, 0, 0]
+    sums = checksums(torch.cat([x, bit, swapped, -x, x.clone()]))
+    assert sums.shape == (5, 2) and torch.equal(sums[0], sums[4])
+    for number in range(2):
+        assert len(sums[:4, number].unique()) == 4, "each sum alone tells them apart"
+    assert torch.equal(checksums(x)[0], sums[0]), "whatever stands beside it"
 
 
 def test_a_fingerprint_knows_shapes_and_values():
