@@ -1,20 +1,4 @@
-"""OVSegmentor: groups that name what a caption hides, and that look alike on images which share an entity.
-
-One grouping stage mixes 64 learned tokens down to 8 segments; their mean is the image's vector. Two trainings follow
-one another: contrast with the caption and completion of its masked entities; then, with a frozen BERT, also consistency
-with the masks that a slow teacher sees on a partner image. Segmentation is GroupViT's.
-
-Source: "Learning Open-vocabulary Semantic Segmentation Models From Natural Language Supervision" (CVPR 2023, arXiv
-2301.09121) and its release; card methods/ovsegmentor.md, whose section 8 lists where the two differ. The release is
-followed: hard Gumbel assignment, [CLS] as the sentence, mask loss in one direction; the print's loss is `consistency:
-{rest: drop, cost: cosine, threshold: absolute, delta: 0.65, squash: sigmoid, dice: per_mask, symmetric: true, weight:
-0.1}`. BatchNorm's running statistics blend in the projector's unused passes over all token states and groups, as in the
-release (`blend_statistics`).
-Deviates: the mask loss is a mean over images (`pipeline.losses.mask_consistency`); captions are masked by the clean
-rule unless `completion.strip` says `released`; partners are never the image itself where another exists
-(`pipeline.datasets.partners`); temperature, positions and group tokens take no weight decay; the dead assignment module
-of the release's decoder is not built; BatchNorm is synchronised over processes in the bridge too. The stem may be
-convolutional and the text shrunk to the captions' tokens, neither of which the paper's configuration does.
+"""The model of OVSegmentor: what it computes of an image and of a caption, and its losses.
 
 Axes: batch, groups, tokens (patches, row-major), length (text tokens), prompts, dim, classes, rows x columns.
 """
@@ -22,155 +6,25 @@ Axes: batch, groups, tokens (patches, row-major), length (text tokens), prompts,
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pipeline.datasets.batches import StrongViews, TemplateSet, seen_tokens
-from pipeline.datasets.entity_batches import Completion, EntityBatch, EntityCollate, EntityTransform
-from pipeline.datasets.pairs import Shuffle
-from pipeline.datasets.partners import Partners
-from pipeline.encoders import bert
-from pipeline.encoders.grouping_start import start_from_dino
+from pipeline.datasets.entity_batches import EntityBatch
 from pipeline.losses.contrastive import ContrastiveLoss, multi_label
-from pipeline.losses.mask_consistency import ConsistencyRules, group_consistency, mask_consistency, paint_groups
+from pipeline.losses.mask_consistency import group_consistency, mask_consistency, paint_groups
+from pipeline.methods.ovsegmentor.config import Config, make_tokenizer, read_vocabulary
 from pipeline.nn.bert import Bert
 from pipeline.nn.entity_decoder import EntityDecoder
 from pipeline.nn.group_reader import GroupReader, GroupReading
-from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig, effective_number
+from pipeline.nn.grouping import Grouped, GroupingEncoder, effective_number
 from pipeline.nn.projector import Projector
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Vocabulary
-from pipeline.params import ParamsError, Range
-from pipeline.text import entities
-from pipeline.text.mask_tokens import MASK, MaskedBytePairs, MaskTokenizer, WordPieces
-from pipeline.text.masking import Strip
-from pipeline.text.prompts import SINGLE, entity_prompt, fill, templates
-from pipeline.training import Optimisation
 from pipeline.training.distributed import balanced, gather_rows
-from pipeline.training.phases import Phase, TrainingData
-
-Count = Annotated[int, Range(1)]
-Share = Annotated[float, Range(0, 1)]
-Weight = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(0, low_open=True)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """BERT's sizes and its start.
-
-    Attributes:
-        tokenizer: bpe = CLIP's byte pairs with a mask token; wordpiece = BERT's own, from `vocab_file`.
-        init: none, file:<folder in the hub's format> or transformers:<name>.
-        positions: rows of the position table, at least `context_length`.
-        dropout: of states and attention; active in training even where BERT is frozen.
-        vocabulary: full table, or `seen` = only the ids of the training texts.
-        padding: texts are padded to `context` (release) or to the `longest` of a batch (the authors' runs).
-    """
-
-    tokenizer: Literal["bpe", "wordpiece"]
-    vocab_file: str
-    init: str
-    context_length: Count
-    positions: Count
-    width: Count
-    layers: Count
-    heads: Count
-    dropout: Share
-    vocabulary: Literal["full", "seen"]
-    padding: Literal["context", "longest"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CompletionConfig:
-    """What is asked of the masked caption (Table 4).
-
-    Attributes:
-        kind: mask `all` entities, `one`, or all `nouns`, and match the completed caption with the sentence that names
-            them; `multi_label` = GroupViT's contrast with entity prompts; `mlm` = classify each mask from the decoder's
-            states, `mlm_without_groups` from BERT's; `none`.
-        strip: how words are compared (`pipeline.text.masking`).
-        templates: of the answers and prompts.
-        prompts: per image, of `multi_label`.
-    """
-
-    kind: Completion
-    weight: Weight
-    strip: Strip
-    templates: TemplateSet
-    prompts: Count
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConsistencyConfig(ConsistencyRules):
-    """The second phase's loss, with its rules.
-
-    Attributes:
-        kind: mask consistency, `groups` (contrast of the two images' groups, Table 6), or none = no second phase.
-        weight: on the mean over images; the release's 0.1 is 1.6 here.
-        teacher: a moving average of the image encoder, or the encoder itself (Table 10); no gradients in either.
-        momentum: of the moving average, per step.
-        symmetric: mean of both directions (print) or the image's groups on the partner alone (release).
-        freeze_text: BERT keeps its weights in this phase.
-    """
-
-    kind: Literal["mask", "groups", "none"]
-    weight: Weight
-    teacher: Literal["average", "online"]
-    momentum: Share
-    symmetric: bool
-    freeze_text: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PhaseConfig:
-    """Views and optimisation of a phase."""
-
-    views: StrongViews
-    optimisation: Optimisation
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """The block train.ovsegmentor.
-
-    Attributes:
-        init: of the image encoder: none, or dino (the tower of models/encoders/dino).
-        vocabulary: entities, as the filter's: cc4m or the path of a JSON file.
-        temperature, max_scale: of both contrastive losses: initial temperature, cap of its inverse.
-        entity, mask: the two phases.
-    """
-
-    patches: PatchConfig
-    grouping: GroupingConfig
-    init: Literal["none", "dino"]
-    text: TextConfig
-    projector_hidden: Count
-    embed_dim: Count
-    blend_statistics: bool
-    vocabulary: str
-    temperature: Positive
-    max_scale: Positive
-    completion: CompletionConfig
-    consistency: ConsistencyConfig
-    shuffle: Shuffle
-    entity: PhaseConfig
-    mask: PhaseConfig
-
-    def __post_init__(self) -> None:
-        if self.grouping.output_groups[1:] or self.text.positions < self.text.context_length:
-            raise ParamsError("train.ovsegmentor: one grouping stage, and text.positions >= text.context_length")
-
-    @property
-    def seed(self) -> int:
-        """Of the fresh weights."""
-        return self.entity.optimisation.seed
 
 
 class OVSegmentor(GroupReader, ReadingModule):
@@ -398,108 +252,3 @@ def _leave_teacher_out(module: nn.Module, state: dict[str, Any], prefix: str, *_
     if module.momentum is None:
         for name in [name for name in state if name.startswith(f"{prefix}momentum.")]:
             del state[name]
-
-
-TARGETS = ("index",)
-ENCODERS = ("dino",)
-
-
-def read_vocabulary(config: Config) -> entities.Vocabulary:
-    """The entities that captions are searched for."""
-    path = Path(config.vocabulary)
-    return entities.Vocabulary.read(path) if path.suffix == ".json" else entities.vocabulary(config.vocabulary)
-
-
-def make_tokenizer(text: TextConfig) -> MaskTokenizer:
-    """The tokenizer that the config names. Raises BadInput where its file is absent."""
-    if text.tokenizer == "bpe":
-        return MaskedBytePairs(text.context_length)
-    return WordPieces(Path(text.vocab_file), text.context_length)
-
-
-def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
-    """The tokens of captions, nouns, entities and templates where `text.vocabulary` is `seen`."""
-    if config.text.vocabulary == "full":
-        return None
-    words = make_tokenizer(config.text)
-    if not isinstance(words, MaskedBytePairs):
-        raise ParamsError("train.ovsegmentor.text.vocabulary: seen needs tokenizer bpe")
-    names = [*read_vocabulary(config).words, "and", MASK]
-    sentences = [fill(SINGLE[0], ""), *map(entity_prompt, names)]
-    rows = seen_tokens(data.shards, words, templates=templates(config.completion.templates)).rows
-    seen = torch.nonzero(rows < rows.max())[:, 0]
-    return Vocabulary.of(torch.cat([seen, words(sentences).flatten()]), vocab_size=words.vocab_size)
-
-
-def build(config: Config, vocabulary: Vocabulary | None) -> OVSegmentor:
-    """The model with fresh weights; `vocabulary` None gives every token its own embedding."""
-    return OVSegmentor(config, vocabulary)
-
-
-def start(model: OVSegmentor, config: Config, encoders: Path) -> None:
-    """Put in DINO's tower and BERT where the config asks for them.
-
-    Raises:
-        ParamsError: the sizes do not fit.
-        BadInput: no such weights, with the way to bring them.
-    """
-    if config.init == "dino":
-        start_from_dino(model.image, encoders / "dino", "train.ovsegmentor.init")
-    if config.text.init != "none":
-        _start_text(model.text, config.text)
-
-
-def _start_text(text: Bert, config: TextConfig) -> None:
-    where = "train.ovsegmentor.text"
-    if config.vocabulary == "seen" or config.tokenizer == "bpe":
-        raise ParamsError(f"{where}.init: {config.init} needs tokenizer wordpiece and vocabulary full")
-    state, wanted = bert.read_released(config.init), text.model.state_dict()
-    wrong = sorted(name for name in set(state) ^ set(wanted)) + sorted(
-        name for name in set(state) & set(wanted) if state[name].shape != wanted[name].shape
-    )
-    if wrong:
-        raise ParamsError(f"{where}: sizes are not those of {config.init} ({wrong[0]})")
-    text.model.load_state_dict(state)
-
-
-def phases(model: OVSegmentor, config: Config, data: TrainingData) -> list[Phase]:
-    """`entity`: contrast and completion. `mask`: with partners, a frozen BERT and a fresh optimiser.
-
-    Raises:
-        ParamsError: the index was made with other entities than `vocabulary`.
-    """
-    first = _phase(model, config, config.entity, "entity", None)
-    if config.consistency.kind == "none":
-        return [first]
-    assert data.index is not None
-    partners = Partners(data.shards, data.index)
-    if partners.index.classes != model.entities.classes:
-        raise ParamsError("train.ovsegmentor.vocabulary: not the vocabulary that `filter` made its index with")
-    return [first, _phase(model, config, config.mask, "mask", partners)]
-
-
-def _phase(model: OVSegmentor, config: Config, phase: PhaseConfig, name: str, partners: Partners | None) -> Phase:
-    prepare = EntityTransform(
-        views=phase.views,
-        vocabulary=model.entities,
-        completion=config.completion.kind,
-        strip=config.completion.strip,
-        templates=templates(config.completion.templates),
-        num_prompts=config.completion.prompts,
-        partners=partners,
-    )
-    collate = EntityCollate(
-        tokenizer=model.tokenizer,
-        completion=config.completion.kind,
-        partners=partners is not None,
-        longest=config.text.padding == "longest",
-    )
-    settings = {"optimisation": phase.optimisation, "prepare": prepare, "collate": collate, "name": name}
-    if partners is None:
-        return Phase(**settings, loss=lambda batch, _: model.loss(batch))
-    return Phase(
-        **settings,
-        loss=lambda batch, _: model.loss(batch),
-        begin=model.begin_mask_phase,
-        after_step=lambda _: model.update_teacher(),
-    )
