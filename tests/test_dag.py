@@ -58,8 +58,8 @@ def test_imports_point_down(module):
 
 def test_methods_and_baselines_do_not_import_their_siblings():
     for module in (m for m in MODULES if m.startswith(("pipeline.methods.", "pipeline.baselines."))):
-        package, name = module.rsplit(".", 1)
-        siblings = {m for m in imports(module_file(module)) if m.startswith(package + ".") and m != f"{package}.{name}"}
+        kind, own = ".".join(module.split(".")[:2]), module.split(".")[2]
+        siblings = {m for m in imports(module_file(module)) if m.startswith(f"{kind}.") and m.split(".")[2] != own}
         assert not siblings, f"{module} imports {siblings}"
 
 

@@ -3,24 +3,15 @@
 import pytest
 import torch
 
-from pipeline.nn.text import TextTransformer, Vocabulary, inside_text
+from pipeline.nn.text import TextSizes, TextTransformer, Vocabulary, inside_text
 
 END = 99
 
 
 def tower(pooling="eos", layers=2, vocabulary=None) -> TextTransformer:
     torch.manual_seed(0)
-    return TextTransformer(
-        vocab_size=100,
-        context_length=12,
-        width=16,
-        layers=layers,
-        heads=2,
-        out_dim=8,
-        pooling=pooling,
-        end_token=END,
-        vocabulary=vocabulary,
-    ).eval()
+    sizes = TextSizes(context_length=12, width=16, layers=layers, heads=2, pooling=pooling)
+    return TextTransformer(sizes, vocab_size=100, end_token=END, out_dim=8, vocabulary=vocabulary).eval()
 
 
 def ids(*texts: list[int], length: int = 12) -> torch.Tensor:
@@ -105,10 +96,10 @@ def test_too_long_and_impossible_settings_are_refused():
         tower("eos", 0)
 
 
-def clip_tower(**changes) -> TextTransformer:
+def clip_tower(layers=6) -> TextTransformer:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 100, "context_length": 12, "width": 64, "layers": 6, "heads": 2, "out_dim": None}
-    return TextTransformer(**sizes | changes, pooling="eos", end_token=END, block="clip").eval()
+    sizes = TextSizes(context_length=12, width=64, layers=layers, heads=2, pooling="eos")
+    return TextTransformer(sizes, vocab_size=100, end_token=END, out_dim=None, block="clip").eval()
 
 
 def test_clip_blocks_equal_transformers():

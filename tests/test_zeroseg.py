@@ -30,7 +30,7 @@ from pipeline.encoders.small_vit import TowerConfig
 from pipeline.interfaces import TrainBatch
 from pipeline.methods import zeroseg
 from pipeline.nn import masked_autoencoder as mae
-from pipeline.nn.text import Vocabulary
+from pipeline.nn.text import TextSizes, Vocabulary
 from pipeline.text import filtering
 from pipeline.training import Run, fit
 from pipeline.training.phases import TrainingData
@@ -93,7 +93,7 @@ def clip(embed_dim: int = 10) -> small_clip.SmallClip:
     settings = small_clip.ClipArchitecture(
         tower="scratch",
         image=TowerConfig(image_size=16, first_stride=8, widths=(), dim=8, layers=0, heads=1, class_token=False),
-        text=small_clip.TextConfig(context_length=8, width=8, layers=0, heads=1, pooling="mean"),
+        text=TextSizes(context_length=8, width=8, layers=0, heads=1, pooling="mean"),
         embed_dim=embed_dim,
         projection="linear",
         pooling="smooth_maximum",

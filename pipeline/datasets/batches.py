@@ -15,7 +15,7 @@ from pipeline.datasets.pairs import PairShard, Sample, captions
 from pipeline.datasets.pixels import Packed, stack_pixels
 from pipeline.datasets.transforms import ViewConfig, move_labels, render
 from pipeline.interfaces import TrainBatch
-from pipeline.nn.text import Vocabulary
+from pipeline.nn.text import TextConfig, Vocabulary
 from pipeline.params import Range
 from pipeline.text import prompts
 from pipeline.text.tokenizers import BytePairTokenizer
@@ -126,3 +126,12 @@ def seen_tokens(
             nouns = {noun for row in kept(shard.filtered, "nouns")["nouns"].to_pylist() for noun in row}
             ids.append(torch.unique(tokenizer(sorted(nouns) or [""])))
     return Vocabulary.of(torch.cat(ids), vocab_size=tokenizer.vocab_size)
+
+
+def seen_vocabulary(
+    text: TextConfig, shards: Sequence[PairShard], *, templates: Sequence[str] = ()
+) -> Vocabulary | None:
+    """That of `seen_tokens` where the config asks for it; None for the full table."""
+    if text.vocabulary == "full":
+        return None
+    return seen_tokens(shards, BytePairTokenizer(text.context_length), templates=templates)

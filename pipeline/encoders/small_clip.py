@@ -23,31 +23,12 @@ from pipeline import params
 from pipeline.encoders.files import fit_weights
 from pipeline.encoders.small_vit import Count, SmallTower, TowerConfig
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, VisualTower
-from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
+from pipeline.nn.text import TextSizes, TextTransformer, Vocabulary
 from pipeline.nn.visual_tower import value_tokens
 from pipeline.params import Range
 from pipeline.text.tokenizers import tokenizer
 
 FAMILY = "trained_clip"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """The text tower.
-
-    Attributes:
-        context_length: longest text, tokens; longer ones are cut.
-        width: of the embeddings.
-        layers: transformer layers; 0 is a bag of words.
-        heads: of their attention.
-        pooling: "mean" of the tokens or the "eos" token.
-    """
-
-    context_length: Count
-    width: Count
-    layers: Annotated[int, Range(0)]
-    heads: Count
-    pooling: Pooling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +47,7 @@ class ClipArchitecture:
 
     tower: Literal["scratch", "lit"]
     image: TowerConfig
-    text: TextConfig
+    text: TextSizes
     embed_dim: Count
     projection: Literal["none", "linear", "mlp"]
     pooling: Literal["smooth_maximum", "class_token", "both"]
@@ -118,14 +99,10 @@ class SmallClip(nn.Module):
         self.tower, self.patch_size = tower, tower.patch_size
         self.image_head = _projection(tower.embed_dim, config.embed_dim, config.projection)
         self.text = TextTransformer(
+            config.text,
             vocab_size=self.tokenizer.vocab_size,
-            context_length=config.text.context_length,
-            width=config.text.width,
-            layers=config.text.layers,
-            heads=config.text.heads,
-            out_dim=config.embed_dim,
-            pooling=config.text.pooling,
             end_token=self.tokenizer.eot,
+            out_dim=config.embed_dim,
             vocabulary=vocabulary,
         )
         self.text_head = _projection(config.embed_dim, config.embed_dim, "mlp")

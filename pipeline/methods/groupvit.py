@@ -16,14 +16,14 @@ rows x columns (the patch grid), dim, classes.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.datasets.batches import PairCollate, PairTransform, StrongViews, TemplateSet, seen_tokens
+from pipeline.datasets.batches import PairCollate, PairTransform, StrongViews, TemplateSet, seen_vocabulary
 from pipeline.datasets.pairs import Shuffle
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss, ContrastiveTerms, MultiLabelForm, Temperature, multi_label
@@ -31,28 +31,16 @@ from pipeline.nn.group_reader import GroupReader, GroupReading
 from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig, effective_number
 from pipeline.nn.projector import Projector
 from pipeline.nn.reading import ReadingModule
-from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
+from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import templates
-from pipeline.text.tokenizers import BytePairTokenizer, tokenizer
+from pipeline.text.tokenizers import tokenizer
 from pipeline.training import Optimisation
 from pipeline.training.distributed import gather_rows
 from pipeline.training.phases import Phase, TrainingData
 
 Count = Annotated[int, Range(1)]
 Weight = Annotated[float, Range(0)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """CLIP's text tower. `vocabulary`: `full` BPE table, or `seen` = only the ids of captions, nouns and templates."""
-
-    context_length: Count
-    width: Count
-    layers: Annotated[int, Range(0)]
-    heads: Count
-    pooling: Pooling
-    vocabulary: Literal["full", "seen"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,14 +112,10 @@ class GroupViT(GroupReader, ReadingModule):
         self.image = GroupingEncoder(config.patches, config.grouping)
         self.tokenizer = tokenizer("bpe", text.context_length)
         self.text = TextTransformer(
+            text,
             vocab_size=self.tokenizer.vocab_size,
-            context_length=text.context_length,
-            width=text.width,
-            layers=text.layers,
-            heads=text.heads,
-            out_dim=None,
-            pooling=text.pooling,
             end_token=self.tokenizer.eot,
+            out_dim=None,
             vocabulary=vocabulary,
             block="clip",
         )
@@ -228,10 +212,7 @@ ENCODERS = ()
 
 def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
     """The tokens of captions, nouns and templates where `text.vocabulary` is `seen`."""
-    if config.text.vocabulary == "full":
-        return None
-    words = BytePairTokenizer(config.text.context_length)
-    return seen_tokens(data.shards, words, templates=templates(config.loss.templates))
+    return seen_vocabulary(config.text, data.shards, templates=templates(config.loss.templates))
 
 
 def build(config: Config, vocabulary: Vocabulary | None) -> GroupViT:

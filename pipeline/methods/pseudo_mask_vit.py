@@ -22,7 +22,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from pipeline import params
 from pipeline.artifacts.arrays import map_array
 from pipeline.artifacts.files import BadInput, read_json
 from pipeline.caching import features, pseudo_masks
-from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, seen_tokens
+from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, seen_vocabulary
 from pipeline.datasets.joined import PairShard, Table, count_rows, join
 from pipeline.datasets.pairs import Shuffle
 from pipeline.encoders import load_dino
@@ -42,10 +42,10 @@ from pipeline.encoders.small_vit import TowerConfig
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE, Facet, PatchEncoder, TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss
 from pipeline.nn.reading import ReadingModule
-from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
+from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.store import PAYLOAD, repair_command
-from pipeline.text.tokenizers import BytePairTokenizer, tokenizer
+from pipeline.text.tokenizers import tokenizer
 from pipeline.training import Optimisation
 from pipeline.training.distributed import gather_rows
 from pipeline.training.phases import Phase, TrainingData
@@ -56,18 +56,6 @@ Positive = Annotated[float, Range(0, low_open=True)]
 # encoder may have run in bfloat16 or on another machine; another facet's or tower's tokens are nowhere near.
 SAME_TOKENS = 0.98
 REMEDY = "Run `dvc repro pseudo_masks`"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """The text tower. `vocabulary`: `full` BPE table, or `seen` = only the ids of the training captions."""
-
-    context_length: Count
-    width: Count
-    layers: Annotated[int, Range(0)]
-    heads: Count
-    pooling: Pooling
-    vocabulary: Literal["full", "seen"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,14 +212,10 @@ class PseudoMaskViT(ReadingModule):
         self.projection = nn.Linear(config.tower.dim, config.embed_dim, bias=False)
         self.tokenizer = tokenizer("bpe", text.context_length)
         self.text = TextTransformer(
+            config.text,
             vocab_size=self.tokenizer.vocab_size,
-            context_length=text.context_length,
-            width=text.width,
-            layers=text.layers,
-            heads=text.heads,
-            out_dim=config.embed_dim,
-            pooling=text.pooling,
             end_token=self.tokenizer.eot,
+            out_dim=config.embed_dim,
             vocabulary=vocabulary,
         )
         self.contrast = ContrastiveLoss(temperature=config.temperature, max_scale=config.max_scale, gather=gather_rows)
@@ -348,9 +332,7 @@ GIVEN = ("_extra_state",)
 
 def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
     """The tokens of the captions where `text.vocabulary` is `seen`."""
-    if config.text.vocabulary == "full":
-        return None
-    return seen_tokens(data.shards, BytePairTokenizer(config.text.context_length))
+    return seen_vocabulary(config.text, data.shards)
 
 
 def build(config: Config, vocabulary: Vocabulary | None) -> PseudoMaskViT:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from pipeline.artifacts.weights import load_model
-from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, seen_tokens
+from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, seen_vocabulary
 from pipeline.datasets.pairs import Shuffle
 from pipeline.interfaces import OUTSIDE, TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss
@@ -31,9 +31,9 @@ from pipeline.nn.maskformer import MaskFormer, Masks
 from pipeline.nn.matching import assign
 from pipeline.nn.pyramid import ConvPyramid, TimmPyramid
 from pipeline.nn.reading import ReadingModule
-from pipeline.nn.text import Pooling, TextTransformer, Vocabulary
+from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
-from pipeline.text.tokenizers import BytePairTokenizer, tokenizer
+from pipeline.text.tokenizers import tokenizer
 from pipeline.training import Optimisation
 from pipeline.training.distributed import balanced, gather_rows, summed
 from pipeline.training.phases import Phase, TrainingData
@@ -82,18 +82,6 @@ class DecoderConfig:
     heads: Count
     hidden: Count
     dropout: Share
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """The text tower. `vocabulary`: `full` BPE table, or `seen` = only the ids of the training captions."""
-
-    context_length: Count
-    width: Count
-    layers: Annotated[int, Range(0)]
-    heads: Count
-    pooling: Pooling
-    vocabulary: Literal["full", "seen"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +171,10 @@ class SSeg(ReadingModule):
         )
         self.tokenizer = tokenizer("bpe", text.context_length)
         self.text = TextTransformer(
+            text,
             vocab_size=self.tokenizer.vocab_size,
-            context_length=text.context_length,
-            width=text.width,
-            layers=text.layers,
-            heads=text.heads,
-            out_dim=text.width,
-            pooling=text.pooling,
             end_token=self.tokenizer.eot,
+            out_dim=text.width,
             vocabulary=vocabulary,
         )
         self.image_projection = _projection(decoder.dim, config.embed_dim)
@@ -318,9 +302,7 @@ ENCODERS = ("dino",)
 
 def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
     """The tokens of the captions where `text.vocabulary` is `seen`."""
-    if config.text.vocabulary == "full":
-        return None
-    return seen_tokens(data.shards, BytePairTokenizer(config.text.context_length))
+    return seen_vocabulary(config.text, data.shards)
 
 
 def build(config: Config, vocabulary: Vocabulary | None) -> SSeg:

@@ -4,16 +4,44 @@ Axes: batch, length (tokens of a text, at most the context length), dim. A text 
 first `end_token`; ids after it are padding and change nothing.
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from pipeline.nn.attention import Block, QuickGELU, causal_mask, initialise
+from pipeline.params import Range
 
-Pooling = Literal["eos", "mean"]
 BlockKind = Literal["timm", "clip"]
+Count = Annotated[int, Range(1)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSizes:
+    """A text tower.
+
+    Attributes:
+        context_length: longest text, tokens.
+        width: of the embeddings.
+        layers: transformer layers; 0 is a bag of words.
+        heads: of their attention.
+        pooling: `mean` of the tokens or the `eos` token, which needs layers.
+    """
+
+    context_length: Count
+    width: Count
+    layers: Annotated[int, Range(0)]
+    heads: Count
+    pooling: Literal["eos", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig(TextSizes):
+    """The block `text` of a method. `vocabulary`: the `full` BPE table, or only what is `seen` in training."""
+
+    vocabulary: Literal["full", "seen"]
 
 
 class Vocabulary(nn.Module):
@@ -89,30 +117,27 @@ class TextTransformer(nn.Module):
 
     def __init__(
         self,
+        sizes: TextSizes,
         *,
         vocab_size: int,
-        context_length: int,
-        width: int,
-        layers: int,
-        heads: int,
-        out_dim: int | None,
-        pooling: Pooling,
         end_token: int,
+        out_dim: int | None,
         vocabulary: Vocabulary | None = None,
         block: BlockKind = "timm",
     ) -> None:
         super().__init__()
-        if pooling == "eos" and layers == 0:
+        width, context_length, self.pooling = sizes.width, sizes.context_length, sizes.pooling
+        if self.pooling == "eos" and sizes.layers == 0:
             raise ValueError("pooling 'eos' needs at least one layer: without one the end token has seen nothing")
-        self.context_length, self.end_token, self.pooling = context_length, end_token, pooling
+        self.context_length, self.end_token = context_length, end_token
         self.vocabulary = vocabulary
         self.embedding = nn.Embedding(vocab_size if vocabulary is None else vocabulary.size, width)
-        self.position = nn.Parameter(torch.empty(context_length, width)) if layers else None
-        self.blocks = nn.ModuleList(_block(width, heads, block) for _ in range(layers))
+        self.position = nn.Parameter(torch.empty(context_length, width)) if sizes.layers else None
+        self.blocks = nn.ModuleList(_block(width, sizes.heads, block) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Identity() if out_dim is None else nn.Linear(width, out_dim, bias=False)
         # NOTE float and additive: a boolean mask is read as +1/0 by some attention modules.
-        mask = causal_mask(context_length) if pooling == "eos" else torch.zeros(context_length, context_length)
+        mask = causal_mask(context_length) if self.pooling == "eos" else torch.zeros(context_length, context_length)
         self.register_buffer("mask", mask, persistent=False)
         self._initialise(block)
 
