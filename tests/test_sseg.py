@@ -274,6 +274,9 @@ def test_selfsup_takes_the_dino_stem(tmp_path):
     with pytest.raises(params.ParamsError, match="widths"):
         other = config(backbone={"init": "selfsup", "widths": [8, 24]})
         sseg.start(model(backbone={"widths": [8, 24]}), other, tmp_path)
+    save_model(tmp_path / "dino", {"model.norm.weight": torch.ones(4)}, {})
+    with pytest.raises(params.ParamsError, match="take random"):
+        sseg.start(tower, chosen, tmp_path)
 
 
 def test_trained_folder_round_trip(tmp_path):

@@ -338,6 +338,8 @@ def start(model: SSeg, config: Config, encoders: Path) -> None:
         raise ParamsError("train.sseg.backbone.init: selfsup needs kind conv; a timm backbone has no DINO tower here")
     state, _ = load_model(encoders / "dino")
     stem = {name.split("stem.layers.")[1]: value for name, value in state.items() if "stem.layers." in name}
+    if not stem:
+        raise ParamsError("train.sseg.backbone.init: selfsup needs a DINO tower trained here; take random")
     try:
         backbone.load_stem(stem)
     except ValueError as error:
