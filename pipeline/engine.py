@@ -1,9 +1,10 @@
 """The engine: map a function over shards into the content-addressed store.
 
 A stage says which tasks the current parameters and upstream manifests ask for; a task's key is the sha256 of what
-decides its bytes. `run` computes exactly the tasks whose key has no whole payload, each in a temporary folder that is
-read back and renamed into place, and then writes the stage's manifest and marker. A shard that fails is retried by the
-class of its error and listed; the others are finished first, and the stage ends with an error.
+decides its bytes. `run` computes exactly the tasks whose key has no whole payload, here or in the remote that the
+machine names, each in a temporary folder that is read back and renamed into place, and then writes the stage's
+manifest and marker. A shard that fails is retried by the class of its error and listed; the others are finished first,
+and the stage ends with an error.
 """
 
 import errno
@@ -130,7 +131,7 @@ def run(stage: ShardStage, project: Project) -> Manifest:
         store.sweep(stage.name)
         tasks = stage.tasks(project)
         by_key = {stage.key(task): task for task in tasks}
-        missing = {key: task for key, task in by_key.items() if store.problem(stage.name, key)}
+        missing = {key: by_key[key] for key in project.broken(stage.name, by_key)}
         _require_room(stage.name, project, missing)
         started = time.perf_counter()
         failures = _compute(stage, project, missing)

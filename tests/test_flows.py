@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def installed(runner: str):
     absent = find_spec(serving.PACKAGES[runner]) is None
     return pytest.param(
-        runner, marks=pytest.mark.skipif(absent, reason=f"{runner}: not installed: make setup GROUPS='dev cluster'")
+        runner, marks=pytest.mark.skipif(absent, reason=f"{runner}: not installed: make setup GROUPS='cluster dev'")
     )
 
 
@@ -105,5 +105,5 @@ def test_the_server_has_a_run_for_every_shard(tmp_path, addresses, server):
 
 def test_a_runner_whose_packages_are_absent_says_how_to_get_them(monkeypatch):
     monkeypatch.setattr(serving, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match='GROUPS="dev cluster"'):
+    with pytest.raises(BadInput, match='GROUPS="cluster dev"'):
         flows.runner("dask")

@@ -1,9 +1,11 @@
 """`tessera store`: payloads in a second place, whole or not at all, and kept while any commit names them."""
 
+import shutil
 import socket
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from pipeline import history, remote
 from pipeline.artifacts.files import BadInput
 from pipeline.cli import store
 from pipeline.engine import run
+from pipeline.project import MissingPayload
 
 NO_S3 = [package for package in ("moto", "s3fs", "flask") if find_spec(package) is None]
 
@@ -107,6 +110,58 @@ def test_bytes_that_changed_on_the_way_are_refused(tmp_path, checkout, url):
     with pytest.raises(BadInput, match="its bytes are not those that were pushed"):
         call(checkout, "pull", url)
     assert project(checkout).store.problem("toy", name.key) is not None
+
+
+def clone(checkout: Path, other: Path) -> Path:
+    """Manifests and no payloads, as git brings them."""
+    shutil.copytree(checkout / "data/manifests", other / "data/manifests")
+    return other
+
+
+def test_a_stage_pulls_what_the_remote_has_and_computes_the_rest(tmp_path, checkout, url, capsys):
+    call(checkout, "push", url)
+    kept = history.current(checkout)[0]
+    remote.Remote(url).remove(kept)
+    other = clone(checkout, tmp_path / "other")
+    run(STAGE, project(other, remote=url))
+    assert "toy: pulling 3 of 4 payloads" in capsys.readouterr().err
+    computed = [f"{index:05d}" for index in range(4) if (other / f"attempts-{index}").exists()]
+    assert computed == [row.shard for row in project(other).manifest("toy").rows if row.key == kept.key]
+    assert payload_bytes(other / "data/store") == payload_bytes(checkout / "data/store")
+    assert (other / "data/manifests/toy.json").read_bytes() == (checkout / "data/manifests/toy.json").read_bytes()
+    assert project(other).store.marker("toy").exists() and not remote.Remote(url).has(kept), "nothing is pushed"
+
+
+def test_what_a_stage_reads_is_pulled_when_it_is_asked_for(tmp_path, checkout, url):
+    call(checkout, "push", url)
+    other = clone(checkout, tmp_path / "other")
+    with pytest.raises(MissingPayload):
+        project(other).inputs("toy")
+    with pytest.raises(MissingPayload):
+        project(other, remote=url).offline.inputs("toy")
+    folders = [folder for _, folder in project(other, remote=url).inputs("toy")]
+    assert [(folder / "nested/words.txt").is_file() for folder in folders] == [True] * 4
+    name = history.current(checkout)[0]
+    project(other).store.remove("toy", name.key)
+    remote.Remote(url).remove(name)
+    with pytest.raises(MissingPayload, match="no such payload. Repair it"):
+        project(other, remote=url).inputs("toy")
+    with pytest.raises(BadInput, match="nonsense://a: cannot be opened"):
+        project(other, remote="nonsense://a").inputs("toy")
+
+
+def test_two_who_pull_at_once_fetch_every_payload_once(tmp_path, checkout, url, monkeypatch):
+    call(checkout, "push", url)
+    other, fetched, pull = clone(checkout, tmp_path / "other"), [], remote.Remote.pull
+
+    def counted(place, name, store) -> None:
+        fetched.append(name)
+        pull(place, name, store)
+
+    monkeypatch.setattr(remote.Remote, "pull", counted)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: project(other, remote=url).inputs("toy"), range(4)))
+    assert sorted(fetched, key=str) == sorted(history.current(checkout), key=str)
 
 
 def test_gc_keeps_what_any_branch_or_tag_reaches(tmp_path, checkout, url, capsys):

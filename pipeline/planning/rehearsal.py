@@ -94,7 +94,7 @@ class Rehearsal:
         features["batch_size"] = min(features["batch_size"], rows)
         views = sum(n * n for n in teacher["scales"])
         teacher["batch_size"] = min(teacher["batch_size"], rows * views)
-        return Project(root, values, replace(self.real.machine, runner="inline", retries=0))
+        return Project(root, values, replace(self.real.machine, runner="inline", retries=0, remote=""))
 
     def _lists(self, root: Path, rows: int) -> dict[str, Any]:
         """The `download` block's source: the first rows of a list that is here, or a folder of made pictures."""
