@@ -99,8 +99,8 @@ def public_web(handler: type[BaseHTTPRequestHandler], monkeypatch: pytest.Monkey
     links = download._links
 
     @contextmanager
-    def local_links(job: download._Job):
-        with links(job) as (rows, addresses, _, images):
+    def local_links(job: download._Job, scratch: Path):
+        with links(job, scratch) as (rows, addresses, _, images):
             yield rows, addresses, host, images
 
     monkeypatch.setattr(download, "_links", local_links)

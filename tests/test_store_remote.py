@@ -1,12 +1,9 @@
 """`tessera store`: payloads in a second place, whole or not at all, and kept while any commit names them."""
 
 import shutil
-import socket
 import subprocess
 from argparse import Namespace
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,6 @@ from pipeline.artifacts.files import BadInput
 from pipeline.cli import store
 from pipeline.engine import run
 from pipeline.project import MissingPayload
-
-NO_S3 = [package for package in ("moto", "s3fs", "flask") if find_spec(package) is None]
 
 
 def git(root: Path, *arguments: str) -> None:
@@ -209,38 +204,15 @@ def test_an_unknown_protocol_is_named():
         remote.Remote("nonsense://a/b")
 
 
-@pytest.fixture
-def s3(monkeypatch) -> Iterator[str]:
-    """A bucket of moto's S3 server on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer("127.0.0.1", port)
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("tessera")
-    yield "s3://tessera/store"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 @pytest.mark.filterwarnings("default")  # botocore's and moto's own
-@pytest.mark.skipif(bool(NO_S3), reason=f"not installed: {', '.join(NO_S3)}")
 def test_a_real_s3_server_holds_the_store(tmp_path, checkout, s3):
+    s3 = f"{s3}/store"
     commit(checkout, "base")
     before = payload_bytes(checkout / "data/store")
     assert call(checkout, "push", s3) == 0
+    other = clone(checkout, tmp_path / "other")
+    run(STAGE, project(other, word="base", remote=s3))
+    assert payload_bytes(other / "data/store").items() <= before.items() and not list(other.glob("attempts-*"))
     for name in history.current(checkout):
         project(checkout).store.remove("toy", name.key)
     assert call(checkout, "pull", s3) == 0

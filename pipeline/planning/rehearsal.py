@@ -101,11 +101,9 @@ class Rehearsal:
         from pipeline.sources.download import Config
 
         found = self.real.config("download", Config)
-        local = [x for x in found.lists if x.source != "shards" and not amounts.on_the_web(self.real)]
-        if found.source == "shards":
-            local = list(found.lists)
-        if local:
-            first = local[0]
+        alike = [x for x in found.lists if x.source != "shards" or found.source == "shards"]
+        if alike and not amounts.on_the_web(self.real):
+            first = alike[0]
             images = str(self.real.path(first.images)) if first.images else ""
             places = {"annotations": str(self.real.path(first.annotations)), "images": images}
             return {"source": first.source, "mix": [], "limit": rows, **places}
