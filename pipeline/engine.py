@@ -74,7 +74,6 @@ class ShardStage:
         compute: writes a task's files into an empty folder. A top-level function.
         check: reads them back; raises `CorruptPayload`.
         shrink: the same task in need of half the memory, or None where it needs the least; None where it cannot.
-        alone: `compute` changes its process (installs an opener, say): no two at a time in threads.
     """
 
     name: str
@@ -84,7 +83,6 @@ class ShardStage:
     compute: Callable[[Task, Path, Machine], Counts]
     check: Callable[[Path, Counts], None]
     shrink: Callable[[Task], Task | None] | None = None
-    alone: bool = False
 
     def key_fields(self, task: Task) -> dict[str, Any]:
         """Everything that decides the bytes of a task's payload."""
@@ -206,8 +204,6 @@ def _compute(stage: ShardStage, project: Project, missing: dict[str, Task]) -> d
     works = [_Work(stage, project.store, machine, task, key) for key, task in missing.items()]
     total = sum(task.rows for task in missing.values())
     print(f"{stage.name}: {len(works)} shards to compute ({machine.runner})", file=sys.stderr)
-    if stage.alone and machine.runner == "threads":
-        machine = replace(machine, workers=1)
     with tqdm(total=total, desc=stage.name, unit="row", unit_scale=True, disable=not works) as progress:
         for attempt in range(machine.retries + 1):
             again, back_off = [], 0.0

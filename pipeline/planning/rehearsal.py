@@ -20,7 +20,7 @@ from pipeline.encoders.released import TRAIN
 from pipeline.engine import Counts, ShardStage, StageFailed, Task, run
 from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
-from pipeline.planning import amounts, scoring, standins
+from pipeline.planning import amounts, scoring, standins, vocabulary
 from pipeline.planning.samples import Measured, Sample, Watch, by_kind, counting
 from pipeline.project import Project
 from pipeline.selftraining.runner import Job, obtain
@@ -42,6 +42,7 @@ class Rehearsal:
         seconds: core-seconds; a stage is not asked for a larger checkout on which it would take more.
         measured: by stage; trainings as `train.<method>` and `encoders.<name>`.
         notes: what stood in for what, and what could not be rehearsed.
+        tokens: of the captions that the whole run keeps; None before they were counted.
     """
 
     real: Project
@@ -49,6 +50,7 @@ class Rehearsal:
     seconds: float
     measured: dict[str, Measured] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    tokens: int | None = None
 
     def all(self) -> "Rehearsal":
         """Rehearse the shard stages, the encoders and the trainings."""
@@ -183,12 +185,27 @@ class Rehearsal:
             except Exception as error:  # weights to fetch, too few rows with entities: the rest of the plan holds
                 self._note(f"{name}: not rehearsed ({type(error).__name__}: {str(error).splitlines()[0][:160]})")
                 break
-            samples.append(_training_sample(project, self.real.params, name, spent, sum(flops), batch))
+            files = self._files(places(project, name)[1])
+            samples.append(_training_sample(project, self.real.params, name, spent, sum(flops), batch, files))
             following = batches[min(place + 1, len(batches) - 1)]
             if samples[-1].core_seconds * following / batch > self.seconds * (1 if place else SLACK):
                 break
         if samples:
             self.measured[name] = Measured(tuple(samples))
+
+    def _files(self, folder: Path) -> list[tuple[str, int]]:
+        """A model's files and their bytes, its table of tokens as long as the whole run's captions make it."""
+        found = []
+        for name in list_files(folder):
+            size = (folder / name).stat().st_size
+            if table := vocabulary.table(folder / name):
+                if self.tokens is None:
+                    keeps = [self.measured[stage].keeps for stage in ("download", "filter")]
+                    self.tokens = vocabulary.count(self.real, keeps[0] * keeps[1])
+                known, row = table
+                size += max(0, self.tokens - known) * row
+            found.append((name, size))
+        return found
 
     def _scoring(self, checkouts: list[Project]) -> None:
         """Students and the evaluation, in the largest checkout, with the models of all of them and the real ones."""
@@ -310,10 +327,16 @@ def _short(project: Project, name: str, batch: int) -> Project:
 
 
 def _training_sample(
-    project: Project, real: dict[str, Any], name: str, spent: tuple[float, float], flops: float, batch: int
+    project: Project,
+    real: dict[str, Any],
+    name: str,
+    spent: tuple[float, float],
+    flops: float,
+    batch: int,
+    files: list[tuple[str, int]],
 ) -> Sample:
     """Rows, and the seconds that they take at the pace of the second half of every phase, as the budget weighs them."""
-    label, folder = places(project, name)
+    label, _ = places(project, name)
     block = block_of(project.params, name)
     images = budget = paced = 0.0
     for path in sorted(project.logs.glob(f"{label}*.jsonl")):
@@ -323,7 +346,6 @@ def _training_sample(
         share = next(optimisations(block_of(real, f"{name}.{phase}" if phase in block else name)))["images"]
         images, budget, paced = images + STEPS * batch, budget + share, paced + share / rates[-1]
     paced *= images / budget
-    files = [(file, (folder / file).stat().st_size) for file in list_files(folder)]
     busy = min(1.0, paced / spent[0])  # what the model's making took is not the images'
     return Sample(
         rows=round(images),

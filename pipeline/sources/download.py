@@ -244,4 +244,4 @@ def check(folder: Path, counts: Counts) -> None:
             raise CorruptPayload(shard.path, f"{sample['key']} is {shape}, not as its row says")
 
 
-STAGE = ShardStage(name="download", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check, alone=True)
+STAGE = ShardStage(name="download", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check)
