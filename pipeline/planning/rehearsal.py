@@ -23,6 +23,7 @@ from pipeline.machine import Machine
 from pipeline.planning import amounts, scoring, standins, vocabulary
 from pipeline.planning.samples import Measured, Sample, Watch, by_kind, counting
 from pipeline.project import Project
+from pipeline.runners import run_process
 from pipeline.selftraining.runner import Job, obtain
 
 SMALL, MIDDLE, LARGE = 4, 64, 1000  # images of a checkout
@@ -31,6 +32,7 @@ HEAVY = ("features", "teacher")  # stages with a network, whose operations are c
 SLACK = 4.0  # by which a training's first, small, counted batches may overrate an image
 IMAGES = (".jpg", ".png")  # of generated val and tune sets; those of training are in tars
 START = 2  # images of a batch that only pays for the start
+LAUNCH = "launch"  # of worker processes, measured like a stage
 STEPS = 6  # of a rehearsed training; the second half is measured
 
 
@@ -40,7 +42,7 @@ class Rehearsal:
 
     Attributes:
         seconds: core-seconds; a stage is not asked for a larger checkout on which it would take more.
-        measured: by stage; trainings as `train.<method>` and `encoders.<name>`.
+        measured: by stage; trainings as `train.<method>` and `encoders.<name>`; `launch`.
         notes: what stood in for what, and what could not be rehearsed.
         tokens: of the captions that the whole run keeps; None before they were counted.
     """
@@ -55,6 +57,7 @@ class Rehearsal:
     def all(self) -> "Rehearsal":
         """Rehearse the shard stages, the encoders and the trainings."""
         checkouts = [self._checkout(number, rows) for number, rows in enumerate(self._sizes())]
+        self._launch()
         for name in chain.SHARD_STAGES:
             if name == "features":
                 self._encoders(checkouts)
@@ -114,6 +117,14 @@ class Rehearsal:
         self._note(f"pictures of {standins.SIDES[0]} x {standins.SIDES[1]} px stand in for the links' images")
         places = {"annotations": str(folder / "captions.txt"), "images": str(folder / "images")}
         return {"source": "flickr8k", "mix": [], "limit": None, **places}
+
+    def _launch(self) -> None:
+        """What it takes until the machine's workers are there, each with torch."""
+        watch = Watch()
+        list(run_process(abs, range(max(2, self.real.machine.workers)), self.real.machine))
+        seconds, cores = watch.read()
+        sample = Sample(rows=0, out=0, padded=0, seconds=seconds, core_seconds=cores)
+        self.measured[LAUNCH] = Measured((sample,))
 
     def _note(self, text: str) -> None:
         if text and text not in self.notes:

@@ -1,7 +1,6 @@
 """The table of text tokens of a model with `vocabulary: seen`, which grows with the captions."""
 
 from itertools import chain, islice
-from math import prod
 from pathlib import Path
 
 from safetensors import safe_open
@@ -13,7 +12,10 @@ from pipeline.sources.annotations import read_slice
 from pipeline.text.tokenizers import BytePairTokenizer
 
 CONTEXT = 77  # tokens of a caption that count: CLIP's
-ROWS = "text.vocabulary.rows"  # see `pipeline.methods`: the table's row of each token, the last one for tokens unseen
+# Of a saved model (see `pipeline.methods`): each token's row of the table, where the last is for those never seen; and
+# the table, as `pipeline.nn.text` and `pipeline.nn.bert` name it.
+ROWS = "text.vocabulary.rows"
+TABLES = {"text.embedding.weight", "text.model.embeddings.word_embeddings.weight"}
 
 
 def count(project: Project, share: float) -> int:
@@ -42,7 +44,6 @@ def table(file: Path) -> tuple[int, int] | None:
     with safe_open(file, "pt") as model:
         if ROWS not in model.keys():
             return None
-        known = int(model.get_tensor(ROWS).max())
-        names = [name for name in model.keys() if name.startswith("text.") and "embedding" in name]
-        shapes = [model.get_slice(name).get_shape() for name in names]
-    return known, sum(4 * prod(shape[1:]) for shape in shapes if shape[0] == known + 1)
+        (name,) = TABLES.intersection(model.keys())
+        found = model.get_tensor(name)
+    return len(found) - 1, found[0].nbytes
