@@ -23,6 +23,7 @@ from pipeline.planning import amounts, disk, record, vocabulary
 from pipeline.planning.estimate import Estimate, by_workers, estimates
 from pipeline.planning.rehearsal import LAUNCH, Rehearsal
 from pipeline.planning.samples import Measured, Sample, by_kind
+from pipeline.planning.scoring import Scoring
 from pipeline.planning.taken import taken
 from pipeline.project import Project
 from stages.selftrain import selftrain
@@ -186,6 +187,15 @@ def test_a_model_s_table_has_a_row_for_each_token_and_one_for_the_others(tmp_pat
     assert vocabulary.table(tmp_path / "model.safetensors") == (3, 64)
     save_file({"text.norm.weight": torch.ones(4)}, tmp_path / "other.safetensors")
     assert vocabulary.table(tmp_path / "other.safetensors") is None
+
+
+def test_a_benchmark_that_is_not_here_is_one_note(tmp_path):
+    chosen = project(tmp_path, "tiny")
+    chosen.params["evaluate"]["benchmarks"][0] |= {"name": "voc", "root": "absent"}
+    scoring = Scoring(chosen, 1.0, print)
+    scoring.pairs()
+    (note,) = scoring.notes
+    assert note.startswith("evaluate.voc: not rehearsed") and not scoring.measured
 
 
 def estimate(name: str, written: dict[str, int], images: int = 10) -> Estimate:
