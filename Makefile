@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-GROUPS ?= dev
+GROUPS ?= cluster dev
 UV_VERSION := 0.13.8
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -36,7 +36,7 @@ LOCKS := $(if $(GROUPS),$(patsubst %,requirements-%.lock,$(sort $(GROUPS))),requ
 STAMP := $(VENV)/.installed$(subst $() ,,$(patsubst %,-%,$(sort $(GROUPS))))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 
-setup: $(STAMP)  ## the locked environment in .venv; `make setup GROUPS="dev cluster gpu"` adds groups
+setup: $(STAMP)  ## the locked environment in .venv; `make setup GROUPS="cluster dev gpu"` adds one
 
 # The locks decide the environment: any change of them reinstalls, nothing else does.
 $(STAMP): $(LOCKS) pyproject.toml

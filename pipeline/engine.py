@@ -1,9 +1,10 @@
 """The engine: map a function over shards into the content-addressed store.
 
 A stage says which tasks the current parameters and upstream manifests ask for; a task's key is the sha256 of what
-decides its bytes. `run` computes exactly the tasks whose key has no whole payload, each in a temporary folder that is
-read back and renamed into place, and then writes the stage's manifest and marker. A shard that fails is retried by the
-class of its error and listed; the others are finished first, and the stage ends with an error.
+decides its bytes. `run` computes exactly the tasks whose key has no whole payload, here or in the remote that the
+machine names, each in a temporary folder that is read back and renamed into place, and then writes the stage's
+manifest and marker. A shard that fails is retried by the class of its error and listed; the others are finished first,
+and the stage ends with an error.
 """
 
 import errno
@@ -73,7 +74,6 @@ class ShardStage:
         compute: writes a task's files into an empty folder. A top-level function.
         check: reads them back; raises `CorruptPayload`.
         shrink: the same task in need of half the memory, or None where it needs the least; None where it cannot.
-        alone: `compute` changes its process (installs an opener, say): no two at a time in threads.
     """
 
     name: str
@@ -83,7 +83,6 @@ class ShardStage:
     compute: Callable[[Task, Path, Machine], Counts]
     check: Callable[[Path, Counts], None]
     shrink: Callable[[Task], Task | None] | None = None
-    alone: bool = False
 
     def key_fields(self, task: Task) -> dict[str, Any]:
         """Everything that decides the bytes of a task's payload."""
@@ -130,7 +129,7 @@ def run(stage: ShardStage, project: Project) -> Manifest:
         store.sweep(stage.name)
         tasks = stage.tasks(project)
         by_key = {stage.key(task): task for task in tasks}
-        missing = {key: task for key, task in by_key.items() if store.problem(stage.name, key)}
+        missing = {key: by_key[key] for key in project.broken(stage.name, by_key)}
         _require_room(stage.name, project, missing)
         started = time.perf_counter()
         failures = _compute(stage, project, missing)
@@ -205,8 +204,6 @@ def _compute(stage: ShardStage, project: Project, missing: dict[str, Task]) -> d
     works = [_Work(stage, project.store, machine, task, key) for key, task in missing.items()]
     total = sum(task.rows for task in missing.values())
     print(f"{stage.name}: {len(works)} shards to compute ({machine.runner})", file=sys.stderr)
-    if stage.alone and machine.runner == "threads":
-        machine = replace(machine, workers=1)
     with tqdm(total=total, desc=stage.name, unit="row", unit_scale=True, disable=not works) as progress:
         for attempt in range(machine.retries + 1):
             again, back_off = [], 0.0

@@ -31,6 +31,8 @@ class Machine:
             in their last bits; hence the default does not grow with the machine.
         retries: further attempts at a shard that failed with an I/O error, a killed worker or too little memory.
         address: of a Dask scheduler (`tcp://host:8786`) or Ray head (`host:6379`, `auto`); empty: a local cluster.
+        remote: URL of a second store (`tessera store push`). Payloads that a stage would read or compute, that are not
+            here and that it has, are pulled from there; nothing is pushed.
         compile: methods train with the elementwise work of their transformer blocks fused (`torch.compile`): faster on
             a GPU after a minute, and rounded otherwise.
         recompute: methods train with the inside of their transformer blocks computed again in the backward pass: less
@@ -48,6 +50,7 @@ class Machine:
     threads: Annotated[int, Range(1)]
     retries: Annotated[int, Range(0)]
     address: str = ""
+    remote: str = ""
     compile: bool = False
     recompute: bool = False
     keep_checkpoints: Annotated[int, Range(1)] = 1
@@ -71,7 +74,7 @@ def defaults() -> dict[str, Any]:
     workers = cores if device == "cpu" else max(1, cores // 2)
     found = {"runner": "process", "workers": workers, "device": device, "threads": min(2, cores), "retries": 2}
     training = {"compile": False, "recompute": False, "keep_checkpoints": 1, "keep_best": False}
-    return found | {"address": "", **training, "tensorboard": False, "peak_gflops": 0}
+    return found | {"address": "", "remote": "", **training, "tensorboard": False, "peak_gflops": 0}
 
 
 @lru_cache(maxsize=1)

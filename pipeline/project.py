@@ -1,11 +1,12 @@
 """A checkout with its parameters and machine: where every file of the chain lies."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import params
-from pipeline.artifacts.files import BadInput
+from pipeline import params, remote
+from pipeline.artifacts.files import BadInput, CorruptPayload
 from pipeline.artifacts.manifest import Manifest, Row
 from pipeline.machine import Machine
 from pipeline.store import Store, repair_command
@@ -52,17 +53,28 @@ class Project:
         """A stage's manifest."""
         return Manifest.read(self.manifest_path(stage))
 
+    def broken(self, stage: str, keys: Iterable[str]) -> dict[str, CorruptPayload]:
+        """Payloads that are not whole, and what is wrong; those that `machine.remote` has were pulled before."""
+        found = self.store.problems(stage, keys)
+        if found and self.machine.remote:
+            remote.pull_through(self.store, self.machine.remote, [remote.Name(stage, key) for key in found])
+            found = self.store.problems(stage, found)
+        return found
+
+    @property
+    def offline(self) -> "Project":
+        """The same without a remote: for those who only look at what is here."""
+        return replace(self, machine=replace(self.machine, remote=""))
+
     def inputs(self, stage: str) -> list[tuple[Row, Path]]:
-        """Every shard of an upstream stage with its payload folder, checked for existence and size.
+        """Every shard of an upstream stage with its payload folder, checked for existence and size; see `broken`.
 
         Raises:
             MissingPayload: the first payload that is not whole, with the repair command.
         """
         rows = self.manifest(stage).rows
-        for row in rows:
-            problem = self.store.problem(stage, row.key)
-            if problem:
-                raise MissingPayload(problem.file, problem.problem, repair_command(stage))
+        for problem in self.broken(stage, [row.key for row in rows]).values():
+            raise MissingPayload(problem.file, problem.problem, repair_command(stage))
         return [(row, self.store.folder(stage, row.key)) for row in rows]
 
     def encoder(self, name: str) -> Path:

@@ -4,22 +4,27 @@
 
 A remote payload is whole when its payload.json is there: it is written after the files that it names, and removed
 before them. So an interrupted push is continued by the next, and nobody pulls half a payload. What is pulled is checked
-against its digests before it is published here.
+against its digests before it is published here. Payloads come by `tessera store pull`, or by themselves: with `remote`
+in machine.yaml, those that a stage would read or compute and that the remote has (`Project.broken`).
 """
 
+import fcntl
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.files import BadInput, CorruptPayload, fsync_folder, fsync_tree, sha256_file
+from pipeline.artifacts.files import BadInput, fsync_folder, fsync_tree, sha256_file
 from pipeline.store import PAYLOAD, Store
 
 THREADS = 8  # payloads under way at a time
 KEY_LENGTH = 64
+PULLED = "pulled"  # the store's scratch folder for what is on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +49,26 @@ class Moved:
     there: int
 
 
-class Remote:
-    """The store at an fsspec URL.
+def open_url(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it without a slash at its end.
 
     Raises:
         BadInput: the protocol's package is not installed, or the URL is none.
     """
+    import fsspec
+
+    try:
+        files, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise BadInput(url, f"cannot be opened ({error})", "Name a folder, or s3://bucket/folder with s3fs") from error
+    return files, str(root).rstrip("/")
+
+
+class Remote:
+    """The store at an fsspec URL; see `open_url`."""
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
-        try:
-            self.files, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise BadInput(
-                url, f"cannot be opened ({error})", "Name a folder, or s3://bucket/folder with s3fs"
-            ) from error
-        self.root = str(root).rstrip("/")
+        self.files, self.root = open_url(url)
         self.url = url
 
     def has(self, name: Name) -> bool:
@@ -93,16 +101,17 @@ class Remote:
         """Fetch a payload and publish it here.
 
         Raises:
-            CorruptPayload: what arrived is not what was pushed; nothing is published.
+            BadInput: what arrived is not what was pushed; nothing is published.
         """
         described = self.describe(name)
-        made = store.temporary(name.stage, name.key)
+        made = store.temporary(PULLED, name.key)
         try:
             for file, expected in described["files"].items():
                 (made / file).parent.mkdir(parents=True, exist_ok=True)
                 self.files.get_file(f"{self.root}/{name.path}/{file}", str(made / file))
                 if sha256_file(made / file) != expected["sha256"]:
-                    raise CorruptPayload(f"{self.url}/{name.path}/{file}", "its bytes are not those that were pushed")
+                    problem, remedy = "its bytes are not those that were pushed", "Push it again from a store that "
+                    raise BadInput(f"{self.url}/{name.path}/{file}", problem, remedy + "`tessera verify` finds whole")
             self.files.get_file(f"{self.root}/{name.path}/{PAYLOAD}", str(made / PAYLOAD))
             fsync_tree(made)
             final = store.folder(name.stage, name.key)
@@ -142,7 +151,7 @@ def pull(store: Store, remote: Remote, names: list[Name], *, dry_run: bool) -> M
     """Fetch payloads that are not whole here.
 
     Raises:
-        BadInput: the remote lacks one, before anything is fetched. CorruptPayload: see `Remote.pull`.
+        BadInput: the remote lacks one, before anything is fetched; or see `Remote.pull`.
     """
     absent = [name for name in names if store.problem(name.stage, name.key)]
     lacking = _where(absent, lambda name: not remote.has(name))
@@ -151,8 +160,37 @@ def pull(store: Store, remote: Remote, names: list[Name], *, dry_run: bool) -> M
         raise BadInput(remote.url, problem, "Push them from where they are, or run `dvc repro`")
     sizes = _each(absent, lambda name: _size(remote.describe(name)["files"]))
     if not dry_run:
-        _each(absent, lambda name: remote.pull(name, store))
+        _fetch(store, remote, absent)
     return Moved(len(absent), sum(sizes), len(names) - len(absent))
+
+
+def pull_through(store: Store, url: str, names: list[Name]) -> None:
+    """Fetch those of the payloads that the remote at `url` has.
+
+    Raises:
+        BadInput: the URL cannot be opened, or see `Remote.pull`.
+    """
+    remote = Remote(url)
+    if there := _where(names, remote.has):
+        print(f"{there[0].stage}: pulling {len(there)} of {len(names)} payloads from {url}", file=sys.stderr)
+        _fetch(store, remote, there)
+
+
+def _fetch(store: Store, remote: Remote, names: list[Name]) -> None:
+    """Pull payloads that are not whole here, unless another process has done that meanwhile."""
+    with _one_at_a_time(store):
+        store.sweep(PULLED)
+        _each([name for name in names if store.problem(name.stage, name.key)], lambda name: remote.pull(name, store))
+
+
+@contextmanager
+def _one_at_a_time(store: Store) -> Iterator[None]:
+    """Wait for the lock on what is pulled into the store; the kernel lets go of it however the process ends."""
+    path = store.root / ".locks" / PULLED
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def gc(remote: Remote, kept: set[Name], *, dry_run: bool) -> Moved:

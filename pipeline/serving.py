@@ -87,7 +87,7 @@ def require(runner: str) -> None:
         BadInput: they are not.
     """
     if find_spec(PACKAGES[runner]) is None:
-        remedy = 'Install them with `make setup GROUPS="dev cluster"`, or set runner to process'
+        remedy = 'Install them with `make setup GROUPS="cluster dev"`, or set runner to process'
         raise BadInput("machine.yaml", f"runner {runner} needs the packages of the cluster group", remedy)
 
 

@@ -21,6 +21,7 @@ MACHINERY = {REPO / "stages/__init__.py", REPO / "pipeline/__init__.py"} | {
         "serving",
         "store",
         "project",
+        "remote",
         "machine",
         "params",
         "chain",

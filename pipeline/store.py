@@ -9,7 +9,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,10 @@ class Store:
             if deep and sha256_file(path) != expected["sha256"]:
                 return CorruptPayload(path, "its bytes are not those that were written")
         return None
+
+    def problems(self, stage: str, keys: Iterable[str]) -> dict[str, CorruptPayload]:
+        """What is wrong with those payloads that are not whole."""
+        return {key: problem for key in keys if (problem := self.problem(stage, key))}
 
     def row(self, stage: str, shard: str, key: str) -> Row:
         """The manifest row of a payload that is there."""

@@ -1,6 +1,10 @@
 """Fixtures for the whole suite; jaxtyping annotations of `pipeline` are checked while it runs."""
 
 import os
+import secrets
+import socket
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,3 +23,31 @@ def real_data() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data at {root}: set TESSERA_REAL_DATA")
     return root
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of an empty bucket of moto's S3 server on loopback; the test skips where the cluster group is absent."""
+    if absent := [package for package in ("moto", "s3fs", "flask") if find_spec(package) is None]:
+        pytest.skip(f"not installed: {', '.join(absent)}: make setup GROUPS='cluster dev'")
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer("127.0.0.1", port)
+    server.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"tessera-{secrets.token_hex(4)}"  # moto's servers of one process share their buckets
+    s3fs.S3FileSystem().mkdir(bucket)
+    yield f"s3://{bucket}"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -1,19 +1,24 @@
 """A project whose download stage runs here: its parameters, its payloads, pictures to download, and a web to ask."""
 
 import io
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.engine import Counts, Task
 from pipeline.machine import Machine
 from pipeline.project import Project
 from pipeline.sources import download
+from pipeline.sources.loopback import SceneServer
 
 STORED = {
     "image_size": 64,
@@ -67,6 +72,22 @@ def payload(project: Project, shard: str = "00000") -> Path:
     return {row.shard: folder for row, folder in project.inputs("download")}[shard]
 
 
+def killed_once(task: Task, folder: Path, machine: Machine) -> Counts:
+    """The stage's `compute`; the first process that has answered for six links dies there and then."""
+    mark, answered = task.args.scenes.parents[4] / "killed", count(1)
+
+    class Deadly(SceneServer):
+        def answer(self, path: str) -> tuple[int, str, bytes]:
+            if next(answered) == 6 and not mark.exists():
+                mark.write_text(task.shard)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().answer(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "SceneServer", Deadly)
+        return download.compute(task, folder, machine)
+
+
 def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -99,8 +120,8 @@ def public_web(handler: type[BaseHTTPRequestHandler], monkeypatch: pytest.Monkey
     links = download._links
 
     @contextmanager
-    def local_links(job: download._Job):
-        with links(job) as (rows, addresses, _, images):
+    def local_links(job: download._Job, scratch: Path):
+        with links(job, scratch) as (rows, addresses, _, images):
             yield rows, addresses, host, images
 
     monkeypatch.setattr(download, "_links", local_links)

@@ -3,9 +3,11 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import download_project
 import pytest
 import toy_stage
 from toy_stage import STAGE, project
@@ -13,6 +15,8 @@ from toy_stage import STAGE, project
 from pipeline import flows, serving
 from pipeline.artifacts.files import BadInput
 from pipeline.engine import StageFailed, run
+from pipeline.sources import download
+from pipeline.sources.scenes.stage import STAGE as SCENES
 
 # Dask's and Ray's own, of Python 3.11 and of sockets they leave to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -21,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def installed(runner: str):
     absent = find_spec(serving.PACKAGES[runner]) is None
     return pytest.param(
-        runner, marks=pytest.mark.skipif(absent, reason=f"{runner}: not installed: make setup GROUPS='dev cluster'")
+        runner, marks=pytest.mark.skipif(absent, reason=f"{runner}: not installed: make setup GROUPS='cluster dev'")
     )
 
 
@@ -59,13 +63,13 @@ def addresses(server) -> Iterator[dict[str, str]]:
         yield Started()
 
 
-def payload_bytes(root: Path) -> dict[str, bytes]:
+def payload_bytes(root: Path, stage: str = "toy") -> dict[str, bytes]:
     store = root / "data" / "store"
-    return {p.relative_to(store).as_posix(): p.read_bytes() for p in (store / "toy").rglob("*") if p.is_file()}
+    return {p.relative_to(store).as_posix(): p.read_bytes() for p in (store / stage).rglob("*") if p.is_file()}
 
 
-def manifest(root: Path) -> bytes:
-    return (root / "data/manifests/toy.json").read_bytes()
+def manifest(root: Path, stage: str = "toy") -> bytes:
+    return (root / f"data/manifests/{stage}.json").read_bytes()
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -93,6 +97,21 @@ def test_a_worker_that_is_killed_in_mid_shard_loses_nothing(tmp_path, runner, ad
     assert payload_bytes(tmp_path) == payload_bytes(tmp_path / "calm")
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_img2dataset_in_workers_makes_what_it_makes_inline_though_one_is_killed(tmp_path, runner, addresses):
+    calm, torn = download_project.project(tmp_path / "calm"), download_project.project(tmp_path / "torn")
+    for chain in (calm, torn):
+        run(SCENES, chain)
+    run(download.STAGE, calm)
+    there = replace(torn.machine, runner=runner, address=addresses[runner], workers=2, retries=1)
+    dies = runner in ("dask", "ray")  # threads are of this process
+    stage = replace(download.STAGE, compute=download_project.killed_once) if dies else download.STAGE
+    run(stage, replace(torn, machine=there))
+    assert (tmp_path / "torn/killed").exists() == dies
+    assert manifest(tmp_path / "torn", "download") == manifest(tmp_path / "calm", "download")
+    assert payload_bytes(tmp_path / "torn", "download") == payload_bytes(tmp_path / "calm", "download")
+
+
 def test_the_server_has_a_run_for_every_shard(tmp_path, addresses, server):
     import urllib.request
 
@@ -103,7 +122,12 @@ def test_the_server_has_a_run_for_every_shard(tmp_path, addresses, server):
         assert json.load(answer) >= 3
 
 
-def test_a_runner_whose_packages_are_absent_says_how_to_get_them(monkeypatch):
+def test_a_runner_whose_packages_are_absent_says_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match='GROUPS="dev cluster"'):
+    with pytest.raises(BadInput, match='GROUPS="cluster dev"'):
         flows.runner("dask")
+    chain = download_project.project(tmp_path)
+    run(SCENES, chain)
+    with pytest.raises(BadInput, match="runner ray needs"):  # where img2dataset's own would exit with 0 and no shard
+        run(download.STAGE, replace(chain, machine=replace(chain.machine, runner="ray")))
+    assert not chain.manifest_path("download").exists()

@@ -3,9 +3,12 @@
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipeline import chain, engine, params
 from pipeline.artifacts.files import BadInput
@@ -14,10 +17,13 @@ from pipeline.cli.profile import write
 from pipeline.engine import run
 from pipeline.evaluation.stage import evaluate_all
 from pipeline.machine import Machine
-from pipeline.planning import amounts, disk, record
+from pipeline.nn.bert import Bert
+from pipeline.nn.text import TextTransformer, Vocabulary
+from pipeline.planning import amounts, disk, record, vocabulary
 from pipeline.planning.estimate import Estimate, by_workers, estimates
-from pipeline.planning.rehearsal import Rehearsal
+from pipeline.planning.rehearsal import LAUNCH, Rehearsal
 from pipeline.planning.samples import Measured, Sample, by_kind
+from pipeline.planning.scoring import Scoring
 from pipeline.planning.taken import taken
 from pipeline.project import Project
 from stages.selftrain import selftrain
@@ -141,6 +147,55 @@ def test_the_rehearsal_says_within_20_percent_what_a_run_then_writes(rehearsed):
     assert found["features"].flops > 100 * found["features"].images
     assert all(estimate.seconds > 0 and estimate.core_seconds > 0 for estimate in found.values())
     assert found["encoders.dino"].images == 64 and found["encoders.dino"].written > 10_000
+
+
+def test_workers_are_launched_once_a_stage_of_several_shards(rehearsed):
+    chosen, rehearsal = rehearsed
+    measured = {name: rehearsal.measured[name] for name in ("scenes", "download", "filter", "index")}
+    amount = amounts.of_download(chosen)
+    without = estimates(chosen, measured, amount)
+    measured[LAUNCH] = Measured((sample(0, 3.0),))
+    assert estimates(chosen, measured, amount) == without, "the runner is inline"
+    shared = Project(chosen.root, chosen.params, replace(MACHINE, runner="process"))
+    found = estimates(shared, measured, amount)
+    added = {name: found[name].core_seconds - without[name].core_seconds for name in found}
+    assert added == pytest.approx({"scenes": 3.0, "download": 3.0, "filter": 3.0, "index": 0.0})
+    assert rehearsal.measured[LAUNCH].largest.seconds > 0
+
+
+def test_a_table_of_seen_tokens_is_counted_over_the_whole_list(tmp_path):
+    captions = [f"picture{number}.jpg,a {word} on a mat" for number, word in enumerate(("cat", "dog", "cat", "cow"))]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *captions]))
+    here = ("download.source=flickr8k", "download.annotations=captions.txt")
+    assert [vocabulary.count(project(tmp_path, "tiny", *here), share) for share in (0.25, 0.75, 1.0)] == [4, 5, 6]
+    assert vocabulary.count(project(tmp_path, "tiny"), 1.0) == 0
+    assert vocabulary.count(project(tmp_path, "cc12m"), 1.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("tower", "settings"),
+    [
+        (TextTransformer, {"context_length": 8, "out_dim": None, "pooling": "eos"}),
+        (Bert, {"positions": 8, "dropout": 0.0}),
+    ],
+)
+def test_a_model_s_table_has_a_row_for_each_token_and_one_for_the_others(tmp_path, tower, settings):
+    known = Vocabulary.of(torch.tensor([5, 7, 7, 9]), vocab_size=64)
+    sizes = {"vocab_size": 64, "width": 16, "layers": 1, "heads": 2, "end_token": 63}
+    text = tower(**sizes, **settings, vocabulary=known)
+    save_file({f"text.{name}": value for name, value in text.state_dict().items()}, tmp_path / "model.safetensors")
+    assert vocabulary.table(tmp_path / "model.safetensors") == (3, 64)
+    save_file({"text.norm.weight": torch.ones(4)}, tmp_path / "other.safetensors")
+    assert vocabulary.table(tmp_path / "other.safetensors") is None
+
+
+def test_a_benchmark_that_is_not_here_is_one_note(tmp_path):
+    chosen = project(tmp_path, "tiny")
+    chosen.params["evaluate"]["benchmarks"][0] |= {"name": "voc", "root": "absent"}
+    scoring = Scoring(chosen, 1.0, print)
+    scoring.pairs()
+    (note,) = scoring.notes
+    assert note.startswith("evaluate.voc: not rehearsed") and not scoring.measured
 
 
 def estimate(name: str, written: dict[str, int], images: int = 10) -> Estimate:

@@ -1,10 +1,9 @@
 """`tessera store`: payloads in a second place, whole or not at all, and kept while any commit names them."""
 
-import socket
+import shutil
 import subprocess
 from argparse import Namespace
-from collections.abc import Iterator
-from importlib.util import find_spec
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from pipeline import history, remote
 from pipeline.artifacts.files import BadInput
 from pipeline.cli import store
 from pipeline.engine import run
-
-NO_S3 = [package for package in ("moto", "s3fs", "flask") if find_spec(package) is None]
+from pipeline.project import MissingPayload
 
 
 def git(root: Path, *arguments: str) -> None:
@@ -109,6 +107,58 @@ def test_bytes_that_changed_on_the_way_are_refused(tmp_path, checkout, url):
     assert project(checkout).store.problem("toy", name.key) is not None
 
 
+def clone(checkout: Path, other: Path) -> Path:
+    """Manifests and no payloads, as git brings them."""
+    shutil.copytree(checkout / "data/manifests", other / "data/manifests")
+    return other
+
+
+def test_a_stage_pulls_what_the_remote_has_and_computes_the_rest(tmp_path, checkout, url, capsys):
+    call(checkout, "push", url)
+    kept = history.current(checkout)[0]
+    remote.Remote(url).remove(kept)
+    other = clone(checkout, tmp_path / "other")
+    run(STAGE, project(other, remote=url))
+    assert "toy: pulling 3 of 4 payloads" in capsys.readouterr().err
+    computed = [f"{index:05d}" for index in range(4) if (other / f"attempts-{index}").exists()]
+    assert computed == [row.shard for row in project(other).manifest("toy").rows if row.key == kept.key]
+    assert payload_bytes(other / "data/store") == payload_bytes(checkout / "data/store")
+    assert (other / "data/manifests/toy.json").read_bytes() == (checkout / "data/manifests/toy.json").read_bytes()
+    assert project(other).store.marker("toy").exists() and not remote.Remote(url).has(kept), "nothing is pushed"
+
+
+def test_what_a_stage_reads_is_pulled_when_it_is_asked_for(tmp_path, checkout, url):
+    call(checkout, "push", url)
+    other = clone(checkout, tmp_path / "other")
+    with pytest.raises(MissingPayload):
+        project(other).inputs("toy")
+    with pytest.raises(MissingPayload):
+        project(other, remote=url).offline.inputs("toy")
+    folders = [folder for _, folder in project(other, remote=url).inputs("toy")]
+    assert [(folder / "nested/words.txt").is_file() for folder in folders] == [True] * 4
+    name = history.current(checkout)[0]
+    project(other).store.remove("toy", name.key)
+    remote.Remote(url).remove(name)
+    with pytest.raises(MissingPayload, match="no such payload. Repair it"):
+        project(other, remote=url).inputs("toy")
+    with pytest.raises(BadInput, match="nonsense://a: cannot be opened"):
+        project(other, remote="nonsense://a").inputs("toy")
+
+
+def test_two_who_pull_at_once_fetch_every_payload_once(tmp_path, checkout, url, monkeypatch):
+    call(checkout, "push", url)
+    other, fetched, pull = clone(checkout, tmp_path / "other"), [], remote.Remote.pull
+
+    def counted(place, name, store) -> None:
+        fetched.append(name)
+        pull(place, name, store)
+
+    monkeypatch.setattr(remote.Remote, "pull", counted)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: project(other, remote=url).inputs("toy"), range(4)))
+    assert sorted(fetched, key=str) == sorted(history.current(checkout), key=str)
+
+
 def test_gc_keeps_what_any_branch_or_tag_reaches(tmp_path, checkout, url, capsys):
     words = {"base": 4, "tagged": 4, "branched": 4, "dropped": 4, "uncommitted": 4}
     keys: dict[str, set] = {}
@@ -154,38 +204,15 @@ def test_an_unknown_protocol_is_named():
         remote.Remote("nonsense://a/b")
 
 
-@pytest.fixture
-def s3(monkeypatch) -> Iterator[str]:
-    """A bucket of moto's S3 server on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer("127.0.0.1", port)
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("tessera")
-    yield "s3://tessera/store"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 @pytest.mark.filterwarnings("default")  # botocore's and moto's own
-@pytest.mark.skipif(bool(NO_S3), reason=f"not installed: {', '.join(NO_S3)}")
 def test_a_real_s3_server_holds_the_store(tmp_path, checkout, s3):
+    s3 = f"{s3}/store"
     commit(checkout, "base")
     before = payload_bytes(checkout / "data/store")
     assert call(checkout, "push", s3) == 0
+    other = clone(checkout, tmp_path / "other")
+    run(STAGE, project(other, word="base", remote=s3))
+    assert payload_bytes(other / "data/store").items() <= before.items() and not list(other.glob("attempts-*"))
     for name in history.current(checkout):
         project(checkout).store.remove("toy", name.key)
     assert call(checkout, "pull", s3) == 0

@@ -15,9 +15,12 @@ from pipeline.project import Project
 MACHINE = Machine(runner="inline", workers=2, device="cpu", threads=1, retries=1)
 
 
-def project(root: Path, *, runner: str = "inline", address: str = "", retries: int = 1, **toy) -> Project:
+def project(
+    root: Path, *, runner: str = "inline", address: str = "", remote: str = "", retries: int = 1, **toy
+) -> Project:
     """A project whose `toy` block says how many shards there are and how each behaves."""
-    machine = Machine(runner=runner, workers=2, device="cpu", threads=1, retries=retries, address=address)
+    places = {"address": address, "remote": remote}
+    machine = Machine(runner=runner, workers=2, device="cpu", threads=1, retries=retries, **places)
     return Project(root, {"toy": {"shards": 4, "word": "tile", "behaviour": {}, **toy}}, machine)
 
 

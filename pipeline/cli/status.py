@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, project: Project) -> int:
     """Print the table; the exit status is 0 whatever it says."""
+    project = project.offline
     stages = {name: stage_status(chain.shard_stage(name), project) for name in chain.SHARD_STAGES}
     made = card.card(project, gather(project)) if arguments.card else None
     if arguments.json:

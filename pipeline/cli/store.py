@@ -7,7 +7,7 @@ a branch or tag reaches names, the working tree's included.
 import argparse
 
 from pipeline import history, remote
-from pipeline.artifacts.files import BadInput, CorruptPayload
+from pipeline.artifacts.files import BadInput
 from pipeline.project import Project
 
 
@@ -33,13 +33,8 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
         verb, rest = "removed", "stay"
     else:
         names = [x for x in history.current(project.root) if not arguments.stages or x.stage in arguments.stages]
-        try:
-            act = remote.push if arguments.action == "push" else remote.pull
-            moved = act(project.store, place, names, dry_run=dry)
-        except CorruptPayload as error:
-            raise BadInput(
-                error.file, error.problem, "Push it again from a store that `tessera verify` finds whole"
-            ) from error
+        act = remote.push if arguments.action == "push" else remote.pull
+        moved = act(project.store, place, names, dry_run=dry)
         verb, rest = f"{arguments.action}ed", "were there"
     said = f"would be {verb}" if dry else verb
     print(f"{moved.payloads:,} payloads, {moved.bytes:,} bytes {said}; {moved.there:,} {rest}")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, project: Project) -> int:
     """Print the differences, shards with the same ones on one line."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    for shard, changes in explain(arguments.stage, project).items():
+    for shard, changes in explain(arguments.stage, project.offline).items():
         if arguments.shard in (None, shard):
             groups.setdefault(tuple(changes), []).append(shard)
     if not groups:

@@ -13,8 +13,8 @@ from pipeline.evaluation.config import Config as Evaluation
 from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
 from pipeline.planning.amounts import Amount, Scored, of_benchmarks
-from pipeline.planning.rehearsal import IMAGES, block_of, optimisations, padded
-from pipeline.planning.samples import Measured
+from pipeline.planning.rehearsal import IMAGES, LAUNCH, block_of, optimisations, padded
+from pipeline.planning.samples import Measured, Sample
 from pipeline.planning.scoring import EVALUATE, LABELS, STUDENT, pictures
 from pipeline.project import Project
 
@@ -47,7 +47,7 @@ class Estimate:
         out: rows out.
         read, written: bytes. `by_kind`: the written ones by suffix or array.
         files: written.
-        seconds, core_seconds: on this machine; the start of the process not counted.
+        seconds, core_seconds: on this machine; the start of the stage's own process not counted, that of workers is.
         flops: of encoder or model.
     """
 
@@ -71,21 +71,30 @@ class Estimate:
 def estimates(project: Project, measured: Mapping[str, Measured], amount: Amount) -> dict[str, Estimate]:
     """An estimate for each stage that was rehearsed, in the order of the chain."""
     found: dict[str, Estimate] = {}
+    launch = measured[LAUNCH].largest if LAUNCH in measured and project.machine.runner == "process" else None
     for name in chain.SHARD_STAGES:
         if name in measured:
-            found[name] = _of_shards(name, project, measured[name], amount, found)
+            found[name] = _launched(_of_shards(name, project, measured[name], amount, found), launch)
     scored = _benchmarks(project, found)
     for name in measured:
         kind, _, rest = name.partition(".")
         if kind == LABELS:
             found[name] = _of_labels(name, measured[name], scored)
-        elif kind != EVALUATE and name not in found:
+        elif kind not in (EVALUATE, LAUNCH) and name not in found:
             found[name] = _of_training(name, project, measured[name], found, scored)
     for benchmark, amounts in scored.items():
         pairs = [one for name, one in measured.items() if name.startswith(f"{EVALUATE}.{benchmark}.")]
         if pairs:
             found[f"{EVALUATE}.{benchmark}"] = _of_evaluation(benchmark, project, pairs, amounts)
     return found
+
+
+def _launched(estimate: Estimate, launch: Sample | None) -> Estimate:
+    """With the start of the workers; a single shard stays in the stage's own process."""
+    if launch is None or estimate.shards < 2:
+        return estimate
+    cores = estimate.core_seconds + launch.core_seconds
+    return replace(estimate, seconds=estimate.seconds + launch.seconds, core_seconds=cores)
 
 
 def _benchmarks(project: Project, found: Mapping[str, Estimate]) -> dict[str, Scored]:

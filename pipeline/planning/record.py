@@ -19,7 +19,7 @@ from pipeline.planning.rehearsal import Rehearsal
 from pipeline.planning.samples import Measured, Sample
 from pipeline.project import Project
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def fingerprint(project: Project, seconds: float) -> str:

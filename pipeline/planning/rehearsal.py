@@ -20,9 +20,10 @@ from pipeline.encoders.released import TRAIN
 from pipeline.engine import Counts, ShardStage, StageFailed, Task, run
 from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
-from pipeline.planning import amounts, scoring, standins
+from pipeline.planning import amounts, scoring, standins, vocabulary
 from pipeline.planning.samples import Measured, Sample, Watch, by_kind, counting
 from pipeline.project import Project
+from pipeline.runners import run_process
 from pipeline.selftraining.runner import Job, obtain
 
 SMALL, MIDDLE, LARGE = 4, 64, 1000  # images of a checkout
@@ -31,6 +32,7 @@ HEAVY = ("features", "teacher")  # stages with a network, whose operations are c
 SLACK = 4.0  # by which a training's first, small, counted batches may overrate an image
 IMAGES = (".jpg", ".png")  # of generated val and tune sets; those of training are in tars
 START = 2  # images of a batch that only pays for the start
+LAUNCH = "launch"  # of worker processes, measured like a stage
 STEPS = 6  # of a rehearsed training; the second half is measured
 
 
@@ -40,8 +42,9 @@ class Rehearsal:
 
     Attributes:
         seconds: core-seconds; a stage is not asked for a larger checkout on which it would take more.
-        measured: by stage; trainings as `train.<method>` and `encoders.<name>`.
+        measured: by stage; trainings as `train.<method>` and `encoders.<name>`; `launch`.
         notes: what stood in for what, and what could not be rehearsed.
+        tokens: of the captions that the whole run keeps; None before they were counted.
     """
 
     real: Project
@@ -49,10 +52,12 @@ class Rehearsal:
     seconds: float
     measured: dict[str, Measured] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    tokens: int | None = None
 
     def all(self) -> "Rehearsal":
         """Rehearse the shard stages, the encoders and the trainings."""
         checkouts = [self._checkout(number, rows) for number, rows in enumerate(self._sizes())]
+        self._launch()
         for name in chain.SHARD_STAGES:
             if name == "features":
                 self._encoders(checkouts)
@@ -94,18 +99,16 @@ class Rehearsal:
         features["batch_size"] = min(features["batch_size"], rows)
         views = sum(n * n for n in teacher["scales"])
         teacher["batch_size"] = min(teacher["batch_size"], rows * views)
-        return Project(root, values, replace(self.real.machine, runner="inline", retries=0))
+        return Project(root, values, replace(self.real.machine, runner="inline", retries=0, remote=""))
 
     def _lists(self, root: Path, rows: int) -> dict[str, Any]:
         """The `download` block's source: the first rows of a list that is here, or a folder of made pictures."""
         from pipeline.sources.download import Config
 
         found = self.real.config("download", Config)
-        local = [x for x in found.lists if x.source != "shards" and not amounts.on_the_web(self.real)]
-        if found.source == "shards":
-            local = list(found.lists)
-        if local:
-            first = local[0]
+        alike = [x for x in found.lists if x.source != "shards" or found.source == "shards"]
+        if alike and not amounts.on_the_web(self.real):
+            first = alike[0]
             images = str(self.real.path(first.images)) if first.images else ""
             places = {"annotations": str(self.real.path(first.annotations)), "images": images}
             return {"source": first.source, "mix": [], "limit": rows, **places}
@@ -114,6 +117,14 @@ class Rehearsal:
         self._note(f"pictures of {standins.SIDES[0]} x {standins.SIDES[1]} px stand in for the links' images")
         places = {"annotations": str(folder / "captions.txt"), "images": str(folder / "images")}
         return {"source": "flickr8k", "mix": [], "limit": None, **places}
+
+    def _launch(self) -> None:
+        """What it takes until the machine's workers are there, each with torch."""
+        watch = Watch()
+        list(run_process(abs, range(max(2, self.real.machine.workers)), self.real.machine))
+        seconds, cores = watch.read()
+        sample = Sample(rows=0, out=0, padded=0, seconds=seconds, core_seconds=cores)
+        self.measured[LAUNCH] = Measured((sample,))
 
     def _note(self, text: str) -> None:
         if text and text not in self.notes:
@@ -185,12 +196,27 @@ class Rehearsal:
             except Exception as error:  # weights to fetch, too few rows with entities: the rest of the plan holds
                 self._note(f"{name}: not rehearsed ({type(error).__name__}: {str(error).splitlines()[0][:160]})")
                 break
-            samples.append(_training_sample(project, self.real.params, name, spent, sum(flops), batch))
+            files = self._files(places(project, name)[1])
+            samples.append(_training_sample(project, self.real.params, name, spent, sum(flops), batch, files))
             following = batches[min(place + 1, len(batches) - 1)]
             if samples[-1].core_seconds * following / batch > self.seconds * (1 if place else SLACK):
                 break
         if samples:
             self.measured[name] = Measured(tuple(samples))
+
+    def _files(self, folder: Path) -> list[tuple[str, int]]:
+        """A model's files and their bytes, its table of tokens as long as the whole run's captions make it."""
+        found = []
+        for name in list_files(folder):
+            size = (folder / name).stat().st_size
+            if table := vocabulary.table(folder / name):
+                if self.tokens is None:
+                    keeps = [self.measured[stage].keeps for stage in ("download", "filter")]
+                    self.tokens = vocabulary.count(self.real, keeps[0] * keeps[1])
+                known, row = table
+                size += max(0, self.tokens - known) * row
+            found.append((name, size))
+        return found
 
     def _scoring(self, checkouts: list[Project]) -> None:
         """Students and the evaluation, in the largest checkout, with the models of all of them and the real ones."""
@@ -312,10 +338,16 @@ def _short(project: Project, name: str, batch: int) -> Project:
 
 
 def _training_sample(
-    project: Project, real: dict[str, Any], name: str, spent: tuple[float, float], flops: float, batch: int
+    project: Project,
+    real: dict[str, Any],
+    name: str,
+    spent: tuple[float, float],
+    flops: float,
+    batch: int,
+    files: list[tuple[str, int]],
 ) -> Sample:
     """Rows, and the seconds that they take at the pace of the second half of every phase, as the budget weighs them."""
-    label, folder = places(project, name)
+    label, _ = places(project, name)
     block = block_of(project.params, name)
     images = budget = paced = 0.0
     for path in sorted(project.logs.glob(f"{label}*.jsonl")):
@@ -325,7 +357,6 @@ def _training_sample(
         share = next(optimisations(block_of(real, f"{name}.{phase}" if phase in block else name)))["images"]
         images, budget, paced = images + STEPS * batch, budget + share, paced + share / rates[-1]
     paced *= images / budget
-    files = [(file, (folder / file).stat().st_size) for file in list_files(folder)]
     busy = min(1.0, paced / spent[0])  # what the model's making took is not the images'
     return Sample(
         rows=round(images),

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from pipeline.artifacts.files import BadInput, atomic_json, list_files
+from pipeline.datasets.benchmarks import open_benchmark
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import BenchmarkConfig, Config
 from pipeline.evaluation.pairs import Pair, benchmark_root, draw, evaluate, open_pair
@@ -91,9 +92,14 @@ class Scoring:
             torch.set_num_threads(before)
 
     def _open(self, entry: BenchmarkConfig, config: Config) -> Iterator[Pair]:
+        try:
+            root = benchmark_root(self.checkout, entry.name, entry.root)
+            open_benchmark(entry.name, root, config.protocol).ids("test", entry.limit)
+        except ABSENT as error:
+            self._left_out(f"{EVALUATE}.{entry.name}", error)
+            return
         for spec in config.models:
             try:
-                root = benchmark_root(self.checkout, entry.name, entry.root)
                 yield open_pair(spec, entry, root, config.protocol, config, self.checkout)
             except ABSENT as error:
                 self._left_out(f"{EVALUATE}.{entry.name}.{candidates.folder_name(spec)}", error)

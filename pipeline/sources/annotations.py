@@ -1,7 +1,8 @@
 """Lists of captioned images, as they are published, read as a stream and cut into slices.
 
 A slice is two numbers and a digest, a worker reads its own slice, and twelve million rows need no more memory than
-twelve. Formats of one file are in `tables`, those of many in `redcaps` and `prebuilt`; what a row is, in `rows`.
+twelve. Formats of one file are in `tables`, those of many in `redcaps`, `prebuilt` and, at a URL, `buckets`; what a row
+is, in `rows`.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import Literal
 
 from pipeline.artifacts.files import BadInput, read_json
 from pipeline.artifacts.shards import make_uid
-from pipeline.sources import prebuilt, redcaps, tables
+from pipeline.sources import buckets, prebuilt, redcaps, tables
 from pipeline.sources.rows import REMEDY, Row, Rows, one_line
 
 Kind = Literal["urls", "flickr8k", "coco_captions", "redcaps", "yfcc15m", "shards"]
@@ -37,6 +38,7 @@ class Annotations:
         caption_column: of `named` lists and Parquet; RedCaps' `caption` or `raw_caption`.
         images: the folder of images or shards, where the list names files instead of URLs.
         weight: the share of its rows that is taken, (0, 1].
+        bucket: URL of a folder of shards that is not on this machine; `path` is then what `buckets.listed` makes.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Annotations:
     caption_column: str
     images: Path | None
     weight: float
+    bucket: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ def read(annotations: Annotations, start: int = 0) -> Rows:
     path, wanted = annotations.path, (annotations.url_column, annotations.caption_column)
     if annotations.kind == "redcaps":
         return redcaps.read(path, annotations.caption_column, start)
+    if annotations.bucket:
+        return buckets.read(path, start)
     if annotations.kind == "shards":
         assert annotations.images is not None
         return prebuilt.read(path, annotations.images, wanted, start)

@@ -6,6 +6,7 @@ rejected is recorded with the reason, and nobody is asked for its image.
 """
 
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
 from pipeline.params import ParamsError, Range, plain
 from pipeline.project import Project
-from pipeline.sources import mixes, prebuilt, retries, web, yfcc15m
+from pipeline.sources import buckets, mixes, prebuilt, retries, web, yfcc15m
 from pipeline.sources.annotations import Annotations, Kind, Layout, Slice, cut, read_slice
 from pipeline.sources.fetching import MAX_ROWS, Fetch, Link, Stored, fetch
 from pipeline.sources.loopback import SceneServer
@@ -135,8 +136,11 @@ def _task(shard: str, source_digest: str, rows: int, job: _Job) -> Task:
 
 def _annotations(project: Project, listed: Listed) -> Annotations:
     path, images = project.path(listed.annotations), project.path(listed.images) if listed.images else None
+    columns, bucket = (listed.url_column, listed.caption_column), ""
     if listed.source == "yfcc15m":
-        path = yfcc15m.joined(path, listed.url_column, listed.caption_column, project.store.root / "lists")
+        path = yfcc15m.joined(path, *columns, project.store.root / "lists")
+    elif listed.source == "shards" and buckets.is_url(listed.images):
+        path, bucket = buckets.listed(path, listed.images, columns, project.store), listed.images
     elif listed.source == "shards":
         images = prebuilt.root(path, images)
     return Annotations(
@@ -145,8 +149,9 @@ def _annotations(project: Project, listed: Listed) -> Annotations:
         layout=listed.layout,
         url_column=listed.url_column,
         caption_column=listed.caption_column,
-        images=None if listed.source in LINKS else images or project.root,
+        images=None if bucket or listed.source in LINKS else images or project.root,
         weight=listed.weight,
+        bucket=bucket,
     )
 
 
@@ -162,7 +167,7 @@ def compute(task: Task, folder: Path, machine: Machine) -> Counts:
     # Our own server may be asked as often as it answers; the workers share what a domain is asked.
     share = machine.workers if machine.runner != "inline" else 1
     manners = replace(config.fetch, rate=0 if task.args.scenes else config.fetch.rate / share)
-    with _links(task.args) as (listed, addresses, local, images):
+    with _links(task.args, folder) as (listed, addresses, local, images):
         links = [Link(row.url, row.caption, address) for row, address in zip(listed, addresses, strict=True)]
         got = fetch(int(task.shard), links, config.stored, manners, staging, local=local, folder=images)
     if source in LINKS:
@@ -175,7 +180,7 @@ def compute(task: Task, folder: Path, machine: Machine) -> Counts:
 
 
 @contextmanager
-def _links(job: _Job) -> Iterator[tuple[list[Row], list[str], str, Path | None]]:
+def _links(job: _Job, scratch: Path) -> Iterator[tuple[list[Row], list[str], str, Path | None]]:
     """A slice's rows and the addresses of their images, with the private host and the folder that may be asked for them
     while the context lasts.
     """
@@ -188,7 +193,11 @@ def _links(job: _Job) -> Iterator[tuple[list[Row], list[str], str, Path | None]]
         return
     assert job.annotations is not None and job.part is not None
     rows, images = read_slice(job.annotations, job.part), job.annotations.images
-    yield rows, [_address(row, images) for row in rows], "", images
+    with tempfile.TemporaryDirectory(dir=scratch) as fetched:
+        if job.annotations.bucket:
+            images = Path(fetched)
+            buckets.fetch(job.annotations.bucket, rows, images)
+        yield rows, [_address(row, images) for row in rows], "", images
 
 
 def _address(row: Row, images: Path | None) -> str:
@@ -235,4 +244,4 @@ def check(folder: Path, counts: Counts) -> None:
             raise CorruptPayload(shard.path, f"{sample['key']} is {shape}, not as its row says")
 
 
-STAGE = ShardStage(name="download", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check, alone=True)
+STAGE = ShardStage(name="download", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check)

@@ -32,6 +32,7 @@ MAX_ROWS = 10**ROW_DIGITS
 _AGENT_TOKEN = "tessera"  # how an X-Robots-Tag header may address us alone
 _ALSO_REFUSED = ("noml",)  # with any opt-out; not in the key: younger than img2dataset's four. Source: noml.info
 _STOP_SECONDS = 5.0
+_ALONE = threading.Lock()  # on what `fetch` changes of its process: urllib's opener, img2dataset's pool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +84,8 @@ def fetch(
 ) -> Fetched:
     """Downloads the links into `staging`, an empty folder that the caller removes when the images are copied.
 
+    One slice at a time in a process: another thread's waits.
+
     Args:
         shard: its number, the first five digits of every key.
         local: the one private `host:port` that may be asked.
@@ -98,13 +101,13 @@ def fetch(
         folder=folder,
         manners=Manners(rate=fetch.rate, retries=fetch.retries, backoff=fetch.backoff, max_wait=fetch.max_wait),
     )
-    # The number of threads bounds how far its pool may look ahead: here over all rows. `Turns` has threads of its own.
-    download = _downloader(stored, len(links), fetch.timeout, staging, lambda _: Turns(fetch.threads, opener, stop))
     table = pa.table({"url": [link.address for link in links], "caption": [link.caption for link in links]})
     order = staging / "links.arrow"
     with pa.OSFile(str(order), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    with web.installed(opener):
+    with _ALONE, web.installed(opener):
+        # The number of threads bounds how far its pool may look ahead: here over all rows; `Turns` has its own.
+        download = _downloader(stored, len(links), fetch.timeout, staging, lambda _: Turns(fetch.threads, opener, stop))
         _run(lambda: download.download_shard((shard, str(order))), stop)
     return _read_back(shard, links, staging)
 

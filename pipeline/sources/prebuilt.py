@@ -22,7 +22,10 @@ from pipeline.artifacts.tars import index_tar
 from pipeline.sources.rows import Row, Rows, chained, clean, one_line
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-_REMEDY = "Set download.annotations to a folder of shards, or to a text file with a tar's name a line"
+_REMEDY = (
+    "Set download.annotations to a folder of shards, or to a text file with a tar's name a line and download.images "
+    "to the folder or URL that they lie in"
+)
 _UID = re.compile("[0-9a-f]{16}")  # as `make_uid` makes them
 _Index = dict[str, tuple[int, int]]
 
@@ -44,14 +47,19 @@ def read(path: Path, folder: Path, wanted: tuple[str, str], start: int) -> Rows:
     return chained(_tars(path, folder), lambda tar: _rows(tar, folder, wanted), start)
 
 
-def _tars(path: Path, folder: Path) -> list[Path]:
-    if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-    elif path.is_file():
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        tars = [folder / name for name in names if name]
-    else:
+def names(path: Path) -> list[str]:
+    """What a text file names, a tar a line.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    if not path.is_file():
         raise BadInput(path, "no such folder or list of shards", _REMEDY)
+    return [name for line in path.read_text(encoding="utf-8").splitlines() if (name := line.strip())]
+
+
+def _tars(path: Path, folder: Path) -> list[Path]:
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else [folder / name for name in names(path)]
     if not tars:
         raise BadInput(path, "no tar in it", _REMEDY)
     for tar in tars:

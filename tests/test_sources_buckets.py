@@ -1,0 +1,129 @@
+"""Shards at a URL make what the same shards in a folder make; each tar is listed once, and none stays here."""
+
+import json
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from download_project import encode, payload, picture, project
+
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.shards import SUCCESS, Shard
+from pipeline.artifacts.tars import write_tar
+from pipeline.engine import StageFailed, run
+from pipeline.planning import amounts
+from pipeline.project import Project
+from pipeline.sources import buckets
+from pipeline.sources.download import STAGE
+
+IMAGE = encode(picture(), quality=95)
+TARS = ("b.tar", "a.tar", "deep/c.tar")
+
+
+def shards(folder: Path) -> Path:
+    """Three tars of three samples, one beside its Parquet file with a row more, and a list of them."""
+    for tar in TARS:
+        (folder / tar).parent.mkdir(parents=True, exist_ok=True)
+        members = []
+        for number in range(3):
+            record = {"url": f"http://a.test/{tar}/{number}.jpg", "caption": f"{tar} {number}"}
+            members += [(f"{number:09d}.jpg", IMAGE), (f"{number:09d}.json", json.dumps(record).encode())]
+        write_tar(folder / tar, members)
+    keys, failed = [f"{number:09d}" for number in range(4)], [*[SUCCESS] * 3, "failed_to_download"]
+    words = [f"number {number}" for number in range(4)]
+    pq.write_table(
+        pa.table({"key": keys, "url": words, "caption": words, "status": failed, "error_message": [None] * 4}),
+        folder / "a.parquet",
+    )
+    (folder.parent / "list.txt").write_text("\n".join(TARS))
+    return folder
+
+
+def taken(root: Path, folder: Path, images: str, **changes) -> Project:
+    """The download of the listed shards; `images` is where they lie."""
+    listed = str(folder.parent / "list.txt")
+    chain = project(root, source="shards", annotations=listed, images=images, rows_per_shard=4, **changes)
+    run(STAGE, chain)
+    return chain
+
+
+def copy(folder: Path, url: str) -> str:
+    files, root = fsspec.core.url_to_fs(url)
+    for path in folder.rglob("*.*"):
+        target = f"{root}/shards/{path.relative_to(folder).as_posix()}"
+        files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        files.put_file(str(path), target)
+    return f"{url}/shards"
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what was fetched, as it happens."""
+    names: list[str] = []
+    bring = buckets.bring
+
+    def noted(files, path: str, target: Path) -> None:
+        names.append(path.partition("/shards/")[2])
+        bring(files, path, target)
+
+    monkeypatch.setattr(buckets, "bring", noted)
+    return names
+
+
+@pytest.mark.filterwarnings("default")  # botocore's and moto's own
+def test_an_s3_bucket_makes_the_manifest_that_a_folder_makes(tmp_path, s3, fetched):
+    folder = shards(tmp_path / "here")
+    url = copy(folder, s3)
+    local, far = taken(tmp_path / "local", folder, str(folder)), taken(tmp_path / "far", folder, url)
+    assert far.manifest_path("download").read_bytes() == local.manifest_path("download").read_bytes()
+    assert [row.rows for row in far.manifest("download").rows] == [4, 3, 2]
+    assert Shard.open(payload(far, "00000"), "00000").image_bytes("000000000") == IMAGE
+    # each is listed; then the first slice takes b and a, the second a and c, the third c
+    assert sorted(fetched) == sorted([*TARS, "a.parquet", "b.tar", "a.tar", "a.tar", "deep/c.tar", "deep/c.tar"])
+    kept = {path.name for path in (tmp_path / "far/data/store").rglob("*.tar")}
+    assert kept == {"00000.tar", "00001.tar", "00002.tar"}, "the shards that were made"
+    assert not list((tmp_path / "far/data/store/.tmp/download").iterdir())
+
+
+def test_a_tar_is_listed_again_when_it_is_another(tmp_path, fetched):
+    folder = shards(tmp_path / "here")
+    url = copy(folder, (tmp_path / "there").as_uri())
+    chain = taken(tmp_path / "far", folder, url)
+    before = [row.key for row in chain.manifest("download").rows]
+    fetched.clear()
+    run(STAGE, chain)
+    assert fetched == []
+    write_tar(tmp_path / "there/shards/deep/c.tar", [("000000000.jpg", IMAGE), ("000000000.txt", b"another")])
+    run(STAGE, chain)
+    assert [row.key == key for row, key in zip(chain.manifest("download").rows, before, strict=False)] == [True, False]
+    assert fetched == ["deep/c.tar", "a.tar", "deep/c.tar"], "listed; then what the changed slice takes"
+    assert amounts.of_download(chain).rows == 8 and amounts.on_the_web(chain)
+
+
+def test_what_is_wrong_with_a_bucket_is_named_before_any_work(tmp_path):
+    folder = shards(tmp_path / "here")
+    url = copy(folder, (tmp_path / "there").as_uri())
+    for wrong, message in ((f"{url}/none", "none/b.tar: no such file"), ("nonsense://a", "cannot be opened")):
+        with pytest.raises(BadInput, match=message):
+            taken(tmp_path / "far", folder, wrong)
+    whole = (folder / "a.tar").read_bytes()
+    (tmp_path / "there/shards/a.tar").write_bytes(whole[:700])
+    with pytest.raises(BadInput, match=f"{url}/a.tar: the tar is cut off"):
+        taken(tmp_path / "far", folder, url)
+    assert not list((tmp_path / "far/data/store").glob("download/*"))
+
+
+def test_a_tar_that_goes_between_listing_and_fetching_fails_its_shards(tmp_path, monkeypatch):
+    folder = shards(tmp_path / "here")
+    url = copy(folder, (tmp_path / "there").as_uri())
+    fetch = buckets.fetch
+
+    def late(*arguments) -> None:
+        (tmp_path / "there/shards/deep/c.tar").unlink(missing_ok=True)
+        fetch(*arguments)
+
+    monkeypatch.setattr(buckets, "fetch", late)
+    with pytest.raises(StageFailed, match="2 of 3 shards failed"):
+        taken(tmp_path / "far", folder, url)
