@@ -98,6 +98,11 @@ def loader(images: Path, filtered: Path, threads: int, workers: int, *, augmente
     batches.close()  # type: ignore[attr-defined]
 
 
+def processes(count: int) -> Executor:
+    """A pool of so many, each started afresh."""
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
 def rate(run: Run, threads: int, images: int) -> float:
     """Images a second, once what is made ahead is used up: more cannot hide in it, nor be hidden."""
     batches = max(1, images // BATCH)
@@ -116,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the rates")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    count, pools = options.threads, {"threads": ThreadPoolExecutor, "processes": _processes}
+    count, pools = options.threads, {"threads": ThreadPoolExecutor, "processes": processes}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         images, filtered = make_shard(Path(folder), options.images)
         runs: dict[tuple[str, str], Run] = {}
@@ -138,10 +143,6 @@ def main() -> None:
         print(f"  {name:20s} {count} {kind:9s} {found:9.0f} images/s: {shares}")
     if options.out:
         options.out.write_text(json.dumps({f"{name}, {kind}": found for (kind, name), found in best.items()}, indent=1))
-
-
-def _processes(count: int) -> Executor:
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 if __name__ == "__main__":
