@@ -1,8 +1,8 @@
 """RandAugment's image operations on arrays of bytes: what timm's do to Pillow's images, several times as fast.
 
-Operations on single values are exactly Pillow's; `color` and `sharpness` are within 1. Where pixels move, the mean
-difference is below 1: Pillow cuts the fraction of an interpolated value off, OpenCV rounds it and takes positions to
-1/32 pixel. Along the border of the picture, OpenCV blends half a pixel with the fill, Pillow does not.
+Bits, solarised and equalised values are exactly Pillow's; what is computed in floats is within 1. Where pixels move,
+the mean difference is below 1: Pillow cuts the fraction of an interpolated value off, OpenCV's warp rounds it and takes
+positions to 1/32 pixel. Along the border of the picture, half a pixel is blended with the fill, by Pillow none.
 
 Source: timm's data/auto_augment.py, Pillow's ImageOps and ImageEnhance. Every function returns a new array.
 
@@ -13,7 +13,7 @@ import math
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Num, UInt8
+from jaxtyping import UInt8
 from numpy import ndarray
 
 from pipeline.interfaces import IMAGENET_MEAN
@@ -22,35 +22,34 @@ FILL = tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN)
 # Source: Pillow's conversion to grey (ITU-R 601-2), and its ImageFilter.SMOOTH: ones around a 5.
 GREY = np.array([0.299, 0.587, 0.114])
 SMOOTH_CENTRE, SMOOTH_SUM = 5, 13
-# Pillow cuts a blend's fraction off where OpenCV rounds to the nearest.
-CUT_OFF = -0.5
-
-_VALUES = np.arange(256)
+# Pillow cuts fractions off where OpenCV rounds to the nearest. Not quite a half: whole numbers stay.
+CUT_OFF = -0.49
 
 
 def auto_contrast(pixels: UInt8[ndarray, "height width 3"]) -> UInt8[ndarray, "height width 3"]:
     """Each colour stretched to [0, 255]; a colour of one value stays."""
-    tables = []
+    channels = []
     for channel in cv2.split(pixels):
         low, high, _, _ = cv2.minMaxLoc(channel)
-        scale = 255 / max(high - low, 1)
-        tables.append(_VALUES * scale - low * scale if high > low else _VALUES)
-    return _look_up(pixels, *tables)
+        scale, shift = (255 / (high - low), -low) if high > low else (1, 0)
+        channels.append(cv2.addWeighted(channel, scale, channel, 0, shift * scale + CUT_OFF))
+    return cv2.merge(channels)
 
 
 def equalize(pixels: UInt8[ndarray, "height width 3"]) -> UInt8[ndarray, "height width 3"]:
     """Each colour's values spread to be equally frequent; a colour of one value stays."""
-    tables = []
-    for channel in range(3):
-        counts = cv2.calcHist([pixels], [channel], None, [256], [0, 256])[:, 0].astype(np.int64)
+    channels = []
+    for channel in cv2.split(pixels):
+        counts = cv2.calcHist([channel], [0], None, [256], [0, 256])[:, 0].astype(np.int64)
         step = (counts.sum() - counts[counts > 0][-1]) // 255
-        tables.append((step // 2 + counts.cumsum() - counts) // step if step else _VALUES)
-    return _look_up(pixels, *tables)
+        table = (step // 2 + counts.cumsum() - counts) // step if step else np.arange(256)
+        channels.append(cv2.LUT(channel, table.clip(max=255).astype(np.uint8)))
+    return cv2.merge(channels)
 
 
 def invert(pixels: UInt8[ndarray, "height width 3"]) -> UInt8[ndarray, "height width 3"]:
     """The negative."""
-    return 255 - pixels
+    return ~pixels
 
 
 def posterize(pixels: UInt8[ndarray, "height width 3"], bits: int) -> UInt8[ndarray, "height width 3"]:
@@ -59,24 +58,24 @@ def posterize(pixels: UInt8[ndarray, "height width 3"], bits: int) -> UInt8[ndar
 
 
 def solarize(pixels: UInt8[ndarray, "height width 3"], threshold: int) -> UInt8[ndarray, "height width 3"]:
-    """Values from the threshold on turned to their negative."""
-    return _look_up(pixels, np.where(_VALUES < threshold, _VALUES, 255 - _VALUES))
+    """Values from the threshold on, 0 to 256, turned to their negative."""
+    return pixels ^ cv2.threshold(pixels, threshold - 1, 255, cv2.THRESH_BINARY)[1]
 
 
 def solarize_add(pixels: UInt8[ndarray, "height width 3"], added: int) -> UInt8[ndarray, "height width 3"]:
-    """`added` to values below 128."""
-    return _look_up(pixels, np.where(_VALUES < 128, _VALUES + added, _VALUES))
+    """`added`, at most 128, to values below 128."""
+    return pixels + (pixels < 128) * np.uint8(added)
 
 
 def brightness(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[ndarray, "height width 3"]:
     """Blended with black: 0 is black, 1 the image as it is, more is brighter."""
-    return _look_up(pixels, _blended(0, factor))
+    return cv2.addWeighted(pixels, factor, pixels, 0, CUT_OFF)
 
 
 def contrast(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[ndarray, "height width 3"]:
     """Blended with the image's mean grey, which is 0."""
     mean = int(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    return _look_up(pixels, _blended(mean, factor))
+    return cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * mean + CUT_OFF)
 
 
 def color(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[ndarray, "height width 3"]:
@@ -113,25 +112,18 @@ def shear_y(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[nd
 
 
 def translate_x(pixels: UInt8[ndarray, "height width 3"], share: float) -> UInt8[ndarray, "height width 3"]:
-    """Moved left by a share of the width."""
-    return _move(pixels, (1, 0, share * pixels.shape[1]), (0, 1, 0))
+    """Moved left by a share of the width, in [-1, 1]."""
+    return cv2.transpose(translate_y(cv2.transpose(pixels), share))
 
 
 def translate_y(pixels: UInt8[ndarray, "height width 3"], share: float) -> UInt8[ndarray, "height width 3"]:
-    """Moved up by a share of the height."""
-    return _move(pixels, (1, 0, 0), (0, 1, share * pixels.shape[0]))
-
-
-def _blended(grey: int, factor: float) -> Float32[ndarray, "256"]:
-    """All values blended with one grey, as Pillow does: in float32."""
-    return np.float32(grey) + np.float32(factor) * (_VALUES - grey).astype(np.float32)
-
-
-def _look_up(
-    pixels: UInt8[ndarray, "height width 3"], *tables: Num[ndarray, "256"]
-) -> UInt8[ndarray, "height width 3"]:
-    """Values replaced by a table's, one for all colours or one each; cut to [0, 255], fractions cut off."""
-    return cv2.LUT(pixels, np.stack(tables, -1).clip(0, 255).astype(np.uint8)[None])
+    """Moved up by a share of the height, in [-1, 1]."""
+    height = len(pixels)
+    whole, part = divmod(share * height, 1)
+    padded = cv2.copyMakeBorder(pixels, height, height + 1, 0, 0, cv2.BORDER_CONSTANT, value=FILL)
+    first = height + int(whole)
+    upper, lower = padded[first : first + height], padded[first + 1 : first + 1 + height]
+    return cv2.addWeighted(upper, 1 - part, lower, part, CUT_OFF)
 
 
 def _move(
