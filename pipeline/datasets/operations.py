@@ -20,7 +20,7 @@ from pipeline.interfaces import IMAGENET_MEAN
 
 FILL = tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN)
 # Source: Pillow's conversion to grey (ITU-R 601-2), and its ImageFilter.SMOOTH: ones around a 5.
-GREY = np.array([0.299, 0.587, 0.114])
+GREY = np.array([0.299, 0.587, 0.114, 0.0])
 SMOOTH_CENTRE, SMOOTH_SUM = 5, 13
 # Pillow cuts fractions off where OpenCV rounds to the nearest. Not quite a half: whole numbers stay.
 CUT_OFF = -0.49
@@ -80,8 +80,9 @@ def contrast(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[n
 
 def color(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[ndarray, "height width 3"]:
     """Blended with the image in grey, which is 0."""
-    mixed = factor * np.eye(3) + (1 - factor) * GREY
-    return cv2.transform(pixels, np.hstack([mixed, np.full((3, 1), CUT_OFF)]))
+    mixed = factor * np.eye(3, 4) + (1 - factor) * GREY
+    mixed[:, 3] = CUT_OFF
+    return cv2.transform(pixels, mixed)
 
 
 def sharpness(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[ndarray, "height width 3"]:
@@ -89,7 +90,8 @@ def sharpness(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[
     centre, around = (SMOOTH_CENTRE - 1) / SMOOTH_SUM, 9 / SMOOTH_SUM  # 9: the box's mean is a ninth of its sum
     weights = factor + (1 - factor) * centre, (1 - factor) * around
     found = cv2.addWeighted(pixels, weights[0], cv2.blur(pixels, (3, 3)), weights[1], CUT_OFF)
-    found[[0, -1]], found[:, [0, -1]] = pixels[[0, -1]], pixels[:, [0, -1]]
+    for edge in (0, -1):
+        found[edge], found[:, edge] = pixels[edge], pixels[:, edge]
     return found
 
 
