@@ -19,7 +19,7 @@ from numpy import ndarray
 from pipeline.interfaces import IMAGENET_MEAN
 
 FILL = tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN)
-# Source: Pillow's conversion to grey (ITU-R 601-2), and its ImageFilter.SMOOTH: ones around a 5.
+# Source: Pillow's grey (ITU-R 601-2; the last number is a shift), and its ImageFilter.SMOOTH: ones around a 5.
 GREY = np.array([0.299, 0.587, 0.114, 0.0])
 SMOOTH_CENTRE, SMOOTH_SUM = 5, 13
 # Pillow cuts fractions off where OpenCV rounds to the nearest. Not quite a half: whole numbers stay.
