@@ -43,7 +43,11 @@ SHARDS = 2  # of each worker; the first of them warms up
 TO_REACH = 0.9
 MODULES: dict[str, Any] = {"features": features, "teacher": teacher}
 # (timm's DINO, open_clip's CLIP)
-TOWERS = {"small": ("vit_small_patch16_224", "ViT-B-32"), "paper": ("vit_small_patch8_224", "ViT-L-14")}
+TOWERS = {
+    "small": ("vit_small_patch16_224", "ViT-B-32"),
+    "paper": ("vit_small_patch8_224", "ViT-L-14"),
+    "scg": ("vit_small_patch8_224", "ViT-B-16-quickgelu"),
+}
 
 
 def pictures(count: int) -> list[bytes]:

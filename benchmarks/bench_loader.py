@@ -13,9 +13,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -98,6 +99,11 @@ def loader(images: Path, filtered: Path, threads: int, workers: int, *, augmente
     batches.close()  # type: ignore[attr-defined]
 
 
+def processes(count: int) -> Executor:
+    """A pool of so many, each started afresh."""
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
 def rate(run: Run, threads: int, images: int) -> float:
     """Images a second, once what is made ahead is used up: more cannot hide in it, nor be hidden."""
     batches = max(1, images // BATCH)
@@ -105,6 +111,11 @@ def rate(run: Run, threads: int, images: int) -> float:
     started = time.perf_counter()
     run(batches)
     return batches * BATCH / (time.perf_counter() - started)
+
+
+def share(rates: Sequence[float], limits: Sequence[float]) -> float:
+    """The median of each round's."""
+    return statistics.median(found / most for found, most in zip(rates, limits, strict=True))
 
 
 def main() -> None:
@@ -116,7 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the rates")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    count, pools = options.threads, {"threads": ThreadPoolExecutor, "processes": _processes}
+    count, pools = options.threads, {"threads": ThreadPoolExecutor, "processes": processes}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         images, filtered = make_shard(Path(folder), options.images)
         runs: dict[tuple[str, str], Run] = {}
@@ -126,22 +137,19 @@ def main() -> None:
             for name, augmented in (("loader, crops alone", False), ("loader", True)):
                 entry = loader(images, filtered, count, workers, augmented=augmented)
                 runs[kind, name] = stack.enter_context(entry)
-        best = dict.fromkeys(runs, 0.0)
+        rates: dict[tuple[str, str], list[float]] = {entry: [] for entry in runs}
         for _ in range(options.rounds):
             for entry, run in runs.items():
-                best[entry] = max(best[entry], rate(run, count, options.images))
+                rates[entry].append(rate(run, count, options.images))
+    best = {entry: max(found) for entry, found in rates.items()}
     print(
-        f"{options.images} images, best of {options.rounds}, {os.cpu_count()} cores; of the limit, to reach: {TO_REACH}"
+        f"{options.images} images, {options.rounds} rounds, {os.cpu_count()} cores; of the limit, to reach: {TO_REACH}"
     )
-    for (kind, name), found in best.items():
-        shares = ", ".join(f"{found / best[other, LIMIT]:.2f} of the {other}' limit" for other in pools)
-        print(f"  {name:20s} {count} {kind:9s} {found:9.0f} images/s: {shares}")
+    for (kind, name), found in rates.items():
+        shares = ", ".join(f"{share(found, rates[other, LIMIT]):.2f} of the {other}' limit" for other in pools)
+        print(f"  {name:20s} {count} {kind:9s} {best[kind, name]:9.0f} images/s: {shares}")
     if options.out:
         options.out.write_text(json.dumps({f"{name}, {kind}": found for (kind, name), found in best.items()}, indent=1))
-
-
-def _processes(count: int) -> Executor:
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import math
 import torch
 
 from benchmarks.bench_training import CONTEXT, WORDS, batch_for
-from benchmarks.paper import PAPER, paper_config
+from benchmarks.paper import paper_config
 from pipeline import methods
 from pipeline.cli.fit_batch import GIB
 from pipeline.cli.plan import parse_size
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=parse_size, default=24 * GIB, metavar="SIZE", help="of the GPU (default 24 GiB)"
     )
-    parser.add_argument("--methods", nargs="*", choices=sorted(PAPER), default=sorted(ALLOCATED))
+    parser.add_argument("--methods", nargs="*", choices=sorted(ALLOCATED), default=sorted(ALLOCATED))
     parser.add_argument("--side", type=int, help="pixels, instead of the paper's 224 (S-Seg, pseudo-mask ViT)")
     parser.add_argument("--tokens", type=int, default=CONTEXT, help=f"of a text, with its padding (default {CONTEXT})")
     options = parser.parse_args()

@@ -12,6 +12,7 @@ the step's matrix products (counted by torch, attention included) at the rate of
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,17 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.bench_encoders import save_towers
 from benchmarks.paper import PAPER, paper_config
 from benchmarks.peak import device_name, multiplies_bfloat16, product_rate, wait_for
 from pipeline import methods
 from pipeline.datasets.entity_batches import EntityBatch
+from pipeline.datasets.region_batches import RegionBatch
 from pipeline.interfaces import TrainBatch
+from pipeline.methods import scg
 from pipeline.training.compiling import compile_blocks
 from pipeline.training.optimiser import adamw, parameter_groups
 
 WORDS = 12  # tokens of a caption, start and end among them: CC12M's mean is about 20 words, its prompts' about 8
 CONTEXT = 77
 REGIONS = 16  # pseudo-masks of an image
+NOUNS = 2  # of a caption, for SCG
 CELL = 8  # pixels of a pseudo-mask's cell: DINO's patch
 TO_REACH = {"cpu": 1.5, "cuda": 2.0}  # images/s of GroupViT over transformers'
 
@@ -43,12 +48,14 @@ class Contestant:
 
     Attributes:
         loss: the batch's loss, forward only.
+        frozen: bytes of weights that are read and not learned.
         seconds: of forward, backward and update, a list each.
     """
 
     model: nn.Module
     loss: Callable[[], Tensor]
     precision: torch.dtype
+    frozen: int = 0
     flops: float = 0.0
     memory: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "backward": [], "update": []})
@@ -80,6 +87,12 @@ def batch_for(name: str, model: Any, config: Any, images: int, length: int) -> A
         return EntityBatch(
             pixels=pixels, token_ids=ids(images), uids=uids, masked_ids=ids(images), answer_ids=ids(images)
         )
+    if name == "scg":
+        cells = side // CELL
+        groups = torch.randint(model.clusters, (images, cells, cells), generator=generator)
+        owner = torch.arange(images).repeat_interleave(NOUNS)
+        nouns = [f"noun{number}" for number in range(NOUNS)] * images
+        return RegionBatch(pixels=pixels, groups=groups, nouns=nouns, owner=owner, uids=uids)
     batch = TrainBatch(
         pixels=pixels, captions=[""] * images, token_ids=torch.zeros(images, 1).long(), regions=None, uids=uids
     )
@@ -98,7 +111,7 @@ def batch_for(name: str, model: Any, config: Any, images: int, length: int) -> A
 
 def image_side(config: Any) -> int:
     """Pixels of a side of the training images."""
-    for block in ("patches", "encoder", "augmentation"):
+    for block in ("patches", "encoder", "augmentation", "views"):
         if hasattr(config, block):
             return getattr(config, block).image_size
     raise ValueError("no block of the config has an image size")
@@ -116,6 +129,7 @@ def ours(
     config = paper_config(name, *settings)
     torch.manual_seed(0)
     model = methods.get(name).build(config, None).to(options.device).train()
+    frozen = lend_towers(model) if name == "scg" else 0
     length = WORDS if name == "ovsegmentor" else CONTEXT
     batch = batch_for(name, model, config, options.batch, length).to(options.device)
     loss = model.loss
@@ -123,7 +137,16 @@ def ours(
         compile_blocks(model)
     elif compiled == "whole":
         loss = torch.compile(model.loss)
-    return Contestant(model, lambda: loss(batch)["total"], precision)
+    return Contestant(model, lambda: loss(batch)["total"], precision, frozen)
+
+
+def lend_towers(model: scg.SCG) -> int:
+    """Lend fresh towers of the paper's sizes; returns the bytes of the image tower that a step runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_towers(Path(folder), "scg")
+        scg.attach(model, Path(folder))
+    clip: Any = model.clip
+    return sum(value.nbytes for name, value in clip.named_parameters() if name.startswith(scg.IMAGE_SIDE))
 
 
 def peer(options: argparse.Namespace, precision: torch.dtype) -> Contestant:
