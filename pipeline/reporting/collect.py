@@ -236,7 +236,7 @@ def _required(value: Any) -> float:
 
 
 def mious(scores: list[Score]) -> dict[str, dict[str, float]]:
-    """mIoU in percent by method and benchmark: few enough numbers for `dvc exp show` to put experiments side by side."""
+    """mIoU in percent by method and benchmark: few enough numbers for `dvc exp show` to put side by side."""
     found: dict[str, dict[str, float]] = {}
     for score in scores:
         found.setdefault(score.method, {})[score.benchmark] = score.miou
