@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pipeline import params
 from pipeline.params import Range
 
+WandbMode = Literal["no", "offline", "online"]
 DRIVER = Path("/dev/nvidiactl")  # of NVIDIA's kernel module
 
 
@@ -41,6 +42,8 @@ class Machine:
         keep_best: also keep, as a model folder `data/checkpoints/*/*/best`, the weights with the least mean loss
             between two checkpoints.
         tensorboard: write logs/tensorboard as well (`pip install tensorboard`).
+        wandb: tell Weights & Biases as well: `offline` writes logs/wandb, which `wandb sync` uploads; `online` uploads
+            while training, and goes on as `offline` where that fails; `no` does neither.
         peak_gflops: of the device, for the share of it that a training uses (MFU in its log); 0: not reported.
     """
 
@@ -56,6 +59,7 @@ class Machine:
     keep_checkpoints: Annotated[int, Range(1)] = 1
     keep_best: bool = False
     tensorboard: bool = False
+    wandb: WandbMode = "no"
     peak_gflops: Annotated[int, Range(0)] = 0
 
     @property
@@ -74,7 +78,8 @@ def defaults() -> dict[str, Any]:
     workers = cores if device == "cpu" else max(1, cores // 2)
     found = {"runner": "process", "workers": workers, "device": device, "threads": min(2, cores), "retries": 2}
     training = {"compile": False, "recompute": False, "keep_checkpoints": 1, "keep_best": False}
-    return found | {"address": "", "remote": "", **training, "tensorboard": False, "peak_gflops": 0}
+    watching = {"tensorboard": False, "wandb": "no", "peak_gflops": 0}
+    return found | {"address": "", "remote": ""} | training | watching
 
 
 @lru_cache(maxsize=1)

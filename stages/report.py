@@ -1,12 +1,12 @@
-"""Writes results.md, preview.png and the README's table (in git), index.html and .built (not in git)."""
+"""Writes results.md, miou.json, preview.png and the README's table (in git), index.html and .built (not in git)."""
 
 import sys
 from pathlib import Path
 
-from pipeline.artifacts.files import atomic_write, digest, sha256_file
+from pipeline.artifacts.files import atomic_json, atomic_write, digest, sha256_file
 from pipeline.reporting import Config, html
 from pipeline.reporting.card import drawn
-from pipeline.reporting.collect import collect
+from pipeline.reporting.collect import collect, mious
 from pipeline.reporting.funnel import CHAIN, gather
 from pipeline.reporting.markdown import results, results_table, update_readme
 from pipeline.reporting.preview import chosen, preview
@@ -46,6 +46,7 @@ def main() -> None:
     page = html.render(findings, data, drawn(project, data), base(root, config.base), context, config)
     text = results(findings, data.steps)
     atomic_write(reports / "results.md", text)
+    atomic_json(reports / "miou.json", mious(findings.scores))
     atomic_write(reports / "index.html", page)
     if picture := preview(chosen(findings.panels), PREVIEW_IMAGES):
         atomic_write(reports / "preview.png", picture)

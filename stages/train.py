@@ -110,11 +110,12 @@ def pair_loader(data: TrainingData, config: Any, phase: Phase, machine: Machine)
     """This process's share of the phase's batches; the processes of a host share its loader's workers, too.
 
     Raises:
-        ParamsError: the processes cannot share a batch equally.
+        ParamsError: the processes cannot share a batch, or each of its parts, equally.
     """
-    batch, ranks = phase.optimisation.batch_size, distributed.ranks()
+    batch, ranks = phase.optimisation.micro_batch, distributed.ranks()
     if batch % ranks:
-        raise params.ParamsError(f"optimisation.batch_size: {ranks} processes cannot share {batch} images equally")
+        where = "optimisation: batch_size / micro_batches"
+        raise params.ParamsError(f"{where}: {ranks} processes cannot share {batch} images equally")
     return PairLoader(
         data.shards,
         batch_size=batch,

@@ -43,6 +43,8 @@ OPTIMISATION = {
     "decayed": "weights",
     "betas": [0.9, 0.98],
     "clip_norm": 1.0,
+    "micro_batches": 1,
+    "ema": 0.0,
     "precision": "fp32",
     "checkpoint_images": 1000,
     "log_images": 8,

@@ -61,7 +61,7 @@ entity:
                  erase_chance: 0.5}
   optimisation: &optimisation {images: 48, batch_size: 8, lr: 0.002, lr_multipliers: {text: 2.0},
       final_lr_fraction: 0.1, warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
-      clip_norm: 5.0, precision: fp32, checkpoint_images: 16, log_images: 16, seed: 0}
+      clip_norm: 5.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 16, log_images: 16, seed: 0}
 mask:
   views: *views
   optimisation: *optimisation

@@ -44,7 +44,7 @@ augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], 
 shuffle: {block_rows: 4, window_blocks: 2}
 optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
                warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98], clip_norm: 1.0,
-               precision: fp32, checkpoint_images: 1000, log_images: 8, seed: 0}
+               micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8, seed: 0}
 """)
 DINO = TowerConfig(image_size=16, first_stride=4, widths=(), dim=8, layers=1, heads=2, class_token=False)
 

@@ -37,14 +37,18 @@ def score(root, miou):
     path.write_text(json.dumps(SCORE | {"miou": miou}))
 
 
+FILES = ("reports/results.md", "reports/miou.json", "reports/.built", "README.md")
+
+
 def written(root):
-    return {name: (root / name).read_text() for name in ("reports/results.md", "reports/.built", "README.md")}
+    return {name: (root / name).read_text() for name in FILES}
 
 
 def test_what_git_and_dvc_see_depends_on_the_measurements_alone(checkout):
     report.main()
     first = written(checkout)
     assert "**30.0**" in first["README.md"] and "**30.0**" in first["reports/results.md"]
+    assert json.loads(first["reports/miou.json"]) == {"sseg": {"scenes": 30.0}}
     page = (checkout / "reports" / "index.html").read_text()
     subprocess.run(
         ["git", "-c", "user.name=t", "-c", "user.email=t", "commit", "-q", "--allow-empty", "-m", "<b>two"], check=True
@@ -55,7 +59,7 @@ def test_what_git_and_dvc_see_depends_on_the_measurements_alone(checkout):
     assert again != page and "&lt;b&gt;two" in again  # the page names the commit
 
 
-def test_a_new_score_changes_all_three_and_shows_its_difference(checkout):
+def test_a_new_score_changes_all_of_them_and_shows_its_difference(checkout):
     report.main()
     first = written(checkout)
     score(checkout, 0.35)

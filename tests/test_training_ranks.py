@@ -22,10 +22,16 @@ import test_zeroseg
 import torch
 import torch.distributed as dist
 from pair_shards import write_pairs
+from test_training import OPTIMISATION, toy
+from test_training_options import Rows
 from test_training_stage import REPO, make_project
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from pipeline.datasets.pairs import PairLoader, Shuffle
 from pipeline.training import distributed
+from pipeline.training.optimiser import optimiser_of
+from pipeline.training.steps import Steps
 
 QUIET = {"grouping": {"gumbel": False}}  # each process draws its own noise
 
@@ -122,6 +128,29 @@ def one_rank(number: int, folder: str) -> None:
                 buffers = dict(model.named_buffers())
                 torch.save({"total": totals[0], "gradients": found, "buffers": buffers}, Path(folder, f"{name}.pt"))
             dist.barrier()
+        weights, reductions = in_parts((number, 2))
+        if number == 0:
+            torch.save({"weights": weights, "reductions": reductions}, Path(folder, "parts.pt"))
+
+
+def in_parts(share: tuple[int, int]) -> tuple[dict[str, torch.Tensor], int]:
+    """Weights after three steps of four parts each, and how often gradients were exchanged."""
+    model, exchanged = toy().double().eval(), []  # no dropout
+    settings = replace(OPTIMISATION, micro_batches=4, batch_size=16)
+
+    def reduce(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanged.append(bucket.index())
+        return allreduce_hook(group, bucket)
+
+    loss = distributed.averaged(model, model.loss)
+    if isinstance(loss, nn.parallel.DistributedDataParallel):
+        loss.register_comm_hook(None, reduce)
+    optimiser, device = optimiser_of(model, settings), torch.device("cpu")
+    steps = Steps(model=model, loss=loss, optimiser=optimiser, optimisation=settings, precision="fp32", device=device)
+    batches = Rows(settings.micro_batch, share=share).batches(0)
+    for done in range(3):
+        steps.step(batches, done)
+    return model.state_dict(), len(exchanged)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +190,16 @@ def test_two_processes_with_half_a_batch_have_the_gradients_of_one(two, tmp_path
     assert (one - other).norm() <= 1e-9 * one.norm()
     for key, value in model.named_buffers():
         torch.testing.assert_close(found["buffers"][key], value, atol=1e-9, rtol=1e-9)
+
+
+def test_two_processes_with_a_batch_in_parts_end_as_one(two):
+    """And exchange gradients once a step."""
+    with in_float64():
+        weights, _ = in_parts((0, 1))
+    found = torch.load(two / "parts.pt")
+    assert found["reductions"] == 3
+    for name, value in weights.items():
+        torch.testing.assert_close(found["weights"][name], value, atol=1e-9, rtol=1e-9)
 
 
 def test_shares_make_the_batch(tmp_path):

@@ -108,6 +108,8 @@ RECIPE = {
         "decayed": "all_but_vectors",
         "betas": [0.9, 0.999],
         "clip_norm": 5.0,
+        "micro_batches": 1,
+        "ema": 0.0,
         "precision": "fp32",
         "checkpoint_images": 4_096_000,
         "log_images": 40_960,

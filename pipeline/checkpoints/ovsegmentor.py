@@ -61,6 +61,8 @@ _OPTIMISATION = {
     "decayed": "all_but_vectors",
     "betas": [0.9, 0.999],
     "clip_norm": 5.0,
+    "micro_batches": 1,
+    "ema": 0.0,
     "precision": "fp32",
     "checkpoint_images": 1_024_000,
     "log_images": 40_960,

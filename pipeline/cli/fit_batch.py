@@ -1,4 +1,7 @@
-"""`tessera fit-batch METHOD [--memory 24G]`: the largest batch that fits, from real steps of the current parameters."""
+"""`tessera fit-batch METHOD [--memory 24G]`: the largest batch that fits, from real steps of the current parameters.
+
+Of a batch in several parts (`micro_batches`) each part has to fit.
+"""
 
 import argparse
 import os
@@ -46,7 +49,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     for phase in method.phases(model, config, data):
         phase.begin()
         found = _largest(project, model, config, data, phase, memory)
-        wanted = phase.optimisation.batch_size
+        wanted = phase.optimisation.micro_batch
         fits = fits and wanted <= found.images
         print("\n".join(lines(" ".join(filter(None, (arguments.method, phase.name))), found, memory, wanted, device)))
     return int(not fits)
@@ -59,9 +62,10 @@ def lines(name: str, found: Fit, memory: float, wanted: int, device: torch.devic
     for spent in found.tried:
         rate = spent.images / spent.seconds
         table.append(f"  {spent.images:6,} images a step: {spent.bytes / GIB:8.3f} GiB at most, {rate:8.1f} images/s")
-    verdict = "fits" if wanted <= found.images else "does not fit: smaller batches, `recompute: true` in machine.yaml"
+    verdict = "fits" if wanted <= found.images else "does not fit: micro_batches, `recompute: true` in machine.yaml"
     table.append(f"  {found.images:6,} images a step fit into {memory / GIB:.3g} GiB")
-    table.append(f"  {wanted:6,} (batch_size) takes about {found.bytes_of(wanted) / GIB:.3g} GiB: {verdict}")
+    taken = f"{found.bytes_of(wanted) / GIB:.3g} GiB"
+    table.append(f"  {wanted:6,} (batch_size / micro_batches) takes about {taken}: {verdict}")
     return table
 
 
@@ -82,7 +86,7 @@ def _largest(project: Project, model: Any, config: Any, data: TrainingData, phas
 def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase: Phase, images: int) -> Any:
     from stages.train import pair_loader
 
-    settings = replace(phase.optimisation, batch_size=images)
+    settings = replace(phase.optimisation, batch_size=images, micro_batches=1)
     batches = pair_loader(data, config, replace(phase, optimisation=settings), project.machine).batches(0)
     loaded = next(batches)
     batches.close()  # type: ignore[attr-defined]
@@ -96,9 +100,10 @@ def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase:
         device=device,
         after_step=phase.after_step,
     )
-    return allocate(steps, loaded) if device.type == "cuda" else count(steps, loaded, lent(model))
+    return allocate(steps, loaded) if device.type == "cuda" else count(steps, loaded, held(model, steps))
 
 
-def lent(model: Any) -> list[Tensor]:
-    """Weights of the frozen towers that a model reads."""
-    return [tensor for tower in getattr(model, "_lent", ()) for tensor in tensors(tower)]
+def held(model: Any, steps: Steps) -> list[Tensor]:
+    """What lies on the device beside the model: the frozen towers that it reads, and the average of its weights."""
+    towers = [tensor for tower in getattr(model, "_lent", ()) for tensor in tensors(tower)]
+    return [*towers, *(steps.average.values.values() if steps.average else ())]

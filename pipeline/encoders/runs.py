@@ -30,7 +30,7 @@ def train_dino(
     model = SelfDistillation(config)
     loader = PairLoader(
         pairs,
-        batch_size=config.optimisation.batch_size,
+        batch_size=config.optimisation.micro_batch,
         seed=config.optimisation.seed,
         shuffle=config.shuffle,
         threads=machine.threads,
@@ -71,7 +71,7 @@ def train_clip(
     model = ClipTraining(small_clip.SmallClip(config.architecture, vocabulary, frozen), config)
     loader = PairLoader(
         pairs,
-        batch_size=config.optimisation.batch_size,
+        batch_size=config.optimisation.micro_batch,
         seed=config.optimisation.seed,
         shuffle=config.shuffle,
         threads=machine.threads,

@@ -324,14 +324,15 @@ def places(project: Project, name: str) -> tuple[str, Path]:
 
 
 def _batch_sizes(values: dict[str, Any], name: str) -> list[int]:
-    return [settings["batch_size"] for settings in optimisations(block_of(values, name))]
+    return [settings["batch_size"] // settings["micro_batches"] for settings in optimisations(block_of(values, name))]
 
 
 def _short(project: Project, name: str, batch: int) -> Project:
-    """The checkout with every phase of that training cut to a few steps of `batch` images."""
+    """The checkout with every phase of that training cut to a few steps of `batch` images, in one part."""
     values = copy.deepcopy(project.params)
     for settings in optimisations(block_of(values, name)):
-        settings["batch_size"] = min(batch, settings["batch_size"])
+        settings["batch_size"] = min(batch, settings["batch_size"] // settings["micro_batches"])
+        settings["micro_batches"] = 1
         images = STEPS * settings["batch_size"]
         settings |= {"images": images, "warmup_images": 0, "checkpoint_images": images, "log_images": images // 2}
     return Project(project.root, values, project.machine)

@@ -235,6 +235,14 @@ def _required(value: Any) -> float:
     return percent
 
 
+def mious(scores: list[Score]) -> dict[str, dict[str, float]]:
+    """mIoU in percent by method and benchmark: few enough numbers for `dvc exp show` to put side by side."""
+    found: dict[str, dict[str, float]] = {}
+    for score in scores:
+        found.setdefault(score.method, {})[score.benchmark] = score.miou
+    return found
+
+
 def read_scores(folder: Path) -> list[Score]:
     """All `<method>/<benchmark>.json` below `folder`, by benchmark, then kind, then mIoU.
 

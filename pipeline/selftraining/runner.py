@@ -114,7 +114,7 @@ def obtain(job: Job, project: Project) -> str:
         read,
         crops=job.settings.crops,
         geometry=job.evaluation.geometry,
-        batch_size=optimisation.batch_size,
+        batch_size=optimisation.micro_batch,
         seed=optimisation.seed,
         threads=project.machine.threads,
     )

@@ -1,23 +1,25 @@
 """One training loop for the frozen towers and the methods.
 
-    result = fit(model, loss, loader, optimisation, run=Run(...), device=..., before_step=..., after_step=...)
+    result = fit(model, loss, loader, optimisation, run=Run(...), device=..., after_step=...)
 
 - `model`: everything whose state matters, in one `nn.Module` (a momentum teacher and its centre too): its whole
   `state_dict` is checkpointed, its parameters with `requires_grad` are optimised.
-- `loss(batch, progress) -> {"total": ..., other terms}`: `total` is optimised, all are logged; scalars. Under bf16 it
-  runs inside autocast, so losses must leave it (`torch.autocast(..., enabled=False)` and `.float()`).
-- `loader.batches(position)`: an endless iterator of `Loaded` from that sample on (`pipeline.datasets.pairs`).
-- `before_step(progress)` and `after_step(progress)`: schedules and moving averages; `after_step` sees the new weights.
+- `loss(batch, progress) -> {"total": ..., other terms}`: `total` is optimised, all are logged; scalars. Under bf16 and
+  fp16 it runs inside autocast, so losses must leave it (`torch.autocast(..., enabled=False)` and `.float()`).
+- `loader.batches(position)`: an endless iterator of `Loaded` from that sample on (`pipeline.datasets.pairs`), each of
+  `optimisation.micro_batch` samples; a step takes `micro_batches` of them.
+- `after_step(progress)`: momentum teachers and their like, once a step; it sees the new weights.
 
 Budgets count images. A run of the same key continues from its last checkpoint bit for bit (CPU, same threads):
-weights, optimiser, random states, the loader's position and the open row of the curve are all saved. SIGTERM and
-SIGINT finish the step, save and end the process with 128 + the signal's number.
+weights, their average, optimiser, the loss's scale, random states, the loader's position and the open row of the curve
+are all saved. SIGTERM and SIGINT finish the step, save and end the process with 128 + the signal's number.
 
 In a process group (`pipeline.training.distributed`) the loader gives each process its share of every batch, gradients
 are averaged, and the first process writes; how many there are is in no key.
 """
 
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -28,6 +30,7 @@ from torch import nn
 
 from pipeline.artifacts.weights import save_model
 from pipeline.engine import SIGNAL_EXIT, Interrupted
+from pipeline.machine import WandbMode
 from pipeline.project import Project
 from pipeline.training import distributed
 from pipeline.training.curve import Clock, Curve
@@ -52,6 +55,7 @@ class Run:
         log: JSON lines with times, such as logs/sseg.jsonl.
         live: DVCLive's folder, or None for none.
         board: TensorBoard's folder, or None for none.
+        wandb: how Weights & Biases is told, see `Machine`; its folder is `wandb` beside the log.
         pictures: folder of a PNG per checkpoint, the regions of a few training images, or None for none.
         before: the curve of the phases before this one.
         keep: checkpoints that stay, the newest.
@@ -67,6 +71,7 @@ class Run:
     log: Path
     live: Path | None
     board: Path | None = None
+    wandb: WandbMode = "no"
     pictures: Path | None = None
     before: str = ""
     keep: int = 1
@@ -88,6 +93,7 @@ class Run:
             log=logs / f"{name}.jsonl",
             live=logs / "dvclive" / name,
             board=logs / "tensorboard" / name if machine.tensorboard else None,
+            wandb=machine.wandb,
             pictures=logs / "pictures" / name,
             keep=machine.keep_checkpoints,
             best=best if machine.keep_best else None,
@@ -97,11 +103,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """What the run did; `seconds` counts every process that worked on it, the rate only this one."""
+    """What the run did; `seconds` counts every process that worked on it, the rate only this one.
+
+    `failed` samples did not decode; `skipped` steps updated nothing, because gradients overflowed in fp16.
+    """
 
     images: int
     steps: int
     failed: int
+    skipped: int
     seconds: float
     images_per_second: float
     data_wait: float
@@ -116,10 +126,9 @@ def fit(
     *,
     run: Run,
     device: torch.device | str = "cpu",
-    before_step: Hook | None = None,
     after_step: Hook | None = None,
 ) -> FitResult:
-    """Train `model` in place until the budget is spent; see the module docstring.
+    """Train `model` in place until the budget is spent; see the module docstring. With `ema` it ends with the averages.
 
     The caller builds (and seeds) the model; `fit` seeds torch's generators for what is random in the steps.
 
@@ -129,22 +138,20 @@ def fit(
     """
     device = torch.device(device)
     model.to(device).train()
-    optimiser = optimiser_of(model, optimisation)
     torch.manual_seed(optimisation.seed + distributed.rank())
-    state = restore_state(run.checkpoints, run.key, model, optimiser) or RunState(key=run.key)
     steps = Steps(
         model=model,
         loss=distributed.averaged(model, loss),
-        optimiser=optimiser,
+        optimiser=optimiser_of(model, optimisation),
         optimisation=optimisation,
         precision=resolve_precision(optimisation.precision, device),
         device=device,
-        before_step=before_step,
         after_step=after_step,
     )
+    state = restore_state(run.checkpoints, run.key, steps) or RunState(key=run.key)
     curve = Curve(run.curve, state.curve, run.before)
     places = {"log": run.log, "live": run.live, "board": run.board, "pictures": run.pictures}
-    watch = Watch(run.name, curve.rows(), **places)
+    watch = Watch(run.name, run.key, curve.rows(), wandb=run.wandb, **places)
     batches = loader.batches(state.images)
     try:
         return _Fitting(steps, run, state, curve, watch).all(batches)
@@ -162,7 +169,7 @@ class _Fitting:
         self.clock = Clock(state.images, self.settings.images, run.peak_flops * distributed.ranks())
         self.before = state.seconds
 
-    def all(self, batches: Any) -> FitResult:
+    def all(self, batches: Iterator[Loaded]) -> FitResult:
         """Step until the budget is spent."""
         state, budget = self.state, self.settings.images
         self.watch.write(
@@ -170,34 +177,46 @@ class _Fitting:
         )
         if state.images:
             self.watch.say(f"continues at {state.images:,} of {budget:,} images")
+        batches = self._timed(batches)
         with stop_requests() as stop:
             while state.images < budget:
-                asked = perf_counter()
-                loaded = next(batches)
-                self.clock.waited += perf_counter() - asked
-                self._step(loaded, stop)
+                self._step(batches, stop)
         if distributed.leads():
             self.curve.publish()
+        if self.steps.average:
+            self.steps.model.load_state_dict(self.steps.weights())
         return FitResult(
             images=state.images,
             steps=state.step,
             failed=state.failed,
+            skipped=state.skipped,
             seconds=self.before + self.clock.seconds,
             images_per_second=self.clock.rate(state.images),
             data_wait=self.clock.waited / self.clock.seconds,
             precision=self.steps.precision,
         )
 
-    def _step(self, loaded: Loaded, stop: list[int]) -> None:
+    def _timed(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
+        """The batches, with the waits for them on the clock."""
+        while True:
+            asked = perf_counter()
+            loaded = next(batches)
+            self.clock.waited += perf_counter() - asked
+            yield loaded
+
+    def _step(self, batches: Iterator[Loaded], stop: list[int]) -> None:
         state, settings, clock = self.state, self.settings, self.clock
         count = clock.peak > 0 and not clock.flops
-        own, flops = counted_step(self.steps, loaded, state.step, count=count)
+        own, loaded, flops = counted_step(self.steps, batches, state.step, count=count)
         previous, state.images, state.step = state.images, loaded.position, state.step + 1
         values, failed, stopping, flops = self._over_processes(own, len(loaded.failures), bool(stop), flops)
         clock.flops = clock.flops or flops / (state.images - previous)
         state.means.add(values)
         state.recent.add({"total": values["total"]})
         state.failed += failed
+        if values.get("skipped"):
+            state.skipped += 1
+            self.watch.write("skipped_step", step=state.step, loss_scale=values["loss_scale"])
         for uid, reason in loaded.failures:
             self.watch.write("failed_sample", uid=uid, reason=reason)
         last = state.images >= settings.images
@@ -234,12 +253,12 @@ class _Fitting:
         state.best = mean
         if self.run.best is not None and distributed.leads():
             about = {"trained": {"images": state.images, "mean_total": mean}}
-            save_model(self.run.checkpoints / "best", self.steps.model.state_dict(), {**self.run.best, **about})
+            save_model(self.run.checkpoints / "best", self.steps.weights(), {**self.run.best, **about})
 
     def _save(self) -> None:
         state = self.state
         state.curve, state.seconds = self.curve.text, self.before + self.clock.seconds
-        save_state(self.run.checkpoints, state, self.steps.model, self.steps.optimiser, self.run.keep)
+        save_state(self.run.checkpoints, state, self.steps, self.run.keep)
         if distributed.leads():
             self.curve.publish()
 

@@ -7,7 +7,7 @@ balanced. Without a process group everything here is that of one process.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -96,6 +96,15 @@ def averaged(model: nn.Module, loss: Callable[..., dict[str, Tensor]]) -> Callab
         if isinstance(module, SharedBatchNorm):
             module.share = shared_moments
     return nn.parallel.DistributedDataParallel(_Whole(model, loss), forward_sync_buffers=False)
+
+
+def averaging(loss: Callable[..., dict[str, Tensor]], now: bool) -> AbstractContextManager[Any]:
+    """Around forward and backward of what `averaged` returned: where not `now`, gradients gather in this process alone.
+
+    The first backward pass with `now` leaves the mean over processes of everything that has gathered.
+    """
+    waits = isinstance(loss, nn.parallel.DistributedDataParallel) and not now
+    return loss.no_sync() if waits else nullcontext()
 
 
 class _AllGather(torch.autograd.Function):

@@ -94,7 +94,7 @@ def count(steps: Steps, loaded: Loaded, held: list[Tensor]) -> Spent:
     for tensor in [*tensors(steps.model), *held, *fields_of(batch)]:
         alive.add(tensor)
     with one_kernel(), alive:
-        steps.step(replace(loaded, batch=batch), 0)
+        steps.step(iter([replace(loaded, batch=batch)]), 0)
     for hook in hooks:
         hook.remove()
     optimiser = 3 * sum(parameter.nbytes for parameter in trained)
@@ -113,7 +113,7 @@ def allocate(steps: Steps, loaded: Loaded) -> Spent | None:
     try:
         for number in range(ROUNDS):
             started = time.perf_counter()
-            steps.step(loaded, number)
+            steps.step(iter([loaded]), number)
     except torch.cuda.OutOfMemoryError:
         return None
     finally:

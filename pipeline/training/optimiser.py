@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 import torch
 from torch import nn
 
-from pipeline.params import Range
+from pipeline.params import ParamsError, Range
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Range(1)]
 Decayed = Literal["weights", "all_but_vectors"]
 
@@ -24,6 +24,9 @@ class Optimisation:
     Attributes:
         images: budget, in images seen.
         batch_size: images a step.
+        micro_batches: equal parts of a batch whose gradients are averaged before the step, for the memory of one part.
+            A loss that is a mean over images has the gradient of the whole batch; one that contrasts images has only
+            the negatives of a part, and batch statistics (BatchNorm, DINO's centres) are a part's.
         lr: peak learning rate of AdamW, for this batch size.
         lr_multipliers: factor on `lr` by prefix of parameter name.
         final_lr_fraction: share of `lr` at the end of the cosine.
@@ -32,7 +35,10 @@ class Optimisation:
         decayed: what it acts on, see `parameter_groups`.
         betas: AdamW's moment decays.
         clip_norm: largest gradient norm of the whole model.
-        precision: bf16 = autocast with losses in fp32; falls back to fp32 on a CPU without bf16 instructions.
+        ema: decay, at every step, of an exponential moving average of the trained weights, in float32, from the first
+            weights on; it is what the run ends with. 0: none. Momentum teachers are not trained weights.
+        precision: bf16 or fp16 = autocast with losses in fp32, and for fp16 with the loss scaled; falls back to fp32 on
+            a CPU without instructions for it.
         checkpoint_images: images between two checkpoints.
         log_images: images between two rows of the curve.
         seed: of the weights, of the order and augmentation of the pairs, and of dropout.
@@ -40,6 +46,7 @@ class Optimisation:
 
     images: Positive
     batch_size: Positive
+    micro_batches: Positive
     lr: Annotated[float, Range(0, low_open=True)]
     lr_multipliers: dict[str, float]
     final_lr_fraction: Annotated[float, Range(0, 1)]
@@ -48,10 +55,22 @@ class Optimisation:
     decayed: Decayed
     betas: tuple[float, float]
     clip_norm: Annotated[float, Range(0, low_open=True)]
+    ema: Annotated[float, Range(0, 1)]
     precision: Precision
     checkpoint_images: Positive
     log_images: Positive
     seed: Annotated[int, Range(0)]
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.micro_batches:
+            raise ParamsError(
+                f"optimisation.micro_batches: {self.batch_size} images make no {self.micro_batches} equal parts"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of one of a batch's parts, which is what a loader makes."""
+        return self.batch_size // self.micro_batches
 
 
 def parameter_groups(
@@ -137,7 +156,10 @@ def lr_factor(images: int, *, budget: int, warmup: int, final_fraction: float) -
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """The precision that will run: bf16 on a CPU without bf16 instructions would be slower than fp32, so it is fp32."""
-    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "fp32"
-    return precision
+    """The precision that will run: one that a CPU has no instructions for would be slower than fp32, so it is fp32."""
+    native = {
+        "fp32": lambda: True,
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return precision if device.type != "cpu" or native[precision]() else "fp32"

@@ -5,7 +5,7 @@ written first, and removed last, so at every moment a JSON file stands beside a 
 newest pair that is intact.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.artifacts.files import atomic_json, atomic_write, read_json, sha256_file
 from pipeline.training.curve import Means
 from pipeline.training.distributed import leads, rank, ranks
+from pipeline.training.steps import Steps
 
 REMEDY = "Remove the folder to train from the start"
 
@@ -31,6 +32,8 @@ class RunState:
         seconds: of every process that worked on it.
         recent: the total since the checkpoint before.
         best: the least mean total between two checkpoints; None before the first.
+        skipped: steps whose gradients overflowed in fp16.
+        scaler: what the loss is scaled with in fp16; empty otherwise.
     """
 
     key: str
@@ -42,9 +45,11 @@ class RunState:
     seconds: float = 0.0
     recent: Means = field(default_factory=Means)
     best: float | None = None
+    skipped: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def save_state(folder: Path, state: RunState, model: nn.Module, optimiser: torch.optim.Optimizer, keep: int) -> None:
+def save_state(folder: Path, state: RunState, steps: Steps, keep: int) -> None:
     """Write the checkpoint that `restore_state` continues from; the newest `keep` stay.
 
     Every process calls it, for its random states; the first one writes.
@@ -54,10 +59,13 @@ def save_state(folder: Path, state: RunState, model: nn.Module, optimiser: torch
     random = _random_states()
     if not leads():
         return
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for name, parameter in _named(optimiser):
-        for slot, value in optimiser.state.get(parameter, {}).items():
+    state.scaler = steps.scaler.state_dict()
+    tensors = {f"model.{name}": value for name, value in steps.model.state_dict().items()}
+    for name, parameter in _named(steps.optimiser):
+        for slot, value in steps.optimiser.state.get(parameter, {}).items():
             tensors[f"optimiser.{name}|{slot}"] = value
+    for name, value in _averages(steps).items():
+        tensors[f"average.{name}"] = value
     tensors |= random
     # Clones: safetensors refuses tensors that share memory, and tied weights do.
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -73,8 +81,8 @@ def save_state(folder: Path, state: RunState, model: nn.Module, optimiser: torch
                 old.unlink()
 
 
-def restore_state(folder: Path, key: str, model: nn.Module, optimiser: torch.optim.Optimizer) -> RunState | None:
-    """The saved run with weights, optimiser and random states put back; None when there is nothing to continue.
+def restore_state(folder: Path, key: str, steps: Steps) -> RunState | None:
+    """The saved run with all that `steps` holds and the random states put back; None when there is nothing to continue.
 
     A checkpoint of another key, or one whose tensors are absent or damaged, is no start: an older one is, or training
     begins anew.
@@ -86,20 +94,24 @@ def restore_state(folder: Path, key: str, model: nn.Module, optimiser: torch.opt
     from safetensors.torch import load_file
 
     tensors = load_file(path)
-    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    steps.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
     slots: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimiser."):
             parameter, slot = name.removeprefix("optimiser.").rsplit("|", 1)
             slots.setdefault(parameter, {})[slot] = value
-    for name, parameter in _named(optimiser):
+    for name, parameter in _named(steps.optimiser):
         if name in slots:
-            optimiser.state[parameter] = {
+            steps.optimiser.state[parameter] = {
                 slot: value.to(parameter.device, copy=True) for slot, value in slots[name].items()
             }
+    for name, value in _averages(steps).items():
+        value.copy_(tensors[f"average.{name}"])
+    if saved["scaler"]:  # idle where this machine falls back to fp32
+        steps.scaler.load_state_dict(saved["scaler"])
     _set_random_states(tensors)
-    fields = {name: saved[name] for name in ("key", "step", "images", "curve", "failed", "seconds", "best")}
-    return RunState(**fields, means=Means.of_json(saved["means"]), recent=Means.of_json(saved["recent"]))
+    saved |= {name: Means.of_json(saved[name]) for name in ("means", "recent")}
+    return RunState(**{field.name: saved[field.name] for field in fields(RunState)})
 
 
 def _intact(path: Path, key: str) -> tuple[Path, dict[str, Any]] | None:
@@ -108,6 +120,10 @@ def _intact(path: Path, key: str) -> tuple[Path, dict[str, Any]] | None:
     if saved["key"] != key or not tensors.is_file() or sha256_file(tensors) != saved["sha256"]:
         return None
     return tensors, saved
+
+
+def _averages(steps: Steps) -> dict[str, Tensor]:
+    return steps.average.values if steps.average else {}
 
 
 def _named(optimiser: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:

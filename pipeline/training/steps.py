@@ -1,4 +1,4 @@
-"""One optimiser step at a time: forward, backward, clipping, update, and what they measured."""
+"""One optimiser step at a time: forward and backward over the parts of a batch, clipping, update, and the measures."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.training import distributed
+from pipeline.training.average import Average
 from pipeline.training.optimiser import Optimisation, Precision, lr_factor
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`step` counts finished optimiser steps, `images` the images seen with the current batch, of `budget`."""
+    """`step` counts finished optimiser steps, `images` those seen with the current part of a batch, of `budget`."""
 
     step: int
     images: int
@@ -49,10 +51,15 @@ class NonFiniteLoss(RuntimeError):
 Hook = Callable[[Progress], None]
 Loss = Callable[[Any, Progress], dict[str, Tensor]]
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(slots=True, kw_only=True)
 class Steps:
-    """The steps of one `fit`; its arguments are those of `fit`, with the optimiser and the precision that will run."""
+    """The steps of one `fit`; its arguments are those of `fit`, with the optimiser and the precision that will run.
+
+    `scaler` multiplies losses for fp16 and is idle otherwise; `average` is None where `optimisation.ema` is 0.
+    """
 
     model: nn.Module
     loss: Loss
@@ -60,55 +67,94 @@ class Steps:
     optimisation: Optimisation
     precision: Precision
     device: torch.device
-    before_step: Hook | None = None
     after_step: Hook | None = None
+    scaler: torch.amp.GradScaler = field(init=False)
+    average: Average | None = field(init=False)
 
-    def step(self, loaded: Loaded, done: int) -> dict[str, float]:
-        """Forward, backward, update; returns every term, the learning rate and the gradient's norm.
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.average = Average(self.model, self.optimisation.ema) if self.optimisation.ema else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state of the model that the run is for: with the averages, where there are any."""
+        return self.average.state() if self.average else self.model.state_dict()
+
+    def step(self, batches: Iterator[Loaded], done: int) -> tuple[dict[str, float], Loaded]:
+        """Forward and backward over the next batch, a part at a time, and an update.
+
+        Returns every term (its mean over the parts), the learning rate and the gradient's norm; and the last part, with
+        the failures of all. Where fp16 is asked for also `loss_scale`, and `skipped`: 1 where a gradient overflowed at
+        that scale, so that nothing was updated (its norm counts as 0) and the next scale is smaller; else 0.
 
         The device is waited for once, after everything was asked of it.
 
         Raises:
-            NonFiniteLoss: the weights are spoiled; the last checkpoint is not.
+            NonFiniteLoss: the weights are spoiled; the last checkpoint is not. Also where gradients overflow unscaled.
         """
+        settings, scale = self.optimisation, self.scaler.get_scale()
+        self.optimiser.zero_grad(set_to_none=True)
+        terms: dict[str, list[Tensor]] = {}
+        uids, failures = [], []
+        for part in range(1, settings.micro_batches + 1):
+            loaded = next(batches)
+            batch = loaded.batch.to(self.device)
+            with distributed.averaging(self.loss, part == settings.micro_batches):
+                found = self._forward(batch, Progress(done, loaded.position, settings.images))
+                self.scaler.scale(found["total"] / settings.micro_batches).backward()
+            for name, value in found.items():
+                terms.setdefault(name, []).append(value.detach().double())
+            uids += batch.uids
+            failures += loaded.failures
+        rate, norm = self._update(loaded.position)
+        if self.after_step:
+            self.after_step(Progress(done + 1, loaded.position, settings.images))
+        if self.average:
+            self.average.follow()
+        means = [torch.stack(values).mean() for values in terms.values()]
+        *measured, size = torch.stack([*means, norm.double()]).tolist()
+        skipped = self.scaler.get_scale() < scale
+        values = dict(zip(terms, measured, strict=True))
+        values |= {"lr": rate, "grad_norm": 0.0 if skipped and scale > 1 else size}
+        _demand_finite(values, uids, done)
+        if settings.precision == "fp16":
+            values |= {"loss_scale": scale, "skipped": float(skipped)}
+        return values, Loaded(loaded.batch, loaded.position, failures)
+
+    def _forward(self, batch: Any, progress: Progress) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
+            return self.loss(batch, progress)
+
+    def _update(self, position: int) -> tuple[float, Tensor]:
+        """Clip and update at that position; the learning rate, and the gradient's norm before clipping."""
         settings = self.optimisation
-        progress = Progress(done, loaded.position, settings.images)
         factor = lr_factor(
-            loaded.position,
+            position,
             budget=settings.images,
             warmup=settings.warmup_images,
             final_fraction=settings.final_lr_fraction,
         )
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        if self.before_step:
-            self.before_step(progress)
-        batch = loaded.batch.to(self.device)
-        self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            terms = self.loss(batch, progress)
-        terms["total"].backward()
+        self.scaler.unscale_(self.optimiser)
         trained = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
-        self.optimiser.step()
-        if self.after_step:
-            self.after_step(Progress(done + 1, loaded.position, settings.images))
-        measured = torch.stack([value.detach().double() for value in (*terms.values(), norm)]).tolist()
-        values = dict(zip((*terms, "grad_norm"), measured, strict=True))
-        _demand_finite(values, batch.uids, done)
-        return {**{name: values[name] for name in terms}, "lr": settings.lr * factor, "grad_norm": values["grad_norm"]}
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return settings.lr * factor, norm
 
 
-def counted_step(steps: Steps, loaded: Loaded, done: int, *, count: bool) -> tuple[dict[str, float], float]:
+def counted_step(
+    steps: Steps, batches: Iterator[Loaded], done: int, *, count: bool
+) -> tuple[dict[str, float], Loaded, float]:
     """A step and, where wanted, the operations of its matrix products and convolutions on this process, else 0.
 
     Compiled blocks run uncompiled in a counted step, since a compiler hides their operations.
     """
     if not count:
-        return steps.step(loaded, done), 0.0
+        return *steps.step(batches, done), 0.0
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        values = steps.step(loaded, done)
-    return values, float(counter.get_total_flops())
+        values, loaded = steps.step(batches, done)
+    return values, loaded, float(counter.get_total_flops())
 
 
 def _demand_finite(values: dict[str, float], uids: list[str], done: int) -> None:

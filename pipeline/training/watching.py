@@ -1,19 +1,22 @@
-"""Who watches a run: a progress line, a log with times, DVCLive, TensorBoard, and pictures of what the model sees.
+"""Who watches a run: a progress line, a log with times, DVCLive, TensorBoard, W&B, and pictures of what the model sees.
 
 None of it touches weights, random states or the curve. In a run of several processes the first one writes.
 """
 
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts.files import BadInput
+from pipeline.machine import WandbMode
 from pipeline.training.distributed import leads
 from pipeline.training.pictures import save_regions
 
@@ -25,17 +28,28 @@ class Watch:
     """Everything that is told of a run's rows and checkpoints."""
 
     def __init__(
-        self, name: str, rows: Sequence[Row], *, log: Path, live: Path | None, board: Path | None, pictures: Path | None
+        self,
+        name: str,
+        key: str,
+        rows: Sequence[Row],
+        *,
+        log: Path,
+        live: Path | None,
+        board: Path | None,
+        wandb: WandbMode,
+        pictures: Path | None,
     ) -> None:
         """`rows`: the curve so far; the others as in `Run`."""
         self._name, self._pictures, self._quiet = name, pictures, not leads()
         self._pixels: Tensor | None = None
         self._log: TextIO | None = None
-        self._plots: list[LivePlot | Board] = []
+        self._plots: list[LivePlot | Board | Wandb] = []
         if self._quiet:
             return
         if board is not None:
             self._plots.append(Board(board))
+        if wandb != "no":
+            self._plots.append(Wandb(f"{name}-{key}", log.parent, wandb, self.say))
         if live is not None:
             known = _rates(log)
             self._plots.append(LivePlot(live, [row | known.get(int(row["step"]), {}) for row in rows]))
@@ -126,6 +140,36 @@ class Board:
     def close(self) -> None:
         """Finish the files."""
         self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, a point per image seen; one that goes on has the name of the one before."""
+
+    def __init__(self, name: str, folder: Path, mode: Literal["offline", "online"], say: Callable[[str], None]) -> None:
+        """Its files lie in FOLDER/wandb. Without a key or a network it is an offline one, and `say` is told why."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # an offline run, too, would ask the network
+        try:
+            import wandb
+        except ImportError as error:
+            raise BadInput("machine.yaml", "wandb: it is not installed", "`pip install wandb`") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        quiet = wandb.Settings(console="off", silent=True)
+        begin = partial(wandb.init, project="tessera", id=name, name=name, dir=folder, resume="allow", settings=quiet)
+        try:
+            self._run: Any = begin(mode=mode)
+        except wandb.Error as error:
+            say(f"Weights & Biases goes on offline, `wandb sync` uploads it later: {error}")
+            self._run = begin(mode="offline")
+        self._run.define_metric("*", step_metric="images")
+
+    def log(self, row: Row, counts: Mapping[str, list[float]]) -> None:
+        """A point of every curve; counts each under its number."""
+        bars = {f"{name}/{number}": value for name, values in counts.items() for number, value in enumerate(values)}
+        self._run.log({**row, **bars})
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._run.finish()
 
 
 def _rates(log: Path) -> dict[int, Row]:
