@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pipeline.artifacts.files import BadInput
 from pipeline.machine import Machine
@@ -108,8 +109,9 @@ def cluster(runner: str, machine: Machine) -> Iterator[str]:
 
         # one task at a time in each process, no page on the network
         options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "host": LOOPBACK}
-        with LocalCluster(n_workers=machine.workers, **options) as started:
-            yield str(started.scheduler_address)
+        cluster: Any = LocalCluster(n_workers=machine.workers, **options)
+        with cluster:
+            yield str(cluster.scheduler_address)
     else:
         os.environ.update(RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))  # for the head, and for those who ask it
         with TemporaryDirectory(prefix="tessera-ray-", ignore_cleanup_errors=True) as folder:
