@@ -13,6 +13,11 @@ from jaxtyping import install_import_hook
 # Before any test imports `pipeline`: every annotated shape is then checked at run time.
 install_import_hook("pipeline", "typechecker.check")
 
+from pipeline.serving import RAY  # noqa: E402
+
+# img2dataset imports Ray, which reads its environment once: tests that download would decide for those with a cluster.
+os.environ.update(RAY)
+
 REPO = Path(__file__).resolve().parent.parent
 
 
