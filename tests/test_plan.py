@@ -18,7 +18,7 @@ from pipeline.engine import run
 from pipeline.evaluation.stage import evaluate_all
 from pipeline.machine import Machine
 from pipeline.nn.bert import Bert
-from pipeline.nn.text import TextTransformer, Vocabulary
+from pipeline.nn.text import TextSizes, TextTransformer, Vocabulary
 from pipeline.planning import amounts, disk, record, vocabulary
 from pipeline.planning.estimate import Estimate, by_workers, estimates
 from pipeline.planning.rehearsal import LAUNCH, Rehearsal
@@ -172,17 +172,14 @@ def test_a_table_of_seen_tokens_is_counted_over_the_whole_list(tmp_path):
     assert vocabulary.count(project(tmp_path, "cc12m"), 1.0) == 0
 
 
-@pytest.mark.parametrize(
-    ("tower", "settings"),
-    [
-        (TextTransformer, {"context_length": 8, "out_dim": None, "pooling": "eos"}),
-        (Bert, {"positions": 8, "dropout": 0.0}),
-    ],
-)
-def test_a_model_s_table_has_a_row_for_each_token_and_one_for_the_others(tmp_path, tower, settings):
-    known = Vocabulary.of(torch.tensor([5, 7, 7, 9]), vocab_size=64)
-    sizes = {"vocab_size": 64, "width": 16, "layers": 1, "heads": 2, "end_token": 63}
-    text = tower(**sizes, **settings, vocabulary=known)
+@pytest.mark.parametrize("kind", [TextTransformer, Bert])
+def test_a_model_s_table_has_a_row_for_each_token_and_one_for_the_others(tmp_path, kind):
+    ids = {"vocab_size": 64, "end_token": 63, "vocabulary": Vocabulary.of(torch.tensor([5, 7, 7, 9]), vocab_size=64)}
+    if kind is Bert:
+        text = Bert(positions=8, width=16, layers=1, heads=2, dropout=0.0, **ids)
+    else:
+        sizes = TextSizes(context_length=8, width=16, layers=1, heads=2, pooling="eos")
+        text = TextTransformer(sizes, out_dim=None, **ids)
     save_file({f"text.{name}": value for name, value in text.state_dict().items()}, tmp_path / "model.safetensors")
     assert vocabulary.table(tmp_path / "model.safetensors") == (3, 64)
     save_file({"text.norm.weight": torch.ones(4)}, tmp_path / "other.safetensors")
