@@ -270,7 +270,7 @@ def test_the_command_prints_every_stage_measures_once_and_exits_with_the_verdict
     assert call() == 0
     printed = capsys.readouterr().out
     assert (
-        "12,600" in next(line for line in printed.splitlines() if line.startswith("scenes"))
+        "12,900" in next(line for line in printed.splitlines() if line.startswith("scenes"))
         and "note: a note" in printed
         and "disk: fits" in printed
     )
