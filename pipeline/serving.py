@@ -65,6 +65,7 @@ def prefect_server(home: Path, environ: Mapping[str, str]) -> Iterator[str]:
         _await(server, address, log)
         yield address
     finally:
+        _deliver()
         _stop(server)
 
 
@@ -157,6 +158,14 @@ def _await(server: subprocess.Popen, address: str, log: Path) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(POLL_SECONDS)
     raise BadInput(log, "the Prefect server did not start", "Its last lines say why")
+
+
+def _deliver() -> None:
+    """Send what Prefect in this process holds for its server (task runs, logs), which else it tries for ever."""
+    if "prefect.events.worker" in sys.modules:
+        from prefect.events.worker import EventsWorker
+
+        EventsWorker.drain_all(timeout=STOP_SECONDS)  # of all its queues, whatever the class
 
 
 def _stop(server: subprocess.Popen) -> None:

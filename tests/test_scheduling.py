@@ -5,15 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect_api import asked, await_task_runs
 from toy_stage import project
 
 from pipeline import serving
@@ -24,7 +22,6 @@ from pipeline.source_code import REPO
 
 pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own
 
-BUSY = 60  # times that a request is sent again because Prefect's scheduler holds the database
 CHAIN = """
 stages:
   first:
@@ -59,30 +56,6 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def asked(address: str, path: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(
-        f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    for _ in range(BUSY):
-        try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-                return json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            if error.code != 503:
-                raise
-            time.sleep(1)
-    raise TimeoutError(f"{path}: the server's database stayed busy")
-
-
-def recorded(address: str, task: str, runs: int) -> bool:
-    """Whether the server has so many runs of a task, which it writes down some time after they ended."""
-    for _ in range(BUSY):
-        if asked(address, "task_runs/count", {"task_runs": {"name": {"like_": task}}}) >= runs:
-            return True
-        time.sleep(1)
-    return False
-
-
 def tables(address: str) -> list[list[dict[str, Any]]]:
     found = asked(address, "artifacts/filter", {"artifacts": {"key": {"any_": ["tessera-miou"]}}})
     return [json.loads(artifact["data"]) for artifact in found]
@@ -98,7 +71,7 @@ def test_every_stage_is_a_task_and_the_scores_an_artifact_of_each_run(checkout, 
     assert schedule.run(now, project(checkout)) == 0
     assert len(tables(server)) == 2 and (checkout / "ran").read_text().split() == ["one", "two"], "up to date"
     for name in ("first", "evaluate", "publish_scores"):
-        assert recorded(server, name, 2), name
+        await_task_runs(server, name, 2)
     (checkout / "given").write_text("changed")
     (checkout / "broken").touch()
     with pytest.raises(BadInput, match="stage evaluate ended with exit status"):
