@@ -28,18 +28,17 @@ def slow_direction(queries, candidates, scale, targets):
 def test_equals_the_loops(texts):
     image, text = unit(5, 8, 0), unit(5, 8, 1)
     token_ids = torch.tensor(texts)[:, None] * torch.ones(1, 3, dtype=torch.int64)
-    targets = same_text(token_ids)
-    terms = info_nce(image, text, torch.tensor(7.0), targets=targets)
+    targets = same_text(token_ids, token_ids)
+    terms = info_nce(image, text, torch.tensor(7.0), token_ids)
     assert terms.image_to_text.item() == pytest.approx(slow_direction(image, text, 7.0, targets), abs=1e-5)
     assert terms.text_to_image.item() == pytest.approx(slow_direction(text, image, 7.0, targets), abs=1e-5)
 
 
 def test_distinct_texts_mean_the_diagonal():
     image, text = unit(4, 8, 0), unit(4, 8, 1)
-    targets = same_text(torch.arange(4)[:, None])
     torch.testing.assert_close(
         tuple(info_nce(image, text, torch.tensor(5.0))),
-        tuple(info_nce(image, text, torch.tensor(5.0), targets=targets)),
+        tuple(info_nce(image, text, torch.tensor(5.0), torch.arange(4)[:, None])),
     )
 
 

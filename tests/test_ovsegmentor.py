@@ -109,7 +109,7 @@ def batch(tower: ovsegmentor.OVSegmentor, *, partners: bool = False) -> EntityBa
     rows = [prepare(sample(number), rng) for number, rng in enumerate(rngs)]
     if partners:
         rows = [
-            replace(row, partner=(rows[(i + 1) % 6].picture, "dog") if NAMED[i] else None) for i, row in enumerate(rows)
+            replace(row, partner=(rows[(i + 1) % 6].picture, DOG) if NAMED[i] else None) for i, row in enumerate(rows)
         ]
     return collate(rows, [f"{number:016x}" for number in range(len(rows))]).to("cpu")
 
@@ -302,6 +302,26 @@ def test_a_batch_without_any_match_is_trained():
     rows.masked_ids = rows.token_ids
     terms = tower.loss(rows)
     assert terms["mask"] == 0 and torch.isfinite(terms["total"])
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_frozen_bert_reads_each_entity_once(freeze, monkeypatch):
+    tower = model(text={"dropout": 0.5}, consistency={"freeze_text": freeze})
+    tower.begin_mask_phase()
+    read = []
+    states = tower.text.states
+    monkeypatch.setattr(tower.text, "states", lambda ids: (read.append(ids), states(ids))[1])
+    classes = torch.tensor([DOG, BUS, DOG])
+    once, again = tower._entity_states(classes), tower._entity_states(classes)
+    assert tower.text.training and len(read) == (1 if freeze else 2)
+    assert torch.equal(once, again) == freeze and once.requires_grad is False
+    if freeze:
+        tower.text.eval()
+        ids = tower.tokenizer(["A photo of dog", "A photo of bus"])
+        torch.testing.assert_close(once[[0, 1], 0], states(ids)[:, 0])
+    tower.begin_mask_phase()
+    tower._entity_states(classes)
+    assert len(read) == (2 if freeze else 3), "a phase begins with the weights that it finds"
 
 
 @pytest.mark.parametrize("change", [{"symmetric": True}, {"kind": "groups"}, {"rest": "drop", "dice": "per_mask"}])

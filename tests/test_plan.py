@@ -149,18 +149,29 @@ def test_the_rehearsal_says_within_20_percent_what_a_run_then_writes(rehearsed):
     assert found["encoders.dino"].images == 64 and found["encoders.dino"].written > 10_000
 
 
-def test_workers_are_launched_once_a_stage_of_several_shards(rehearsed):
+def test_every_worker_of_a_stage_of_several_shards_starts_once(rehearsed):
     chosen, rehearsal = rehearsed
     measured = {name: rehearsal.measured[name] for name in ("scenes", "download", "filter", "index")}
     amount = amounts.of_download(chosen)
     without = estimates(chosen, measured, amount)
-    measured[LAUNCH] = Measured((sample(0, 3.0),))
-    assert estimates(chosen, measured, amount) == without, "the runner is inline"
+    launches = {f"{LAUNCH}.{name}": Measured((sample(0, 3.0),)) for name in measured}
+    assert estimates(chosen, measured | launches, amount) == without, "the runner is inline"
     shared = Project(chosen.root, chosen.params, replace(MACHINE, runner="process"))
-    found = estimates(shared, measured, amount)
-    added = {name: found[name].core_seconds - without[name].core_seconds for name in found}
-    assert added == pytest.approx({"scenes": 3.0, "download": 3.0, "filter": 3.0, "index": 0.0})
-    assert rehearsal.measured[LAUNCH].largest.seconds > 0
+    found = estimates(shared, measured | launches, amount)
+    for name, one in measured.items():
+        start = one.start("core_seconds")
+        expected = start if name == "index" else 3.0
+        assert found[name].core_seconds - without[name].core_seconds == pytest.approx(expected - start), name
+        assert found[name].seconds > expected
+
+
+def test_a_launch_is_measured_where_workers_are_processes(tmp_path):
+    rehearsal = Rehearsal(project(tmp_path / "real", "tiny"), tmp_path / "rehearsal", 0.1)
+    rehearsal.real = replace(rehearsal.real, machine=replace(MACHINE, runner="process"))
+    chosen = rehearsal._checkout(0, 4)
+    rehearsal._shards("scenes", [chosen])
+    launch = rehearsal.measured[f"{LAUNCH}.scenes"].largest
+    assert launch.rows == 4 and launch.seconds > 0.5 and launch.core_seconds > 0.5, "processes with torch"
 
 
 def test_a_table_of_seen_tokens_is_counted_over_the_whole_list(tmp_path):

@@ -24,7 +24,7 @@ from pipeline.nn.text import inside_text
 from pipeline.text.entities import Vocabulary
 from pipeline.text.mask_tokens import MaskTokenizer
 from pipeline.text.masking import Masked, Strip, Target, mask_caption
-from pipeline.text.prompts import entity_answer, entity_prompt, noun_prompts
+from pipeline.text.prompts import entity_answer, noun_prompts
 
 # What the text side learns beside the caption's contrast; Table 4 of OVSegmentor.
 Completion = Literal["all", "one", "nouns", "multi_label", "mlm", "mlm_without_groups", "none"]
@@ -37,8 +37,8 @@ class EntityBatch:
 
     pixels, partner_pixels: ImageNet-normalised. token_ids: the caption; masked_ids: with masks; answer_ids: the
     sentence that names what is behind them. mask_classes: the class behind each mask token, -1 elsewhere. prompt_ids:
-    the k-th entity prompt of image i at [k, i]. entity_ids: "A photo of <the shared entity>". paired: False where there
-    is no partner; the row's own image stands there.
+    the k-th entity prompt of image i at [k, i]. entities: class of the entity that row and partner share. paired: False
+    where there is no partner; the row's own image stands there, and class 0.
     """
 
     pixels: Float[Tensor, "batch 3 height width"]
@@ -49,7 +49,7 @@ class EntityBatch:
     mask_classes: Int64[Tensor, "batch masked"] | None = None
     prompt_ids: Int64[Tensor, "prompts batch prompt"] | None = None
     partner_pixels: Float[Tensor, "batch 3 height width"] | None = None
-    entity_ids: Int64[Tensor, "batch entity"] | None = None
+    entities: Int64[Tensor, " batch"] | None = None
     paired: Bool[Tensor, " batch"] | None = None
 
     def to(self, device: torch.device | str) -> "EntityBatch":
@@ -67,14 +67,14 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class PreparedEntities:
-    """One sample's view. `partner`: its picture and the shared entity's name; `answer` is a sentence."""
+    """One sample's view. `partner`: its picture and the class of the shared entity; `answer` is a sentence."""
 
     picture: Picture
     caption: str
     masked: Masked | None
     answer: str
     prompts: list[str]
-    partner: tuple[Picture, str] | None
+    partner: tuple[Picture, int] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +107,8 @@ class EntityTransform:
         partner = None if self.partners is None else self.partners.draw(sample, rng)
         return PreparedEntities(picture, caption, masked, answer, words, partner and self._partner(partner, rng))
 
-    def _partner(self, partner: Partner, rng: np.random.Generator) -> tuple[Picture, str]:
-        return self._view(partner.image, rng), self.vocabulary.classes[partner.entity]
+    def _partner(self, partner: Partner, rng: np.random.Generator) -> tuple[Picture, int]:
+        return self._view(partner.image, rng), partner.entity
 
     def _view(self, image: Image.Image, rng: np.random.Generator) -> Picture:
         side = self.views.image_size
@@ -147,9 +147,9 @@ class EntityCollate:
             flat = self._ids([item.prompts[number] for number in range(count) for item in prepared])
             others["prompt_ids"] = flat.unflatten(0, (count, len(prepared)))
         if self.partners:
-            partners = [item.partner or (item.picture, "") for item in prepared]
+            partners = [item.partner or (item.picture, 0) for item in prepared]
             pixels["partner_pixels"] = _stack([picture for picture, _ in partners])
-            others["entity_ids"] = self._ids([entity_prompt(name) for _, name in partners])
+            others["entities"] = torch.tensor([entity for _, entity in partners])
             others["paired"] = torch.tensor([item.partner is not None for item in prepared])
         return Packed(EntityBatch, pixels, others)
 

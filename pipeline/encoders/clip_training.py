@@ -18,7 +18,7 @@ from pipeline.datasets.pairs import Shuffle
 from pipeline.datasets.transforms import ViewConfig
 from pipeline.encoders.small_clip import ClipArchitecture, SmallClip
 from pipeline.interfaces import TrainBatch
-from pipeline.losses.contrastive import ContrastiveLoss, same_text
+from pipeline.losses.contrastive import ContrastiveLoss
 from pipeline.params import Range
 from pipeline.training import Optimisation, Progress
 
@@ -83,15 +83,17 @@ class ClipTraining(nn.Module):
 
     def _texts(
         self, token_ids: Int64[Tensor, "batch length"]
-    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch batch"]]:
-        """Unit vectors of the texts, and which of them are equal."""
-        return self.clip.embed_ids(token_ids), same_text(token_ids)
+    ) -> tuple[Float[Tensor, "batch dim"], Int64[Tensor, "batch length"]]:
+        """Unit vectors of the texts, and the tokens, which say what texts are equal."""
+        return self.clip.embed_ids(token_ids), token_ids
 
     def _contrast(
-        self, image: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"], equal: Float[Tensor, "batch batch"]
+        self,
+        image: Float[Tensor, "batch dim"],
+        texts: Float[Tensor, "batch dim"],
+        token_ids: Int64[Tensor, "batch length"],
     ) -> Float[Tensor, ""]:
-        terms = self.contrast(image, texts, equal)
-        return terms.image_to_text + terms.text_to_image
+        return self.contrast(image, texts, token_ids).loss(halved=False)
 
     @torch.no_grad()
     def finished(self) -> SmallClip:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from pipeline.losses.parts import over_parts
+
 # Turns the rows of this process into the rows of every process, with the position of the first own row among them.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 # How the inverse temperature stays below its cap: see `Temperature`.
@@ -40,26 +42,27 @@ def own_rows(rows: Tensor) -> tuple[Tensor, int]:
     return rows, 0
 
 
-def same_text(token_ids: Int64[Tensor, "rows length"]) -> Float[Tensor, "rows rows"]:
+def same_text(token_ids: Int64[Tensor, "rows length"], among: Int64[Tensor, "all length"]) -> Float[Tensor, "rows all"]:
     """Targets that treat rows with the same text as one another's positives; every row sums to 1.
 
     With short prompts ("a photo of a dog") a batch holds many equal texts; plain InfoNCE would push their images apart.
     """
-    equal = (token_ids[:, None] == token_ids[None]).all(dim=-1).float()
+    equal = (token_ids[:, None] == among[None]).all(dim=-1).float()
     return equal / equal.sum(dim=1, keepdim=True)
 
 
+@over_parts
 def info_nce(
     image: Float[Tensor, "rows dim"],
     text: Float[Tensor, "rows dim"],
     scale: Float[Tensor, ""],
+    token_ids: Int64[Tensor, "rows length"] | None = None,
     *,
-    targets: Float[Tensor, "rows all"] | None = None,
     gather: Gather = own_rows,
 ) -> ContrastiveTerms:
     """Cross-entropy of each image among the texts and of each text among the images.
 
-    `scale` multiplies cosines. `targets` (rows sum to 1) replaces the diagonal, in both directions. The arithmetic is
+    `scale` multiplies cosines. With `token_ids` equal texts are right as well, in both directions. The arithmetic is
     fp32 whatever the autocast state. Source: S-Seg Eq. 1, 2 and the sum below them.
     Deviates: CLIP (Fig. 3) halves that sum.
     """
@@ -69,12 +72,14 @@ def info_nce(
         all_texts, _ = gather(text)
         image_logits = scale * image @ all_texts.T
         text_logits = scale * text @ all_images.T
-        if targets is None:
-            labels = torch.arange(len(image), device=image.device) + first
-            return ContrastiveTerms(F.cross_entropy(image_logits, labels), F.cross_entropy(text_logits, labels))
-        return ContrastiveTerms(F.cross_entropy(image_logits, targets), F.cross_entropy(text_logits, targets))
+        if token_ids is None:
+            right = torch.arange(len(image), device=image.device) + first
+        else:
+            right = same_text(token_ids, gather(token_ids)[0])
+        return ContrastiveTerms(F.cross_entropy(image_logits, right), F.cross_entropy(text_logits, right))
 
 
+@over_parts
 def multi_label(
     image: Float[Tensor, "rows dim"],
     prompts: Float[Tensor, "rows prompts dim"],
@@ -144,7 +149,7 @@ class ContrastiveLoss(Temperature):
         self,
         image: Float[Tensor, "rows dim"],
         text: Float[Tensor, "rows dim"],
-        targets: Float[Tensor, "rows all"] | None = None,
+        token_ids: Int64[Tensor, "rows length"] | None = None,
     ) -> ContrastiveTerms:
-        """The two directions for unit vectors `image` and `text`."""
-        return info_nce(image, text, self.capped(), targets=targets, gather=self.gather)
+        """The two directions for unit vectors `image` and `text`; see `info_nce`."""
+        return info_nce(image, text, self.capped(), token_ids, gather=self.gather)

@@ -13,8 +13,38 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from pipeline.losses.contrastive import Gather, own_rows
+from pipeline.losses.parts import over_parts
+
 Direction = Literal["noun_to_region", "region_to_noun", "both"]
 Form = Literal["log", "printed"]
+
+
+@over_parts
+def loss(
+    nouns: Float[Tensor, "nouns dim"],
+    counts: Int64[Tensor, " pictures"],
+    regions: Float[Tensor, "pictures regions dim"],
+    present: Bool[Tensor, "pictures regions"],
+    scale: Float[Tensor, ""],
+    *,
+    direction: Direction,
+    form: Form,
+    gather: Gather = own_rows,
+) -> Float[Tensor, ""]:
+    """Nouns, `counts` of each picture's caption one after the other, against regions; the mean of both directions.
+
+    `present`: regions that the picture has. Source: Eq. 1 to 3, Table 5.
+    """
+    regions, nouns, counts = gather(regions)[0], gather(nouns)[0], gather(counts)[0]
+    present, captions = gather(present.byte())[0].bool(), len(regions)
+    owner = torch.arange(captions, device=counts.device).repeat_interleave(counts)
+    scores = []
+    if direction != "region_to_noun":
+        scores.append(noun_to_region(nouns, owner, regions, present, captions).scores)
+    if direction != "noun_to_region":
+        scores.append(region_to_noun(nouns, owner, regions, present, captions))
+    return torch.stack([contrast(found, scale, form) for found in scores]).mean()
 
 
 class Matches(NamedTuple):

@@ -14,7 +14,7 @@ from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
 from pipeline.planning.amounts import Amount, Scored, of_benchmarks
 from pipeline.planning.rehearsal import IMAGES, LAUNCH, block_of, optimisations, padded
-from pipeline.planning.samples import Measured, Sample
+from pipeline.planning.samples import Measured
 from pipeline.planning.scoring import EVALUATE, LABELS, STUDENT, pictures
 from pipeline.project import Project
 
@@ -71,10 +71,10 @@ class Estimate:
 def estimates(project: Project, measured: Mapping[str, Measured], amount: Amount) -> dict[str, Estimate]:
     """An estimate for each stage that was rehearsed, in the order of the chain."""
     found: dict[str, Estimate] = {}
-    launch = measured[LAUNCH].largest if LAUNCH in measured and project.machine.runner == "process" else None
     for name in chain.SHARD_STAGES:
         if name in measured:
-            found[name] = _launched(_of_shards(name, project, measured[name], amount, found), launch)
+            launch = measured.get(f"{LAUNCH}.{name}") if project.machine.runner == "process" else None
+            found[name] = _of_shards(name, project, measured[name], launch, amount, found)
     scored = _benchmarks(project, found)
     for name in measured:
         kind, _, rest = name.partition(".")
@@ -87,14 +87,6 @@ def estimates(project: Project, measured: Mapping[str, Measured], amount: Amount
         if pairs:
             found[f"{EVALUATE}.{benchmark}"] = _of_evaluation(benchmark, project, pairs, amounts)
     return found
-
-
-def _launched(estimate: Estimate, launch: Sample | None) -> Estimate:
-    """With the start of the workers; a single shard stays in the stage's own process."""
-    if launch is None or estimate.shards < 2:
-        return estimate
-    cores = estimate.core_seconds + launch.core_seconds
-    return replace(estimate, seconds=estimate.seconds + launch.seconds, core_seconds=cores)
 
 
 def _benchmarks(project: Project, found: Mapping[str, Estimate]) -> dict[str, Scored]:
@@ -128,15 +120,17 @@ def _of_labels(name: str, measured: Measured, scored: Mapping[str, Scored]) -> E
 
 
 def _of_evaluation(benchmark: str, project: Project, pairs: Sequence[Measured], amounts: Scored) -> Estimate:
-    """All pairs of a benchmark, as many at once as the machine has threads; a drawn image is answered once more."""
+    """All pairs of a benchmark, as many at once as the machine has threads; a drawn image is answered once more.
+
+    The longest pair alone is the least that it takes.
+    """
     config = project.config(EVALUATE, Evaluation)
     answered = amounts.test + pictures(config, amounts.test)
     written = Counter[str]()
     for one in pairs:
         written.update(one.largest.bytes)
 
-    def total(name: str) -> float:
-        return sum(one.line(name)(answered, 1) for one in pairs)
+    seconds = [one.line("seconds")(answered, 1) for one in pairs]
 
     return Estimate(
         name=f"{EVALUATE}.{benchmark}",
@@ -147,15 +141,21 @@ def _of_evaluation(benchmark: str, project: Project, pairs: Sequence[Measured], 
         written=sum(written.values()),
         by_kind=dict(written),
         files=sum(one.largest.files for one in pairs),
-        seconds=total("seconds") / min(project.machine.threads, len(pairs)),
-        core_seconds=total("core_seconds"),
+        seconds=max(sum(seconds) / min(project.machine.threads, len(pairs)), *seconds),
+        core_seconds=sum(one.line("core_seconds")(answered, 1) for one in pairs),
         flops=sum(one.flops_per_row for one in pairs) * answered,
     )
 
 
 def _of_shards(
-    name: str, project: Project, measured: Measured, amount: Amount, found: Mapping[str, Estimate]
+    name: str,
+    project: Project,
+    measured: Measured,
+    launch: Measured | None,
+    amount: Amount,
+    found: Mapping[str, Estimate],
 ) -> Estimate:
+    """Every worker starts once; a single shard stays in the stage's own process."""
     rows, shards = _rows(name, project, amount, found)
     worked = min(rows, project.params["codebook"]["sample_images"]) if name == "codebook" else rows
     largest = measured.largest
@@ -165,8 +165,12 @@ def _of_shards(
     size = measured.line("size", "padded")(min(worked, out) if name == "codebook" else chunked, shards)
     written = {kind: round(size * part / max(largest.size, 1)) for kind, part in largest.bytes.items()}
     read = sum(_bytes(found[above], kind) for above, kind in READS.get(name, ()) if above in found)
-    seconds = measured.start("seconds") + measured.line("seconds")(worked, shards)
-    cores = measured.start("core_seconds") + measured.line("core_seconds")(worked, shards)
+    seconds, cores = (measured.line(name)(worked, shards) for name in ("seconds", "core_seconds"))
+    if launch is None or shards < 2:
+        start, start_cores = measured.start("seconds"), measured.start("core_seconds")
+    else:
+        start = max(0.0, launch.largest.seconds - measured.line("seconds")(launch.largest.rows, 1))
+        start_cores = launch.largest.core_seconds
     return Estimate(
         name=name,
         images=rows,
@@ -176,8 +180,8 @@ def _of_shards(
         written=sum(written.values()),
         by_kind=written,
         files=_files(name, project, measured, shards),
-        seconds=by_workers(seconds, cores, shards, project.machine),
-        core_seconds=cores,
+        seconds=start + by_workers(seconds, cores, shards, project.machine),
+        core_seconds=start_cores + cores,
         flops=measured.flops_per_row * rows,
     )
 

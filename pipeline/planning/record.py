@@ -19,14 +19,23 @@ from pipeline.planning.rehearsal import Rehearsal
 from pipeline.planning.samples import Measured, Sample
 from pipeline.project import Project
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def fingerprint(project: Project, seconds: float) -> str:
     """Digest of what decides the measurement, as far as it is known beforehand."""
     machine = project.machine
     tags = {name: chain.shard_stage(name).code_tag for name in chain.SHARD_STAGES}
-    decisive = [SCHEMA, machine.device, machine.threads, torch.__version__, seconds, tags]
+    decisive = [
+        SCHEMA,
+        machine.device,
+        machine.threads,
+        machine.runner,
+        machine.workers,
+        torch.__version__,
+        seconds,
+        tags,
+    ]
     return digest(
         [*decisive, {name: value for name, value in project.params.items() if name not in ("profile", "report")}]
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline import chain
@@ -32,7 +33,7 @@ HEAVY = ("features", "teacher")  # stages with a network, whose operations are c
 SLACK = 4.0  # by which a training's first, small, counted batches may overrate an image
 IMAGES = (".jpg", ".png")  # of generated val and tune sets; those of training are in tars
 START = 2  # images of a batch that only pays for the start
-LAUNCH = "launch"  # of worker processes, measured like a stage
+LAUNCH = "launch"  # of a stage's worker processes, measured like a stage
 STEPS = 6  # of a rehearsed training; the second half is measured
 
 
@@ -42,7 +43,7 @@ class Rehearsal:
 
     Attributes:
         seconds: core-seconds; a stage is not asked for a larger checkout on which it would take more.
-        measured: by stage; trainings as `train.<method>` and `encoders.<name>`; `launch`.
+        measured: by stage; trainings as `train.<method>` and `encoders.<name>`; `launch.<stage>` of its workers.
         notes: what stood in for what, and what could not be rehearsed.
         tokens: of the captions that the whole run keeps; None before they were counted.
     """
@@ -57,7 +58,6 @@ class Rehearsal:
     def all(self) -> "Rehearsal":
         """Rehearse the shard stages, the encoders and the trainings."""
         checkouts = [self._checkout(number, rows) for number, rows in enumerate(self._sizes())]
-        self._launch()
         for name in chain.SHARD_STAGES:
             if name == "features":
                 self._encoders(checkouts)
@@ -118,14 +118,6 @@ class Rehearsal:
         places = {"annotations": str(folder / "captions.txt"), "images": str(folder / "images")}
         return {"source": "flickr8k", "mix": [], "limit": None, **places}
 
-    def _launch(self) -> None:
-        """What it takes until the machine's workers are there, each with torch."""
-        watch = Watch()
-        list(run_process(abs, range(max(2, self.real.machine.workers)), self.real.machine))
-        seconds, cores = watch.read()
-        sample = Sample(rows=0, out=0, padded=0, seconds=seconds, core_seconds=cores)
-        self.measured[LAUNCH] = Measured((sample,))
-
     def _note(self, text: str) -> None:
         if text and text not in self.notes:
             self.notes.append(text)
@@ -145,6 +137,8 @@ class Rehearsal:
             if found is None:
                 return
             samples.append(found)
+            if place == 0 and self.real.machine.runner == "process":
+                self.measured[f"{LAUNCH}.{name}"] = Measured((_launch_sample(stage, project, self.real.machine),))
             following = checkouts[place + 1] if place + 1 < len(checkouts) else None
             if following and place and self._too_long(samples, rows_of(project), rows_of(following)):
                 break
@@ -286,6 +280,26 @@ def _shard_sample(stage: ShardStage, project: Project, count: bool) -> Sample | 
         files=len(files) + len(manifest.rows),
         val_files=sum(PurePosixPath(name).suffix in IMAGES for name, _ in files) if stage.name == "scenes" else 0,
     )
+
+
+def _launch_sample(stage: ShardStage, project: Project, machine: Machine) -> Sample:
+    """The machine's workers from nothing to the end of one small shard each: what they import and load, once each."""
+    workers = max(2, machine.workers)
+    task = stage.tasks(project)[0]
+    with TemporaryDirectory(dir=project.root) as folder:
+        items = [(stage, task, Path(folder) / str(number), machine) for number in range(workers)]
+        watch = Watch()
+        for _, outcome in run_process(_compute_shard, items, machine):
+            if isinstance(outcome, Exception):
+                raise outcome
+        seconds, cores = watch.read()
+    return Sample(rows=task.rows, out=task.rows, padded=task.rows, seconds=seconds, core_seconds=cores)
+
+
+def _compute_shard(item: tuple[ShardStage, Task, Path, Machine]) -> None:
+    stage, task, folder, machine = item
+    folder.mkdir()
+    stage.compute(task, folder, machine)
 
 
 def padded(project: Project, stage: str, rows: int) -> int:

@@ -6,7 +6,7 @@ number would not take longer than its share of the time. The benchmarks are the 
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ from pipeline.selftraining import labels, runner
 from pipeline.selftraining.config import Config as SelfTraining
 
 COUNTS = (1, 4, 16, 64)  # images of the measurements
+SURE = 16  # images that are measured though they take more than the share of the time: images differ
 PLACES = 2  # where a pair's files end up: data/checkpoints and reports
 EVALUATE, LABELS, STUDENT = "evaluate", "labels", "selftrain"
 METRICS = "metrics.json"
@@ -60,22 +61,21 @@ class Scoring:
             return []
         return [self._labelled(job, project, self.seconds / len(found)) for job in found]
 
-    def _labelled(self, job: runner.Job, project: Project, seconds: float) -> runner.Job:
-        cut = replace(job, ids=job.ids[: COUNTS[-1]])
+    def _labelled(self, job: runner.Job, project: Project, share: float) -> runner.Job:
         if job.labelling is None:
-            return cut
+            return replace(job, ids=_spread(job.ids, min(len(job.ids), COUNTS[-1])))
         whole, name = job.labelling, name_of(job)
         self.say(f"labels of {name}")
 
         def write(count: int) -> list[tuple[str, int]]:
             with tempfile.TemporaryDirectory(dir=self.checkout.root) as folder:
-                labels.write_labels(_first(whole, count), Path(folder), project, lambda: None)
+                labels.write_labels(_some(whole, count), Path(folder), project, lambda: None)
                 return _sizes(Path(folder))
 
-        samples = _measure(write, len(whole.ids), seconds)
+        samples = self._measure(write, len(whole.ids), share)
         self.measured[f"{LABELS}.{name}"] = Measured(tuple(samples))
-        few = samples[-1].rows
-        return replace(cut, ids=cut.ids[:few], labelling=_first(whole, few))
+        some = _some(whole, samples[-1].rows)
+        return replace(job, ids=some.ids, labelling=some)
 
     def pairs(self) -> None:
         """Measure every pair that can be opened."""
@@ -104,25 +104,44 @@ class Scoring:
             except ABSENT as error:
                 self._left_out(f"{EVALUATE}.{entry.name}.{candidates.folder_name(spec)}", error)
 
-    def _pair(self, pair: Pair, config: Config, seconds: float) -> Measured:
+    def _pair(self, pair: Pair, config: Config, share: float) -> Measured:
         candidate = candidates.load(pair.spec, self.checkout, config.geometry, pair.benchmark)
         scored: list[Scored] = []
 
         def score(count: int) -> list[tuple[str, int]]:
-            scored.append(evaluate(_first(pair, count), candidate, bar=False))
+            scored.append(evaluate(_some(pair, count), candidate, bar=False))
             return []
 
-        *before, last = _measure(score, len(pair.ids), seconds)
+        *before, last = self._measure(score, len(pair.ids), share)
         with tempfile.TemporaryDirectory(dir=self.checkout.root) as folder:
             one = replace(config, panels=replace(config.panels, seeded=1, best=0, worst=0))
             masks = candidates.pseudo_masks(self.checkout)
-            draw(Path(folder) / "figures", _first(pair, last.rows), candidate, scored[-1], one, masks)
+            draw(Path(folder) / "figures", _some(pair, last.rows), candidate, scored[-1], one, masks)
             atomic_json(Path(folder) / METRICS, scored[-1].report)
             found = _sizes(Path(folder))
         shown, places = pictures(config, len(pair.ids)), PLACES
         sizes = by_kind([(name, places * size * (1 if name == METRICS else shown)) for name, size in found])
         files = places * (2 + shown * (len(found) - 2))  # figures, beside metrics.json and panels.json
         return Measured((*before, replace(last, bytes=sizes, files=files)))
+
+    def _measure(self, work: Callable[[int], list[tuple[str, int]]], whole: int, share: float) -> list[Sample]:
+        """Samples of `work(count)`, which returns its files, for growing counts of images while they fit the `share`.
+
+        The first, of one image, has its operations counted and pays for the start.
+        """
+        samples: list[Sample] = []
+        for count in (1, *sorted({min(count, whole) for count in COUNTS})):
+            limit = share if count > SURE else self.seconds
+            if len(samples) > 1 and samples[-1].core_seconds * count / samples[-1].rows > limit:
+                break
+            with counting(not samples) as flops:
+                watch = Watch()
+                files = work(count)
+                spent, cores = watch.read()
+            numbers = {"seconds": spent, "core_seconds": cores, "flops": sum(flops)}
+            made = {"bytes": by_kind(files), "files": len(files)}
+            samples.append(Sample(rows=count, out=count, padded=count, **numbers, **made))
+        return samples
 
     def _left_out(self, what: str, error: Exception) -> None:
         self.notes.append(f"{what}: not rehearsed ({str(error).splitlines()[0][:160]})")
@@ -138,31 +157,17 @@ def pictures(config: Config, images: int) -> int:
     return min(images, config.panels.seeded + config.panels.best + config.panels.worst)
 
 
-def _first(whole: Part, count: int) -> Part:
-    """Its first images, with as many tune images as go with them."""
+def _some(whole: Part, count: int) -> Part:
+    """So many of its images, from all over it, with as many tune images as go with them."""
     tune_ids = whole.settings.tune_ids
-    settings = replace(whole.settings, tune_ids=tune_ids[: math.ceil(len(tune_ids) * count / len(whole.ids))])
-    return replace(whole, ids=whole.ids[:count], settings=settings)
+    tuned = _spread(tune_ids, math.ceil(len(tune_ids) * count / len(whole.ids)))
+    return replace(whole, ids=_spread(whole.ids, count), settings=replace(whole.settings, tune_ids=tuple(tuned)))
+
+
+def _spread(ids: Sequence[str], count: int) -> list[str]:
+    """`count` of them at even distances: neighbours (of a year, of a size) resemble one another."""
+    return [ids[place * len(ids) // count] for place in range(count)]
 
 
 def _sizes(folder: Path) -> list[tuple[str, int]]:
     return [(name, (folder / name).stat().st_size) for name in list_files(folder)]
-
-
-def _measure(work: Callable[[int], list[tuple[str, int]]], whole: int, seconds: float) -> list[Sample]:
-    """Samples of `work(count)`, which returns its files, for growing counts of images.
-
-    The first, of one image, has its operations counted and pays for the start.
-    """
-    samples: list[Sample] = []
-    for count in (1, *sorted({min(count, whole) for count in COUNTS})):
-        if len(samples) > 1 and samples[-1].core_seconds * count / samples[-1].rows > seconds:
-            break
-        with counting(not samples) as flops:
-            watch = Watch()
-            files = work(count)
-            spent, cores = watch.read()
-        numbers = {"seconds": spent, "core_seconds": cores, "flops": sum(flops)}
-        made = {"bytes": by_kind(files), "files": len(files)}
-        samples.append(Sample(rows=count, out=count, padded=count, **numbers, **made))
-    return samples

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from pipeline.losses.parts import counted
 from pipeline.nn.projector import SharedBatchNorm
 
 # torch's backend by kind of tensor: counts are exchanged between hosts, without waiting for a GPU.
@@ -162,8 +163,10 @@ def summed(counts: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 
 
 def balanced(mean: Float[Tensor, ""], count: Shaped[Tensor, ""]) -> Float[Tensor, ""]:
-    """A mean over `count` own things, weighed so that the mean over processes is the mean over all things."""
-    return mean if ranks() == 1 else mean * (count * ranks() / summed(count).clamp(min=1))
+    """A mean over `count` own things, weighed so that the mean over processes and parts is that over all things."""
+    parts, total = counted(count)
+    shares = parts * ranks()
+    return mean if shares == 1 else mean * (count * shares / summed(total).clamp(min=1))
 
 
 class _Sum(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.losses.parts import Parts
 from pipeline.training import distributed
 from pipeline.training.average import Average
 from pipeline.training.optimiser import Optimisation, Precision, lr_factor
@@ -58,7 +60,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Steps:
     """The steps of one `fit`; its arguments are those of `fit`, with the optimiser and the precision that will run.
 
-    `scaler` multiplies losses for fp16 and is idle otherwise; `average` is None where `optimisation.ema` is 0.
+    `scaler` multiplies losses for fp16 and is idle otherwise; `average` is None where `optimisation.ema` is 0; `shares`
+    says whether a loss means all parts of a batch, as far as is known.
     """
 
     model: nn.Module
@@ -70,6 +73,7 @@ class Steps:
     after_step: Hook | None = None
     scaler: torch.amp.GradScaler = field(init=False)
     average: Average | None = field(init=False)
+    shares: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -86,7 +90,10 @@ class Steps:
         the failures of all. Where fp16 is asked for also `loss_scale`, and `skipped`: 1 where a gradient overflowed at
         that scale, so that nothing was updated (its norm counts as 0) and the next scale is smaller; else 0.
 
-        The device is waited for once, after everything was asked of it.
+        A batch in parts has the negatives of the whole, for one more forward pass of each (`pipeline.losses.parts`);
+        BatchNorm sees a part at a time.
+
+        The device is waited for once, after everything was asked of it (by fp16's scaler too, before it updates).
 
         Raises:
             NonFiniteLoss: the weights are spoiled; the last checkpoint is not. Also where gradients overflow unscaled.
@@ -95,11 +102,13 @@ class Steps:
         self.optimiser.zero_grad(set_to_none=True)
         terms: dict[str, list[Tensor]] = {}
         uids, failures = [], []
-        for part in range(1, settings.micro_batches + 1):
-            loaded = next(batches)
+        every = [next(batches) for _ in range(settings.micro_batches)]
+        parts = self._parts(every, done)
+        for number, loaded in enumerate(every):
             batch = loaded.batch.to(self.device)
-            with distributed.averaging(self.loss, part == settings.micro_batches):
-                found = self._forward(batch, Progress(done, loaded.position, settings.images))
+            with distributed.averaging(self.loss, number + 1 == len(every)):
+                with parts.of(number) if parts.asked else nullcontext():
+                    found = self._forward(batch, done, loaded.position)
                 self.scaler.scale(found["total"] / settings.micro_batches).backward()
             for name, value in found.items():
                 terms.setdefault(name, []).append(value.detach().double())
@@ -120,9 +129,31 @@ class Steps:
             values |= {"loss_scale": scale, "skipped": float(skipped)}
         return values, Loaded(loaded.batch, loaded.position, failures)
 
-    def _forward(self, batch: Any, progress: Progress) -> dict[str, Tensor]:
+    def _parts(self, every: list[Loaded], done: int) -> Parts:
+        """The losses that mean the rows of all parts; none where no loss does, or where there is one part.
+
+        Random draws and running statistics are as if the features had not been computed before.
+        """
+        parts = Parts(len(every))
+        if len(every) == 1 or not self.shares:
+            return parts
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), distributed.averaging(self.loss, False):
+            for number, loaded in enumerate(every):
+                with parts.of(number):
+                    self._forward(loaded.batch.to(self.device), done, loaded.position)
+                self.shares = parts.asked
+                if not self.shares:
+                    break
+            parts.solve()
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return parts
+
+    def _forward(self, batch: Any, done: int, position: int) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
-            return self.loss(batch, progress)
+            return self.loss(batch, Progress(done, position, self.optimisation.images))
 
     def _update(self, position: int) -> tuple[float, Tensor]:
         """Clip and update at that position; the learning rate, and the gradient's norm before clipping."""

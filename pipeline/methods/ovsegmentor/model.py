@@ -23,7 +23,8 @@ from pipeline.nn.group_reader import GroupReader, GroupReading
 from pipeline.nn.grouping import Grouped, GroupingEncoder, effective_number
 from pipeline.nn.projector import Projector
 from pipeline.nn.reading import ReadingModule
-from pipeline.nn.text import Vocabulary
+from pipeline.nn.text import Vocabulary, inside_text
+from pipeline.text.prompts import entity_prompt
 from pipeline.training.distributed import balanced, gather_rows
 
 
@@ -35,6 +36,7 @@ class OVSegmentor(GroupReader, ReadingModule):
     """
 
     momentum: GroupingEncoder | None
+    sentences: Tensor  # [classes, length] token ids of "A photo of <entity>"
 
     def __init__(self, config: Config, vocabulary: Vocabulary | None) -> None:
         super().__init__()
@@ -68,6 +70,11 @@ class OVSegmentor(GroupReader, ReadingModule):
             width = text.width if self.decoder is None else self.decoder.dim
             self.classify = nn.Linear(width, len(self.entities.classes))
         self.momentum = None
+        sentences = self.tokenizer([entity_prompt(name) for name in self.entities.classes])
+        if text.padding == "longest":
+            sentences = sentences[:, : int(inside_text(sentences, self.tokenizer.eot).sum(1).max())]
+        self.register_buffer("sentences", sentences, persistent=False)
+        self._known: Tensor | None = None
         self.register_load_state_dict_pre_hook(_leave_teacher_out)
 
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
@@ -125,6 +132,7 @@ class OVSegmentor(GroupReader, ReadingModule):
         """Freeze BERT (its dropout stays active) and copy the image encoder as the teacher, where configured."""
         settings = self.config.consistency
         self.text.requires_grad_(not settings.freeze_text)
+        self._known = None
         if settings.teacher == "average":
             self.momentum = deepcopy(self.image).requires_grad_(False)
 
@@ -189,11 +197,11 @@ class OVSegmentor(GroupReader, ReadingModule):
         self, grouped: Grouped, fit: Float[Tensor, "batch groups dim"], batch: EntityBatch
     ) -> Float[Tensor, ""]:
         """Mean over the samples that have a partner."""
-        assert batch.partner_pixels is not None and batch.entity_ids is not None and batch.paired is not None
+        assert batch.partner_pixels is not None and batch.entities is not None and batch.paired is not None
         teacher = self.image if self.momentum is None else self.momentum
         with torch.no_grad():
             target = teacher(batch.partner_pixels)
-            entity = self._fitting(self.text_projector, (states := self.text.states(batch.entity_ids))[:, 0])
+            entity = self._fitting(self.text_projector, (states := self._entity_states(batch.entities))[:, 0])
             self._blend(self.text_projector, states)
             self._blend(self.image_projector, target.segments.mean(dim=1))
             target_fit = self._fitting(self.image_projector, target.segments)
@@ -207,6 +215,20 @@ class OVSegmentor(GroupReader, ReadingModule):
             other = self._direction(partner, target, partner_fit, target_fit, entity, batch.pixels)
             losses = (losses + other) / 2
         return balanced((losses * batch.paired).sum() / batch.paired.sum().clamp(min=1), batch.paired.sum())
+
+    @torch.no_grad()
+    def _entity_states(self, entities: Int64[Tensor, " batch"]) -> Float[Tensor, "batch length width"]:
+        """BERT's states of "A photo of <entity>", which only score groups.
+
+        A frozen BERT reads every sentence once, without dropout; the release's reads them in every step, with it.
+        """
+        if not self.config.consistency.freeze_text:
+            return self.text.states(self.sentences[entities])
+        if self._known is None:
+            self.text.eval()
+            self._known = self.text.states(self.sentences)
+            self.text.train(self.training)
+        return self._known[entities]
 
     def _direction(
         self,
