@@ -18,47 +18,71 @@ from pipeline.nn.projector import SharedBatchNorm
 from pipeline.training.optimiser import optimiser_of
 from pipeline.training.steps import Loaded, Steps
 
-PLAIN = replace(OPTIMISATION, lr_multipliers={})
+
+def steps_of(model: Any, **settings: Any) -> Steps:
+    optimisation = replace(OPTIMISATION, lr_multipliers={}, clip_norm=1e9, **settings)
+    return Steps(
+        model=model,
+        loss=lambda data, _: model.loss(data),
+        optimiser=optimiser_of(model, optimisation),
+        optimisation=optimisation,
+        precision=optimisation.precision,
+        device=torch.device("cpu"),
+    )
 
 
-def step(name: str, folder: Path, parts: int) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Values, gradients, buffers, and the next random number."""
-    torch.manual_seed(0)
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+
+
+def step(name: str, folder: Path, parts: int) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
+    """Values, gradients and buffers."""
     model, batch = made(name, folder)
     for module in model.modules():
         if isinstance(module, SharedBatchNorm):
             module.eval()  # it means a part
-    settings = replace(PLAIN, micro_batches=parts, clip_norm=1e9, batch_size=len(batch.uids))
+    shares = [batch] if parts == 1 else [half(batch, number) for number in range(parts)]
+    steps = steps_of(model, micro_batches=parts, batch_size=len(batch.uids))
+    values, _ = steps.step((Loaded(share, 0) for share in shares), 0)
+    return values, gradients_of(model), dict(model.named_buffers())
 
-    def batches() -> Iterator[Loaded]:
-        for number in range(parts):
-            yield Loaded(batch if parts == 1 else half(batch, number), 0)
 
-    chosen = torch.device("cpu")
-    steps = Steps(
-        model=model,
-        loss=lambda data, _: model.loss(data),
-        optimiser=optimiser_of(model, settings),
-        optimisation=settings,
-        precision="fp32",
-        device=chosen,
-    )
-    values, _ = steps.step(batches(), 0)
-    gradients = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
-    return values, gradients, dict(model.named_buffers()), torch.rand(1)
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Of all gradients together, as a share of the first ones' norm."""
+    assert one.keys() == other.keys()
+    a, b = (torch.cat([grad.flatten().double() for grad in grads.values()]) for grads in (one, other))
+    return float((a - b).norm() / a.norm())
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_two_parts_have_the_gradients_of_the_whole(name, tmp_path):
     with in_float64():
-        values, whole, buffers, _ = step(name, tmp_path / "whole", 1)
-        found, gradients, after, _ = step(name, tmp_path / "parts", 2)
+        values, whole, buffers = step(name, tmp_path / "whole", 1)
+        found, gradients, after = step(name, tmp_path / "parts", 2)
     assert found["total"] == pytest.approx(values["total"], rel=1e-9)
-    assert gradients.keys() == whole.keys()
-    one, other = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in (whole, gradients))
-    assert 0 < one.norm() and (one - other).norm() <= 1e-9 * one.norm()
+    assert distance(whole, gradients) <= 1e-9
     for key, value in buffers.items():
         torch.testing.assert_close(after[key], value, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_fp16_scales_until_the_gradients_fit_and_is_nearer_to_fp32_than_bf16(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
+    found = []
+    for precision in ("fp32", "fp16", "bf16"):
+        model, batch = MADE[name](tmp_path / precision)
+        model.train()
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        steps = steps_of(model, precision=precision, batch_size=len(batch.uids))
+        values, _ = steps.step(iter([Loaded(batch, 0)]), 0)
+        while values.get("skipped"):
+            values, _ = steps.step(iter([Loaded(batch, 0)]), 0)
+        found.append(gradients_of(model))
+        assert all(grad.dtype == torch.float32 for grad in found[-1].values())
+    fp32, fp16, bf16 = found
+    assert 0 < distance(fp32, fp16) < distance(fp32, bf16) / 2, "a hard assignment may fall to another group"
 
 
 def in_parts(loss: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
@@ -118,19 +142,21 @@ def test_a_part_may_lack_the_loss():
 class Drawn(nn.Module):
     """A contrast of features with noise, and a count of what was seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool) -> None:
         super().__init__()
+        self.shared = shared
         self.layer = nn.Linear(3, 4)
         self.register_buffer("seen", torch.zeros(()))
         self.draws: list[Tensor] = []
 
-    def loss(self, rows: Tensor, shared: bool) -> dict[str, Tensor]:
+    def loss(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        [rows] = batch
         self.seen += len(rows)
         noise = torch.rand(len(rows), 4)
         self.draws.append(noise)
         found = F.normalize(self.layer(rows) + noise, dim=-1)
         both = (found, found.flip(1), torch.tensor(2.0))
-        return {"total": info_nce(*both).loss(halved=False) if shared else found.square()[:, 0].mean()}
+        return {"total": info_nce(*both).loss(halved=False) if self.shared else found.square()[:, 0].mean()}
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -144,16 +170,8 @@ def test_the_first_pass_leaves_no_trace(shared):
             return self
 
     torch.manual_seed(0)
-    model = Drawn()
-    settings = replace(PLAIN, micro_batches=2, batch_size=4)
-    steps = Steps(
-        model=model,
-        loss=lambda batch, _: model.loss(batch[0], shared),
-        optimiser=optimiser_of(model, settings),
-        optimisation=settings,
-        precision="fp32",
-        device=torch.device("cpu"),
-    )
+    model = Drawn(shared)
+    steps = steps_of(model, micro_batches=2, batch_size=4)
     for _ in range(2):
         steps.step((Loaded(Batch([torch.randn(2, 3, generator=torch.Generator())]), 0) for _ in range(2)), 0)
     assert model.seen == 8
