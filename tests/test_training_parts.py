@@ -12,9 +12,11 @@ from test_training import OPTIMISATION
 from test_training_ranks import MADE, half, in_float64, made
 from torch import Tensor, nn
 
+from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveTerms, info_nce, multi_label
 from pipeline.losses.parts import Parts, over_parts
 from pipeline.nn.projector import SharedBatchNorm
+from pipeline.training.memory import Alive
 from pipeline.training.optimiser import optimiser_of
 from pipeline.training.steps import Loaded, Steps
 
@@ -181,3 +183,32 @@ def test_the_first_pass_leaves_no_trace(shared):
         assert len(model.draws) == 8
     else:
         assert torch.equal(model.draws[0], model.draws[1]) and len(model.draws) == 5
+
+
+class Deep(nn.Module):
+    """Many saved activations for few weights, and a contrast at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(48, 48), *[nn.GELU() for _ in range(60)])
+
+    def loss(self, batch: TrainBatch) -> dict[str, Tensor]:
+        found = F.normalize(self.layers(batch.pixels.flatten(1)), dim=-1)
+        return {"total": info_nce(found, found.flip(1), torch.tensor(2.0)).loss(halved=False)}
+
+
+def test_parts_need_the_memory_of_one():
+    """Of 64 images; their similarities with all others are there in both cases."""
+    peaks = []
+    for parts in (1, 8):
+        torch.manual_seed(0)
+        model, size = Deep(), 64 // parts
+        steps = steps_of(model, micro_batches=parts, batch_size=64)
+        shares = [
+            TrainBatch(torch.randn(size, 3, 4, 4), [], torch.zeros(size, 1).long(), None, [""] * size)
+            for _ in range(parts)
+        ]
+        with Alive() as alive:
+            steps.step((Loaded(share, 0) for share in shares), 0)
+        peaks.append(alive.peak)
+    assert peaks[1] < peaks[0] / 3, peaks
