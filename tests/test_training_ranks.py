@@ -29,9 +29,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from pipeline.datasets.pairs import PairLoader, Shuffle
+from pipeline.nn.projector import SharedBatchNorm
 from pipeline.training import distributed
 from pipeline.training.optimiser import optimiser_of
-from pipeline.training.steps import Steps
+from pipeline.training.steps import Loaded, Steps
 
 QUIET = {"grouping": {"gumbel": False}}  # each process draws its own noise
 
@@ -51,6 +52,7 @@ def sseg(folder: Path) -> tuple[Any, Any]:
     """The first half has fewer masks than the second."""
     tower = test_sseg.model()
     batch = test_sseg.batch(tower)
+    assert batch.regions is not None
     batch.regions[:3] = 0
     return tower, batch
 
@@ -65,11 +67,13 @@ def zeroseg(folder: Path) -> tuple[Any, Any]:
 
 
 def scg(folder: Path) -> tuple[Any, Any]:
-    """The second half has one picture with nouns, and one without."""
+    """The second half has one picture with nouns, and before that one without."""
     return test_scg.model(test_scg.made_encoders(folder)), test_scg.batch()
 
 
 MADE = {made.__name__: made for made in (groupvit, ovsegmentor, sseg, pseudo_mask_vit, zeroseg, scg)}
+
+CONTRASTED = ("groupvit", "sseg", "scg")  # what they learn from is contrasts, and means that are balanced
 
 
 def made(name: str, folder: Path) -> tuple[Any, Any]:
@@ -128,9 +132,33 @@ def one_rank(number: int, folder: str) -> None:
                 buffers = dict(model.named_buffers())
                 torch.save({"total": totals[0], "gradients": found, "buffers": buffers}, Path(folder, f"{name}.pt"))
             dist.barrier()
+        for name in CONTRASTED:
+            model, batch = made(name, Path(folder, f"{name}-parts{number}"))
+            own = half(batch, number)
+            found = gradients_in_parts(model, [half(own, 0), half(own, 1)])
+            if number == 0:
+                torch.save(found, Path(folder, f"{name}-parts.pt"))
         weights, reductions = in_parts((number, 2))
         if number == 0:
             torch.save({"weights": weights, "reductions": reductions}, Path(folder, "parts.pt"))
+
+
+def gradients_in_parts(model: Any, parts: list[Any]) -> dict[str, torch.Tensor]:
+    """Of one step. BatchNorm, which would see a part at a time, normalises by its running statistics."""
+    for module in model.modules():
+        if isinstance(module, SharedBatchNorm):
+            module.eval()
+    settings = replace(OPTIMISATION, micro_batches=len(parts), clip_norm=1e9, lr_multipliers={})
+    steps = Steps(
+        model=model,
+        loss=distributed.averaged(model, lambda data, _: model.loss(data)),
+        optimiser=optimiser_of(model, settings),
+        optimisation=settings,
+        precision="fp32",
+        device=torch.device("cpu"),
+    )
+    steps.step((Loaded(part, 0) for part in parts), 0)
+    return {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
 
 
 def in_parts(share: tuple[int, int]) -> tuple[dict[str, torch.Tensor], int]:
@@ -190,6 +218,17 @@ def test_two_processes_with_half_a_batch_have_the_gradients_of_one(two, tmp_path
     assert (one - other).norm() <= 1e-9 * one.norm()
     for key, value in model.named_buffers():
         torch.testing.assert_close(found["buffers"][key], value, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", CONTRASTED)
+def test_two_processes_with_two_unequal_parts_have_the_gradients_of_the_whole(two, tmp_path, name):
+    with in_float64():
+        model, batch = made(name, tmp_path)
+        whole = gradients_in_parts(model, [batch])
+    found = torch.load(two / f"{name}-parts.pt")
+    assert found.keys() == whole.keys()
+    one, other = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in (whole, found))
+    assert (one - other).norm() <= 1e-9 * one.norm()
 
 
 def test_two_processes_with_a_batch_in_parts_end_as_one(two):

@@ -323,7 +323,8 @@ class SCG(ReadingModule):
             vectors, present = vectors[:0], present[:0]
         counts = torch.bincount(owner, minlength=len(vectors))[: len(vectors)]
         with torch.autocast(pixels.device.type, enabled=False):
-            nouns, settings = self.noun_vectors(batch.nouns), self.config.loss
+            settings = self.config.loss
+            nouns = self.noun_vectors(batch.nouns) if count else vectors.new_zeros(0, vectors.shape[-1])
             total = noun_region.loss(
                 nouns,
                 counts,
