@@ -31,6 +31,7 @@ from pipeline.datasets.entity_batches import EntityBatch
 from pipeline.datasets.region_batches import RegionBatch
 from pipeline.interfaces import TrainBatch
 from pipeline.methods import scg
+from pipeline.methods.scg.model import IMAGE_SIDE
 from pipeline.training.compiling import compile_blocks
 from pipeline.training.optimiser import adamw, parameter_groups
 
@@ -146,7 +147,7 @@ def lend_towers(model: scg.SCG) -> int:
         save_towers(Path(folder), "scg")
         scg.attach(model, Path(folder))
     clip: Any = model.clip
-    return sum(value.nbytes for name, value in clip.named_parameters() if name.startswith(scg.IMAGE_SIDE))
+    return sum(value.nbytes for name, value in clip.named_parameters() if name.startswith(IMAGE_SIDE))
 
 
 def peer(options: argparse.Namespace, precision: torch.dtype) -> Contestant:

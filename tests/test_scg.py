@@ -26,6 +26,7 @@ from pipeline.nn.text import Vocabulary
 from pipeline.nn.visual_tower import run
 from pipeline.params import ParamsError
 from pipeline.source_code import REPO
+from pipeline.text.prompts import templates
 from pipeline.text.tokenizers import tokenizer
 from pipeline.text.verdicts import kept
 from pipeline.training import Loaded, Run, fit
@@ -259,7 +260,7 @@ def test_own_k_means_of_each_picture_share_one_token(encoders):
 def test_nouns_are_encoded_once_as_the_mean_over_templates(encoders, monkeypatch):
     tower = model(encoders, nouns={"templates": "subset"})
     found = tower.noun_vectors(["dog", "car", "dog"])
-    texts = [t.replace("{}", "dog") for t in scg.templates("subset")]
+    texts = [t.replace("{}", "dog") for t in templates("subset")]
     torch.testing.assert_close(found[0], F.normalize(tower.encode_text(texts).mean(0), dim=0))
     assert torch.equal(found[0], found[2])
     monkeypatch.setattr(small_clip.SmallClip, "encode_text", lambda self, texts: pytest.fail(f"read again: {texts}"))

@@ -1,44 +1,27 @@
-"""SCG: regions from clustered self-supervised features, named by a frozen CLIP with one learned token per cluster.
-
-A frozen DINO's tokens are assigned to the clusters of one codebook for the whole data set; each cluster of a picture is
-a region, and a token beside CLIP's class token reads it. What is learned, from the nouns of captions, is an offset per
-cluster to CLIP's class token, and the temperature. At test a region has the name that its vector is nearest to.
-
-Source: "Associating Spatially-Consistent Grouping with Text-supervised Semantic Segmentation" (arXiv 2304.01114); card
-methods/scg.md. No code of it is public; what the paper leaves open follows the card (section 17), mostly as parameters.
-Deviates: clusters come from k-means of the tower's tokens, without STEGO's head (`pipeline.caching.codebook`).
+"""The model of SCG: regions of a picture, what CLIP says of each, and the loss against nouns.
 
 Axes: batch, clusters (regions of a picture), rows x columns (DINO's tokens; low: CLIP's), tokens (of CLIP), width (of
 CLIP's tower), dim (of the joint space), nouns, classes.
 """
 
 import copy
-import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor, nn
 
-from pipeline.artifacts.files import BadInput
-from pipeline.caching.codebook import read_codebook
 from pipeline.clustering import kmeans
-from pipeline.datasets.batches import TemplateSet
-from pipeline.datasets.pairs import Shuffle
-from pipeline.datasets.region_batches import RegionBatch, RegionTransform, collate
-from pipeline.datasets.transforms import ViewConfig
-from pipeline.encoders import load_clip, load_dino
+from pipeline.datasets.region_batches import RegionBatch
 from pipeline.interfaces import ClipEncoder, PatchEncoder, VisualTower
 from pipeline.losses import noun_region
 from pipeline.losses.contrastive import Temperature
+from pipeline.methods.scg.config import Config
 from pipeline.nn.codebook import pixel_groups, similarities
 from pipeline.nn.noun_vectors import NounVectors
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.region_tokens import (
-    ExtraKey,
     context_vectors,
     downsample_majority,
     image_vectors,
@@ -46,103 +29,12 @@ from pipeline.nn.region_tokens import (
     members,
     token_vectors,
 )
-from pipeline.nn.text import Vocabulary
 from pipeline.nn.visual_tower import renormalised, run
-from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import templates
-from pipeline.training import Optimisation
 from pipeline.training.distributed import gather_rows, row_counts, summed
-from pipeline.training.phases import Phase, TrainingData
 
-Count = Annotated[int, Range(1)]
 # Parameters of a ClipEncoder that belong to its image side, in open_clip's layout and the small one's.
 IMAGE_SIDE = ("model.visual.", "tower.", "image_head.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupingConfig:
-    """Where regions come from.
-
-    Attributes:
-        kind: "codebook" (clusters of the data set, a token each; card section 2, reading A) or "image_kmeans" (of each
-            picture on its own, one token for all; reading B).
-        clusters: of the codebook, which must have as many.
-        image_clusters: of "image_kmeans".
-        iters: of "image_kmeans".
-        feature_dim: width of DINO's tokens.
-    """
-
-    kind: Literal["codebook", "image_kmeans"]
-    clusters: Count
-    image_clusters: Count
-    iters: Count
-    feature_dim: Count
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RegionConfig:
-    """How CLIP reads a region.
-
-    Attributes:
-        strategy: "context" (the paper's c), "tokens" (b), "image" (a) or "average", the plain mean of a region's patch
-            vectors, which is not the paper's. Only the first knows offsets.
-        extra_key: see `nn.region_tokens`.
-        width: of CLIP's image tower.
-        offset_layers: 1 adds offsets at the input only; as many as CLIP has layers, before each of them.
-        tune: "tokens" (the offsets), "all" (CLIP's image side beside them; Table 4) or "none".
-    """
-
-    strategy: Literal["context", "tokens", "image", "average"]
-    extra_key: ExtraKey
-    width: Count
-    offset_layers: Count
-    tune: Literal["tokens", "all", "none"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NounConfig:
-    """What is read of a caption.
-
-    Attributes:
-        max_nouns: of a caption; more are drawn from.
-        stop_nouns: words that name no region.
-        templates: sentences that a noun is put in; its vector is their normalised mean.
-    """
-
-    max_nouns: Count
-    stop_nouns: tuple[str, ...]
-    templates: TemplateSet
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
-    """Eq. 1 to 3 and Table 5; max_scale caps the inverse temperature, which starts at CLIP's."""
-
-    direction: noun_region.Direction
-    form: noun_region.Form
-    max_scale: Annotated[float, Range(0, low_open=True)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """The block train.scg."""
-
-    grouping: GroupingConfig
-    regions: RegionConfig
-    nouns: NounConfig
-    loss: LossConfig
-    views: ViewConfig
-    shuffle: Shuffle
-    optimisation: Optimisation
-
-    def __post_init__(self) -> None:
-        if self.regions.tune != "none" and self.regions.strategy != "context":
-            raise ParamsError(f"train.scg.regions: strategy {self.regions.strategy} has nothing to tune: set tune none")
-
-    @property
-    def seed(self) -> int:
-        """Of the fresh weights."""
-        return self.optimisation.seed
 
 
 class SCG(ReadingModule):
@@ -359,64 +251,3 @@ class SCG(ReadingModule):
     def noun_vectors(self, nouns: list[str]) -> Float[Tensor, "nouns dim"]:
         """Unit vectors of nouns, by CLIP's text side."""
         return self._nouns(self.clip, nouns).to(self.offsets.device)
-
-
-TARGETS = ("groups", "codebook")
-ENCODERS = ("dino", "clip")
-GIVEN = ("centroids",)
-
-
-def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
-    """There is no text tower to shrink."""
-    return None
-
-
-def build(config: Config, vocabulary: Vocabulary | None) -> SCG:
-    """The model with offsets of zero, without towers."""
-    return SCG(config)
-
-
-def start(model: SCG, config: Config, encoders: Path) -> None:
-    """The temperature starts at CLIP's; where all of its image side is tuned, a copy of that is taken."""
-    clip: Any = load_clip(encoders / "clip")
-    with torch.no_grad():
-        model.temperature.log_scale.fill_(math.log(clip.logit_scale))
-    if config.regions.tune == "all":
-        for name, value in clip.named_parameters():
-            if name.startswith(IMAGE_SIDE):
-                model.tuned[name.replace(".", "/")] = nn.Parameter(value.detach().clone())
-
-
-def attach(model: SCG, encoders: Path) -> None:
-    """Lend the towers.
-
-    Raises:
-        BadInput: they do not fit each other or the config.
-    """
-    clip, dino = load_clip(encoders / "clip"), load_dino(encoders / "dino")
-    try:
-        model.lend(clip, dino)
-    except ValueError as error:
-        raise BadInput(
-            encoders, str(error), "Change params.yaml, or obtain other towers: `dvc repro encoders`"
-        ) from error
-
-
-def phases(model: SCG, config: Config, data: TrainingData) -> list[Phase]:
-    """The only one, or none where nothing is tuned. The codebook goes into the model.
-
-    Raises:
-        BadInput: the codebook has another shape than the config says.
-    """
-    assert data.codebook is not None
-    centroids = torch.from_numpy(read_codebook(data.codebook))
-    if centroids.shape != model.centroids.shape:
-        found = f"has {centroids.shape[0]} clusters of width {centroids.shape[1]}"
-        raise BadInput(data.codebook, found, "Set train.scg.grouping.clusters and feature_dim to them")
-    model.centroids.copy_(centroids)
-    if config.regions.tune == "none":
-        return []
-    grid = config.views.image_size // model.dino.patch_size
-    stop = frozenset(config.nouns.stop_nouns)
-    prepare = RegionTransform(views=config.views, grid=grid, max_nouns=config.nouns.max_nouns, stop_nouns=stop)
-    return [Phase(optimisation=config.optimisation, prepare=prepare, collate=collate, loss=lambda b, _: model.loss(b))]
