@@ -34,10 +34,12 @@ def loss(
 ) -> Float[Tensor, ""]:
     """Nouns, `counts` of each picture's caption one after the other, against regions; the mean of both directions.
 
-    `present`: regions that the picture has. Source: Eq. 1 to 3, Table 5.
+    `present`: regions that the picture has. 0 where there is no picture. Source: Eq. 1 to 3, Table 5.
     """
     regions, nouns, counts = gather(regions)[0], gather(nouns)[0], gather(counts)[0]
     present, captions = gather(present.byte())[0].bool(), len(regions)
+    if not captions:
+        return scale * regions.sum()  # 0, as a value of all that was learned
     owner = torch.arange(captions, device=counts.device).repeat_interleave(counts)
     scores = []
     if direction != "region_to_noun":

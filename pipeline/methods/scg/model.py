@@ -31,7 +31,7 @@ from pipeline.nn.region_tokens import (
 )
 from pipeline.nn.visual_tower import renormalised, run
 from pipeline.text.prompts import templates
-from pipeline.training.distributed import gather_rows, row_counts, summed
+from pipeline.training.distributed import gather_rows, summed
 
 # Parameters of a ClipEncoder that belong to its image side, in open_clip's layout and the small one's.
 IMAGE_SIDE = ("model.visual.", "tower.", "image_head.")
@@ -199,10 +199,7 @@ class SCG(ReadingModule):
         """
         named = torch.bincount(batch.owner, minlength=len(batch.groups)) > 0
         count = int(named.sum())
-        if not sum(row_counts(count)):
-            nothing = 0 * torch.stack([weight.sum() for weight in self.parameters()]).sum()
-            return {"total": nothing, "tokens": nothing.detach()}
-        if not count:  # other processes have nouns: take part, with a picture that is dropped below
+        if not count:  # another process or part may have nouns: take part, with a picture that is dropped below
             named[0] = True
         pixels, owner = batch.pixels[named], named.cumsum(0)[batch.owner] - 1
         if self.config.grouping.kind == "codebook":
@@ -228,7 +225,7 @@ class SCG(ReadingModule):
                 gather=gather_rows,
             )
             hits = self._found(nouns, owner, vectors, present)
-        return {"total": total, "tokens": torch.special.entr(hits / hits.sum()).sum().exp()}
+        return {"total": total, "tokens": torch.special.entr(hits / hits.sum().clamp(min=1)).sum().exp()}
 
     def watch(self) -> dict[str, Tensor]:
         """`hits` so far, by cluster."""
