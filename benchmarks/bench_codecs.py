@@ -83,9 +83,8 @@ def oracle_miou(project: Project, coded: Callable[[ndarray], ndarray], salt: str
         return nearest(grid.long(), image.shape[:2])
 
     candidate = Candidate(name="oracle", model=RegionOracle(regions), digests={}, regions=regions)
-    found = oracle(
-        candidate, benchmark, benchmark.ids("test", entry.limit), lambda sample: regions(sample.image), lambda: None
-    )
+    ids = benchmark.ids("test", entry.limit)
+    found = oracle(candidate, benchmark, ids, lambda part: (regions(sample.image) for sample in part), lambda: None)
     return None if found["oracle_majority"] is None else 100 * found["oracle_majority"]
 
 

@@ -24,7 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.paper import paper_params
 from benchmarks.peak import device_name, multiplies_bfloat16, wait_for
+from pipeline import params
 from pipeline.artifacts.shards import make_uid, write_shard
 from pipeline.artifacts.tables import write_table
 from pipeline.artifacts.weights import model_digest, save_model
@@ -38,6 +40,7 @@ from pipeline.runners import runner
 from pipeline.text.filtering import SCHEMA
 
 SHARD = "00000"
+VIEWS = 30  # of an image; the paper's scales
 WIDTH, HEIGHT, DISTINCT = 341, 256, 64
 SHARDS = 2  # of each worker; the first of them warms up
 TO_REACH = 0.9
@@ -111,11 +114,12 @@ def save_towers(folder: Path, size: str) -> dict[str, Path]:
 
 
 def stage_config(stage: str, options: argparse.Namespace, images: int) -> Any:
-    """As the paper profiles have it, with a batch for the device."""
+    """As the paper profile has it, kept in float16, with a precision and a batch for the device."""
     precision = "bfloat16" if multiplies_bfloat16(options.device) else "float32"
-    if stage == "features":
-        return features.Config(image_size=224, facet="tokens", precision=precision, batch_size=images, chunk_rows=8)
-    return teacher.Config(scales=(1, 2, 3, 4), precision=precision, batch_size=30 * images, chunk_rows=64)
+    batch = images if stage == "features" else VIEWS * images
+    settings = {"precision": precision, "batch_size": batch, "store": "float16"}
+    block = paper_params("cc12m", *[f"{stage}.{name}={value}" for name, value in settings.items()])[stage]
+    return params.build(MODULES[stage].Config, block, stage)
 
 
 def bare(stage: str, folder: Path, config: Any, options: argparse.Namespace) -> Callable[[], Tensor]:

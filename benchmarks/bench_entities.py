@@ -89,7 +89,7 @@ def measure(lines: list[str], words: Vocabulary, source: tagging.Source, rounds:
     many captions name an entity, or a noun for GroupViT's prompts.
     """
     sample = lines[:: max(1, len(lines) // SAMPLE)]
-    best = dict.fromkeys(("loop", "noun", "exact", "annotation"), float("inf"))
+    best: dict[str, float] = dict.fromkeys(("loop", "noun", "exact", "annotation"), float("inf"))
     for _ in range(rounds):
         tagging.load.cache_clear()
         tagger = tagging.load(source, words.nouns)

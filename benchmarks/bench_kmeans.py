@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def faiss_each(x: Tensor) -> Tensor:
 def sklearn_each(x: Tensor) -> Tensor:
     from sklearn.cluster import KMeans
 
-    fitted = [KMeans(K, n_init=1, max_iter=ITERS, tol=0, random_state=0).fit(image) for image in x.numpy()]
+    settings: Any = {"n_init": 1, "max_iter": ITERS, "tol": 0, "random_state": 0}
+    fitted = [KMeans(K, **settings).fit(image) for image in x.numpy()]
     return torch.stack([torch.from_numpy(model.cluster_centers_) for model in fitted])
 
 

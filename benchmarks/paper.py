@@ -22,8 +22,13 @@ PAPER = {
 def paper_config(name: str, *more: str) -> Any:
     """The method's block of params.yaml at its paper's size, with `more` settings."""
     overlay, settings = PAPER[name]
+    block = paper_params(overlay, *settings, *more)["train"][name]
+    return params.build(methods.get(name).Config, block, f"train.{name}")
+
+
+def paper_params(overlay: str, *settings: str) -> dict[str, Any]:
+    """params.yaml as that profile and those settings make it."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "params.yaml"
-        profile.write(REPO / "profiles", overlay, [*settings, *more], target)
-        block = params.read(target)["train"][name]
-    return params.build(methods.get(name).Config, block, f"train.{name}")
+        profile.write(REPO / "profiles", overlay, list(settings), target)
+        return params.read(target)

@@ -26,7 +26,6 @@ from pipeline.selftraining import labels, runner
 from pipeline.selftraining.config import Config as SelfTraining
 
 COUNTS = (1, 4, 16, 64)  # images of the measurements
-SURE = 16  # images that are measured though they take more than the share of the time: images differ
 PLACES = 2  # where a pair's files end up: data/checkpoints and reports
 EVALUATE, LABELS, STUDENT = "evaluate", "labels", "selftrain"
 METRICS = "metrics.json"
@@ -72,7 +71,7 @@ class Scoring:
                 labels.write_labels(_some(whole, count), Path(folder), project, lambda: None)
                 return _sizes(Path(folder))
 
-        samples = self._measure(write, len(whole.ids), share)
+        samples = _measure(write, len(whole.ids), share)
         self.measured[f"{LABELS}.{name}"] = Measured(tuple(samples))
         some = _some(whole, samples[-1].rows)
         return replace(job, ids=some.ids, labelling=some)
@@ -112,7 +111,7 @@ class Scoring:
             scored.append(evaluate(_some(pair, count), candidate, bar=False))
             return []
 
-        *before, last = self._measure(score, len(pair.ids), share)
+        *before, last = _measure(score, len(pair.ids), share)
         with tempfile.TemporaryDirectory(dir=self.checkout.root) as folder:
             one = replace(config, panels=replace(config.panels, seeded=1, best=0, worst=0))
             masks = candidates.pseudo_masks(self.checkout)
@@ -123,25 +122,6 @@ class Scoring:
         sizes = by_kind([(name, places * size * (1 if name == METRICS else shown)) for name, size in found])
         files = places * (2 + shown * (len(found) - 2))  # figures, beside metrics.json and panels.json
         return Measured((*before, replace(last, bytes=sizes, files=files)))
-
-    def _measure(self, work: Callable[[int], list[tuple[str, int]]], whole: int, share: float) -> list[Sample]:
-        """Samples of `work(count)`, which returns its files, for growing counts of images while they fit the `share`.
-
-        The first, of one image, has its operations counted and pays for the start.
-        """
-        samples: list[Sample] = []
-        for count in (1, *sorted({min(count, whole) for count in COUNTS})):
-            limit = share if count > SURE else self.seconds
-            if len(samples) > 1 and samples[-1].core_seconds * count / samples[-1].rows > limit:
-                break
-            with counting(not samples) as flops:
-                watch = Watch()
-                files = work(count)
-                spent, cores = watch.read()
-            numbers = {"seconds": spent, "core_seconds": cores, "flops": sum(flops)}
-            made = {"bytes": by_kind(files), "files": len(files)}
-            samples.append(Sample(rows=count, out=count, padded=count, **numbers, **made))
-        return samples
 
     def _left_out(self, what: str, error: Exception) -> None:
         self.notes.append(f"{what}: not rehearsed ({str(error).splitlines()[0][:160]})")
@@ -171,3 +151,22 @@ def _spread(ids: Sequence[str], count: int) -> list[str]:
 
 def _sizes(folder: Path) -> list[tuple[str, int]]:
     return [(name, (folder / name).stat().st_size) for name in list_files(folder)]
+
+
+def _measure(work: Callable[[int], list[tuple[str, int]]], whole: int, share: float) -> list[Sample]:
+    """Samples of `work(count)`, which returns its files, for growing counts of images while they fit the `share`.
+
+    The first, of one image, has its operations counted and pays for the start.
+    """
+    samples: list[Sample] = []
+    for count in (1, *sorted({min(count, whole) for count in COUNTS})):
+        if len(samples) > 1 and samples[-1].core_seconds * count / samples[-1].rows > share:
+            break
+        with counting(not samples) as flops:
+            watch = Watch()
+            files = work(count)
+            spent, cores = watch.read()
+        numbers = {"seconds": spent, "core_seconds": cores, "flops": sum(flops)}
+        made = {"bytes": by_kind(files), "files": len(files)}
+        samples.append(Sample(rows=count, out=count, padded=count, **numbers, **made))
+    return samples
