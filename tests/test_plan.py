@@ -21,7 +21,8 @@ from pipeline.nn.bert import Bert
 from pipeline.nn.text import TextSizes, TextTransformer, Vocabulary
 from pipeline.planning import amounts, disk, record, vocabulary
 from pipeline.planning.estimate import Estimate, by_workers, estimates
-from pipeline.planning.rehearsal import LAUNCH, Rehearsal
+from pipeline.planning.launching import LAUNCH
+from pipeline.planning.rehearsal import Rehearsal
 from pipeline.planning.samples import Measured, Sample, by_kind
 from pipeline.planning.scoring import Scoring
 from pipeline.planning.taken import taken

@@ -13,14 +13,14 @@ from pipeline.evaluation.config import Config as Evaluation
 from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
 from pipeline.planning.amounts import Amount, Scored, of_benchmarks
-from pipeline.planning.rehearsal import IMAGES, LAUNCH, block_of, optimisations, padded
+from pipeline.planning.launching import LAUNCH, SINGLE
+from pipeline.planning.rehearsal import IMAGES, block_of, optimisations, padded
 from pipeline.planning.samples import Measured
 from pipeline.planning.scoring import EVALUATE, LABELS, STUDENT, pictures
 from pipeline.project import Project
 
 HOUR = 3600.0
 FILES_OF_VAL_IMAGE = 2  # a picture and its mask
-SINGLE = ("index", "codebook")  # one payload, however many shards
 # What a stage reads of each stage above it, by suffix or array ("" = all of it).
 READS: dict[str, tuple[tuple[str, str], ...]] = {
     "download": (("scenes", ""),),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline import chain
@@ -22,9 +21,9 @@ from pipeline.engine import Counts, ShardStage, StageFailed, Task, run
 from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
 from pipeline.planning import amounts, scoring, standins, vocabulary
+from pipeline.planning.launching import LAUNCH, SINGLE, launch_sample
 from pipeline.planning.samples import Measured, Sample, Watch, by_kind, counting
 from pipeline.project import Project
-from pipeline.runners import run_process
 from pipeline.selftraining.runner import Job, obtain
 
 SMALL, MIDDLE, LARGE = 4, 64, 1000  # images of a checkout
@@ -33,7 +32,6 @@ HEAVY = ("features", "teacher")  # stages with a network, whose operations are c
 SLACK = 4.0  # by which a training's first, small, counted batches may overrate an image
 IMAGES = (".jpg", ".png")  # of generated val and tune sets; those of training are in tars
 START = 2  # images of a batch that only pays for the start
-LAUNCH = "launch"  # of a stage's worker processes, measured like a stage
 STEPS = 6  # of a rehearsed training; the second half is measured
 
 
@@ -137,8 +135,8 @@ class Rehearsal:
             if found is None:
                 return
             samples.append(found)
-            if place == 0 and self.real.machine.runner == "process":
-                self.measured[f"{LAUNCH}.{name}"] = Measured((_launch_sample(stage, project, self.real.machine),))
+            if place == 0 and name not in SINGLE and self.real.machine.runner == "process":
+                self.measured[f"{LAUNCH}.{name}"] = Measured((launch_sample(stage, project, self.real.machine),))
             following = checkouts[place + 1] if place + 1 < len(checkouts) else None
             if following and place and self._too_long(samples, rows_of(project), rows_of(following)):
                 break
@@ -280,26 +278,6 @@ def _shard_sample(stage: ShardStage, project: Project, count: bool) -> Sample | 
         files=len(files) + len(manifest.rows),
         val_files=sum(PurePosixPath(name).suffix in IMAGES for name, _ in files) if stage.name == "scenes" else 0,
     )
-
-
-def _launch_sample(stage: ShardStage, project: Project, machine: Machine) -> Sample:
-    """The machine's workers from nothing to the end of one small shard each: what they import and load, once each."""
-    workers = max(2, machine.workers)
-    task = stage.tasks(project)[0]
-    with TemporaryDirectory(dir=project.root) as folder:
-        items = [(stage, task, Path(folder) / str(number), machine) for number in range(workers)]
-        watch = Watch()
-        for _, outcome in run_process(_compute_shard, items, machine):
-            if isinstance(outcome, Exception):
-                raise outcome
-        seconds, cores = watch.read()
-    return Sample(rows=task.rows, out=task.rows, padded=task.rows, seconds=seconds, core_seconds=cores)
-
-
-def _compute_shard(item: tuple[ShardStage, Task, Path, Machine]) -> None:
-    stage, task, folder, machine = item
-    folder.mkdir()
-    stage.compute(task, folder, machine)
 
 
 def padded(project: Project, stage: str, rows: int) -> int:
