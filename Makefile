@@ -34,7 +34,8 @@ bench: setup  ## speed against peers, as ratios measured in one run
 # Each group's lock holds the base as well. In alphabetical order gpu comes last: its faiss replaces the base's.
 LOCKS := $(if $(GROUPS),$(patsubst %,requirements-%.lock,$(sort $(GROUPS))),requirements.lock)
 STAMP := $(VENV)/.installed$(subst $() ,,$(patsubst %,-%,$(sort $(GROUPS))))
-INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
+# Compiled here: where PYTHONDONTWRITEBYTECODE is set, every process would compile all that it imports, seconds of torch.
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps
 
 setup: $(STAMP)  ## the locked environment in .venv; `make setup GROUPS="cluster dev gpu"` adds one
 

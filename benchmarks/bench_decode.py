@@ -1,4 +1,4 @@
-"""JPEGs decoded and resized by a GPU (nvJPEG) against so many CPU processes (Pillow), in one run.
+"""JPEGs decoded and resized by a GPU (nvJPEG) against so many CPU processes, in one run.
 
     python -m benchmarks decode                                      one process for each core
     python -m benchmarks.bench_decode --workers 16 --images 8192     beside 16 cores
@@ -79,8 +79,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         images, _ = make_shard(Path(folder), options.images)
-        with limit(images, processes(options.workers)) as cores:
-            runs = {"cores": cores, "device": on_device(images, options.device)}
+        with processes(options.workers) as pool:
+            runs = {"cores": limit(images, pool), "device": on_device(images, options.device)}
             best = dict.fromkeys(runs, 0.0)
             for _ in range(options.rounds):
                 for name, run in runs.items():

@@ -201,7 +201,7 @@ def test_shared_points_show_the_same_place():
     assert np.abs(points).max() <= 1
     read = []
     for view, place in zip((first, second), points, strict=True):
-        shown = torch.from_numpy(np.array(render(Image.fromarray(image), view, 128))).permute(2, 0, 1)[None].float()
+        shown = torch.from_numpy(render(Image.fromarray(image), view, 128)).permute(2, 0, 1)[None].float()
         grid = torch.from_numpy(place)[None, None]
         read.append(torch.nn.functional.grid_sample(shown, grid, align_corners=False, padding_mode="border")[0, :2, 0])
     assert (read[0] - read[1]).abs().max() < 4

@@ -18,12 +18,17 @@ def image():
     return np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 
 
-def test_render_is_torchvisions_resized_crop(image):
+@pytest.mark.parametrize("side", [16, 50])
+def test_render_is_torchvisions_resized_crop_of_a_pillow_image(image, side):
+    """To one level, in a few values of a hundred even in noise: the two round weights to bytes differently."""
     view = View(left=6 / 40, top=3 / 30, width=20 / 40, height=24 / 30, flip=False)
-    expected = vision.resized_crop(Image.fromarray(image), 3, 6, 24, 20, [16, 16])
-    np.testing.assert_array_equal(render(Image.fromarray(image), view, 16), np.asarray(expected))
+    expected = vision.resized_crop(Image.fromarray(image), 3, 6, 24, 20, [side, side])
+    shown = render(Image.fromarray(image), view, side)
+    assert shown.shape == (side, side, 3) and shown.dtype == np.uint8 and shown.flags.c_contiguous
+    off = np.abs(shown.astype(int) - np.asarray(expected))
+    assert off.max() <= 1 and (off > 0).mean() < 0.05
     flipped = View(view.left, view.top, view.width, view.height, flip=True)
-    np.testing.assert_array_equal(render(Image.fromarray(image), flipped, 16), np.asarray(vision.hflip(expected)))
+    np.testing.assert_array_equal(render(Image.fromarray(image), flipped, side), shown[:, ::-1])
 
 
 def test_normalise_is_torchvisions(image):
@@ -61,7 +66,7 @@ def test_masks_move_with_the_pixels():
     painted = np.kron(labels, np.ones((32, 32), np.uint8))[..., None].repeat(3, 2) * 40
     for _ in range(50):
         view = random_view(rng, height=128, width=128, scale=(0.2, 1.0), ratio=(0.75, 1.33), flip_chance=0.5)
-        seen = np.asarray(render(Image.fromarray(painted), view, 64))
+        seen = render(Image.fromarray(painted), view, 64)
         moved = move_labels(labels, view, (16, 16))
         centres = seen.reshape(16, 4, 16, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3, 4)) / 40
         assert (np.abs(centres - moved) < 0.5).mean() > 0.85, "most cells lie inside one label"

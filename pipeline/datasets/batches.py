@@ -84,7 +84,7 @@ class PairTransform:
         words = prompts.noun_prompts(caption, sample.nouns, self.num_prompts, self.templates, rng)
         if self.caption_form == "nouns" and sample.nouns:
             caption = " ".join(sample.nouns)
-        shown = np.asarray(render(sample.image, view, self.views.image_size))
+        shown = render(sample.image, view, self.views.image_size)
         if self.rand_augment:
             shown = rand_augment(shown, self.rand_augment, rng)
         erased = draw_erased(self.views.image_size, self.erase_chance, rng) if self.erase_chance else None

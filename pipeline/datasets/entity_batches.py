@@ -112,7 +112,7 @@ class EntityTransform:
 
     def _view(self, image: Image.Image, rng: np.random.Generator) -> Picture:
         side = self.views.image_size
-        shown = np.asarray(render(image, self.views.draw(image, rng), side))
+        shown = render(image, self.views.draw(image, rng), side)
         if self.views.rand_augment:
             shown = rand_augment(shown, self.views.rand_augment, rng)
         erased = draw_erased(side, self.views.erase_chance, rng) if self.views.erase_chance else None

@@ -61,7 +61,7 @@ class RegionTransform:
         if len(found) > self.max_nouns:
             found = [found[i] for i in np.sort(rng.choice(len(found), self.max_nouns, replace=False))]
         groups = move_labels(sample.groups, view, (self.grid, self.grid))
-        return Named(np.asarray(render(sample.image, view, self.views.image_size)), groups, tuple(found))
+        return Named(render(sample.image, view, self.views.image_size), groups, tuple(found))
 
 
 def collate(samples: list[Named], uids: list[str]) -> Packed[RegionBatch]:

@@ -102,8 +102,8 @@ class MultiCrop:
         colours[:, 2] *= rng.random(views) >= settings.gray_chance
         side = settings.local_size
         return Crops(
-            np.stack([np.asarray(render(sample.image, view, settings.global_size)) for view in large]),
-            np.stack([np.asarray(render(sample.image, view, side)) for view in small])
+            np.stack([render(sample.image, view, settings.global_size) for view in large]),
+            np.stack([render(sample.image, view, side) for view in small])
             if small
             else np.zeros((0, side, side, 3), np.uint8),
             colours.astype(np.float32),

@@ -25,8 +25,8 @@ class Optimisation:
         images: budget, in images seen.
         batch_size: images a step.
         micro_batches: equal parts of a batch whose gradients are averaged before the step, for the memory of one part.
-            A loss that is a mean over images has the gradient of the whole batch; one that contrasts images has only
-            the negatives of a part, and batch statistics (BatchNorm, DINO's centres) are a part's.
+            A loss that contrasts images has the whole batch's negatives (`pipeline.losses.parts`); batch statistics
+            (BatchNorm, DINO's centres) are a part's.
         lr: peak learning rate of AdamW, for this batch size.
         lr_multipliers: factor on `lr` by prefix of parameter name.
         final_lr_fraction: share of `lr` at the end of the cosine.
