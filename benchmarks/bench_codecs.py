@@ -26,13 +26,12 @@ from pipeline import params as params_of
 from pipeline.artifacts import quantiser
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.vectors import dequantise, map_vectors, quantise
-from pipeline.baselines import RegionOracle
 from pipeline.caching import features, image_masks, pseudo_masks, teacher
 from pipeline.caching.payloads import FEATURES
 from pipeline.datasets.benchmarks import open_benchmark
 from pipeline.evaluation import Config as Evaluation
 from pipeline.evaluation.pairs import SCENES, benchmark_root
-from pipeline.evaluation.scoring import Candidate, oracle
+from pipeline.evaluation.regions import RegionScore
 from pipeline.inference import nearest
 from pipeline.project import Project
 
@@ -82,10 +81,12 @@ def oracle_miou(project: Project, coded: Callable[[ndarray], ndarray], salt: str
         (grid,), _ = pseudo_masks.regions(torch.from_numpy(coded(tokens.numpy())), [name], known.mask_config)
         return nearest(grid.long(), image.shape[:2])
 
-    candidate = Candidate(name="oracle", model=RegionOracle(regions), digests={}, regions=regions)
-    ids = benchmark.ids("test", entry.limit)
-    found = oracle(candidate, benchmark, ids, lambda part: (regions(sample.image) for sample in part), lambda: None)
-    return None if found["oracle_majority"] is None else 100 * found["oracle_majority"]
+    score = RegionScore(benchmark, None)
+    for image_id in benchmark.ids("test", entry.limit):
+        sample = benchmark.sample(image_id)
+        score.update(sample, regions(sample.image))
+    majority = score.report()["oracle_majority"]
+    return None if majority is None else 100 * majority
 
 
 def points(percent: float | None) -> str:

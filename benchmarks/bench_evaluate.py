@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.paper import paper_config
 from benchmarks.peak import device_name, wait_for
 from pipeline.datasets.benchmarks import Benchmark, Sample, open_benchmark
-from pipeline.evaluation.scoring import tally
+from pipeline.evaluation.scoring import Run, Tally, tally
 from pipeline.inference import (
     BACKGROUNDS,
     PIXELS_AT_ONCE,
@@ -97,13 +97,9 @@ def contestants(benchmark: Benchmark, classes: int, device: str) -> dict[str, Ca
     def harness() -> None:
         model.forget()
         boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
-        tally(
-            benchmark,
-            ids,
-            answer,
-            step=lambda: None,
-            watchers=[lambda sample, predicted: boundaries.update(predicted, sample.label)],
-        )
+        run = Run(answer, dict, Tally.of(benchmark))
+        for samples in benchmark.parts(ids):
+            tally(samples, [run], lambda: None, [lambda sample, found: boundaries.update(found, sample.label)])
 
     return {"bare model": bare, "harness": harness}
 

@@ -20,7 +20,7 @@ from pipeline.artifacts.weights import save_model
 from pipeline.cli import main as tessera
 from pipeline.datasets.benchmarks import open_benchmark
 from pipeline.evaluation import Config, candidates, panels, stage
-from pipeline.evaluation.classification import classify
+from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.config import BenchmarkConfig, PanelConfig, pick, thresholds
 from pipeline.evaluation.pairs import benchmark_root, draw, evaluate, open_pair
 from pipeline.evaluation.rates import by_split
@@ -149,8 +149,9 @@ def test_images_of_one_class_are_classified(project):
     wrong.encode_image = lambda pixels: ColorModel.encode_image(wrong, pixels).roll(1, 1)
     benchmark = open_benchmark("scenes", project.path("sets"), "native")
     names = wrong.encode_text(list(benchmark.foreground))
-    found = classify(wrong, benchmark, ["val_000", "val_001", "val_002"], names, 32, "cpu", lambda: None)
-    assert found == {"image_accuracy": 0.0, "num_one_class_images": 2}
+    classified = Classification(wrong, benchmark, names, 32, "cpu")
+    classified.update([benchmark.sample(image_id) for image_id in ("val_000", "val_001", "val_002")])
+    assert classified.report() == {"image_accuracy": 0.0, "num_one_class_images": 2}
 
 
 def test_without_an_image_of_one_class_there_is_no_accuracy(project):

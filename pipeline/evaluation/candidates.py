@@ -16,7 +16,8 @@ from pipeline import baselines, methods
 from pipeline.artifacts.files import BadInput, digest
 from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, model_digest
 from pipeline.datasets.benchmarks import Benchmark
-from pipeline.evaluation.scoring import Candidate, Regions
+from pipeline.evaluation.regions import Regions
+from pipeline.evaluation.scoring import Candidate
 from pipeline.inference import Geometry, nearest, square_pixels, square_regions
 from pipeline.nn.group_stages import groups_by_stages, stage_groups
 from pipeline.project import Project

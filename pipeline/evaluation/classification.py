@@ -4,7 +4,7 @@ High beside a low mIoU, it says that names are learned and do not stay with thei
 with the classes' as CLIP does on ImageNet; the images are those whose truth holds exactly one foreground class.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.datasets.benchmarks import Benchmark
+from pipeline.datasets.benchmarks import Benchmark, Sample
 from pipeline.evaluation.rates import fraction
 from pipeline.inference import PIXELS_AT_ONCE, ScoreModel, same_size, square_pixels
 
@@ -24,32 +24,40 @@ class ImageModel(ScoreModel, Protocol):
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]: ...
 
 
-@torch.inference_mode()
-def classify(
-    model: ImageModel,
-    benchmark: Benchmark,
-    ids: list[str],
-    embeddings: Float[Tensor, "foreground dim"],
-    side: int | None,
-    device: str,
-    step: Callable[[], object],
-) -> dict[str, Any]:
+class Classification:
     """Share of the images of one class whose nearest class vector is that class's, and how many images these are.
 
     Images are squashed to side x side pixels, or seen as they are stored. No share where there is no such image.
     """
-    right, images, first = 0, 0, int(benchmark.has_background)
-    for samples in benchmark.parts(ids):
+
+    def __init__(
+        self,
+        model: ImageModel,
+        benchmark: Benchmark,
+        embeddings: Float[Tensor, "foreground dim"],
+        side: int | None,
+        device: str,
+    ) -> None:
+        self._model, self._embeddings, self._side, self._device = model, embeddings.float(), side, device
+        self._first, self._ignore = int(benchmark.has_background), benchmark.ignore_index
+        self._right = self._images = 0
+
+    @torch.inference_mode()
+    def update(self, samples: Sequence[Sample]) -> None:
+        """Count those of the images that show one class."""
         pictures, truths = [], []
         for sample in samples:
-            found = np.setdiff1d(np.unique(sample.label), [benchmark.ignore_index, *range(first)])
+            found = np.setdiff1d(np.unique(sample.label), [self._ignore, *range(self._first)])
             if len(found) == 1:
-                pictures.append(square_pixels(sample.image, side, device))
+                pictures.append(square_pixels(sample.image, self._side, self._device))
                 truths.append(int(found[0]))
-            step()
         for batch in same_size(pictures, PIXELS_AT_ONCE):
-            vectors = model.encode_image(torch.cat([pictures[index] for index in batch])).float()
-            answers = (vectors @ embeddings.float().T).argmax(1) + first
-            right += sum(answer == truths[index] for answer, index in zip(answers.tolist(), batch, strict=True))
-        images += len(pictures)
-    return {"image_accuracy": fraction(right / images if images else float("nan")), "num_one_class_images": images}
+            vectors = self._model.encode_image(torch.cat([pictures[index] for index in batch])).float()
+            answers = (vectors @ self._embeddings.T).argmax(1) + self._first
+            self._right += sum(answer == truths[index] for answer, index in zip(answers.tolist(), batch, strict=True))
+        self._images += len(pictures)
+
+    def report(self) -> dict[str, Any]:
+        """A fraction in [0, 1], and a count."""
+        share = self._right / self._images if self._images else float("nan")
+        return {"image_accuracy": fraction(share), "num_one_class_images": self._images}

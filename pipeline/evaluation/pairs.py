@@ -12,7 +12,8 @@ from pipeline.datasets.benchmarks import Benchmark, Protocol, open_benchmark
 from pipeline.evaluation import candidates, panels
 from pipeline.evaluation.config import BenchmarkConfig, Config, pick, thresholds
 from pipeline.evaluation.rates import confused
-from pipeline.evaluation.scoring import Candidate, Regions, Scored, Settings, Watcher, passes, score
+from pipeline.evaluation.regions import Regions
+from pipeline.evaluation.scoring import Candidate, Scored, Settings, Watcher, passes, score
 from pipeline.inference import BACKGROUNDS, BackgroundName
 from pipeline.metrics import ConfusionMatrix
 from pipeline.params import ParamsError

@@ -1,7 +1,8 @@
 """One model on one benchmark: thresholds, the test split, oracle labels of the model's regions, and the report.
 
 Axes: height and width in pixels of the stored image. A report holds fractions in [0, 1], no time and no path, so the
-same model gives the same bytes.
+same model gives the same bytes. Everything is asked of some images before the next are opened: what a model remembers
+of a picture (`pipeline.nn.reading`) then serves every rule, however many pictures there are.
 """
 
 import time
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from pipeline.baselines import ClosedVocabulary, LabelModel
 from pipeline.datasets.benchmarks import Benchmark, Sample
-from pipeline.evaluation.classification import ImageModel, classify
+from pipeline.evaluation.classification import Classification, ImageModel
 from pipeline.evaluation.rates import brief, by_split, confused, curve, figures, fraction, uncertainty
+from pipeline.evaluation.regions import Regions, RegionScore
 from pipeline.inference import (
     BACKGROUNDS,
     BackgroundName,
@@ -28,15 +30,14 @@ from pipeline.inference import (
     class_embeddings,
     threshold_labels,
 )
-from pipeline.mask_metrics import BoundaryIoU, best_jaccard
-from pipeline.metrics import ConfusionMatrix, ThresholdSweep, oracle_classes, region_counts
+from pipeline.mask_metrics import BoundaryIoU
+from pipeline.metrics import ConfusionMatrix, ThresholdSweep
 
 GROUP_INTERVALS = 20  # of a rule by group's thresholds: 0, 0.05 ... 1, so that the papers' are among them
 CONFUSION_CLASSES = 32  # a larger matrix is left out of the report, but for its largest mistakes
 MISTAKES = 10
 # Label maps of images in order.
 Answer = Callable[[Sequence[Sample]], Iterator[Int64[Tensor, "_ _"]]]
-Regions = Callable[[UInt8[np.ndarray, "height width 3"]], Int64[Tensor, "height width"]]
 Watcher = Callable[[Sample, Int64[Tensor, "height width"]], object]  # is told each test image's answer
 
 
@@ -81,15 +82,33 @@ class Settings:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of a split, and each image's own mIoU and areas (intersection, prediction, truth by class; pixels).
-
-    `seconds` is what it took.
-    """
+    """Counts of a split, and each image's own mIoU and areas (intersection, prediction, truth by class; pixels)."""
 
     total: ConfusionMatrix
     per_image: dict[str, float] = field(default_factory=dict)
     areas: list[Int64[Tensor, "3 classes"]] = field(default_factory=list)
-    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, benchmark: Benchmark) -> "Tally":
+        """Nothing counted yet."""
+        return cls(ConfusionMatrix(len(benchmark.classes), benchmark.ignore_index))
+
+    def add(self, sample: Sample, predicted: Int64[Tensor, "height width"]) -> None:
+        """Count an image."""
+        single = ConfusionMatrix(self.total.num_classes, self.total.ignore_index)
+        single.update(predicted, sample.label)
+        self.total.merge(single)
+        self.per_image[sample.id] = single.miou()
+        self.areas.append(torch.stack([single.counts.diagonal(), single.counts.sum(0), single.counts.sum(1)]))
+
+
+@dataclass(slots=True)
+class Run:
+    """A way to answer, what is said of it in the report (once all images were answered), and what was counted."""
+
+    answer: Answer
+    described: Callable[[], dict[str, Any]]
+    counts: Tally
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,31 +121,6 @@ class Scored:
     rate: float
 
 
-def tally(
-    benchmark: Benchmark,
-    ids: list[str],
-    answer: Answer,
-    step: Callable[[], object],
-    watchers: Sequence[Watcher] = (),
-) -> Tally:
-    """Confusion counts of `answer` over the images, in order; each watcher is told every answer."""
-    classes, ignore = len(benchmark.classes), benchmark.ignore_index
-    counts = Tally(ConfusionMatrix(classes, ignore))
-    started = time.perf_counter()
-    for samples in benchmark.parts(ids):
-        for sample, predicted in zip(samples, answer(samples), strict=True):
-            single = ConfusionMatrix(classes, ignore)
-            single.update(predicted, sample.label)
-            counts.total.merge(single)
-            for watcher in watchers:
-                watcher(sample, predicted)
-            counts.per_image[sample.id] = single.miou()
-            counts.areas.append(torch.stack([single.counts.diagonal(), single.counts.sum(0), single.counts.sum(1)]))
-            step()
-    counts.seconds = time.perf_counter() - started
-    return counts
-
-
 def score(
     candidate: Candidate,
     benchmark: Benchmark,
@@ -135,20 +129,29 @@ def score(
     step: Callable[[], object],
     watchers: Sequence[Watcher] = (),
 ) -> Scored:
-    """Score a candidate on the test images; `step` is called once per image and pass (see `passes`).
+    """Score a candidate on the test images; `step` is called once per image and answer (see `passes`).
 
     `watchers` are told the answers that the reported score counts, each once.
     """
-    boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
-    reported = (lambda sample, predicted: boundaries.update(predicted, sample.label), *watchers)
-    if isinstance(candidate.model, ScoreModel):
-        runs = [
-            _run_rule(candidate.model, benchmark, ids, rule, settings, step, () if number else reported)
-            for number, rule in enumerate(settings.backgrounds)
-        ]
+    model = candidate.model
+    if isinstance(model, ScoreModel):
+        runs = _rule_runs(model, benchmark, settings, step)
     else:
-        runs = [_run_labels(candidate.model, benchmark, ids, step, reported)]
-    headline, counts, answer = runs[0]
+        runs = [_label_run(model, benchmark)]
+    boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
+    reported: list[Watcher] = [lambda sample, predicted: boundaries.update(predicted, sample.label), *watchers]
+    regions = None
+    if candidate.regions is not None or isinstance(model, ScoreModel):
+        regions = RegionScore(benchmark, candidate.regions)
+        reported.append(regions.update)
+    names = _classification(model, benchmark, settings) if isinstance(model, ImageModel) else None
+    started = time.perf_counter()
+    for samples in benchmark.parts(ids):
+        tally(samples, runs, step, reported)
+        if names is not None:
+            names.update(samples)
+    rate = len(ids) / max(time.perf_counter() - started, 1e-9)
+    first, *others = runs
     report = {
         "benchmark": benchmark.name,
         "class_names": list(benchmark.classes),
@@ -157,37 +160,44 @@ def score(
         "num_test_images": benchmark.whole(len(ids)),
         "precision": "float32",
         "protocol": benchmark.protocol,
-        **headline,
-        **figures(counts.total, benchmark),
-        **by_split(counts.total, benchmark),
+        **first.described(),
+        **figures(first.counts.total, benchmark),
+        **by_split(first.counts.total, benchmark),
         "boundary_miou": fraction(boundaries.miou()),
-        **uncertainty(torch.stack(counts.areas).numpy()),
-        **_image_accuracy(candidate.model, benchmark, ids, settings, step),
-        **oracle(candidate, benchmark, ids, answer, step),
-        "confused": confused(counts.total, benchmark.classes, MISTAKES),
-        "other_backgrounds": {rule["background"]: brief(rule, run.total, benchmark) for rule, run, _ in runs[1:]},
+        **uncertainty(torch.stack(first.counts.areas).numpy()),
+        **(names.report() if names else {}),
+        **(regions.report() if regions else {}),
+        "confused": confused(first.counts.total, benchmark.classes, MISTAKES),
+        "other_backgrounds": {
+            (said := run.described())["background"]: brief(said, run.counts.total, benchmark) for run in others
+        },
     }
     if len(benchmark.classes) <= CONFUSION_CLASSES:
-        report["confusion"] = counts.total.counts.tolist()
-    rate = len(ids) / max(counts.seconds, 1e-9)
-    return Scored(report=report, per_image=counts.per_image, answer=answer, rate=rate)
+        report["confusion"] = first.counts.total.counts.tolist()
+    return Scored(report=report, per_image=first.counts.per_image, answer=first.answer, rate=rate)
+
+
+def tally(
+    samples: Sequence[Sample], runs: Sequence[Run], step: Callable[[], object], watchers: Sequence[Watcher] = ()
+) -> None:
+    """Count each run's answers to the images; the watchers are told the first run's."""
+    for number, run in enumerate(runs):
+        for sample, predicted in zip(samples, run.answer(samples), strict=True):
+            run.counts.add(sample, predicted)
+            for watcher in () if number else watchers:
+                watcher(sample, predicted)
+            step()
 
 
 def passes(candidate: Candidate, num_images: int, settings: Settings) -> int:
     """How often `score` calls `step`."""
     if not isinstance(candidate.model, ScoreModel):
-        return num_images * (1 + (candidate.regions is not None))
+        return num_images
     tuned = sum(BACKGROUNDS[rule].thresholded for rule in settings.backgrounds) * len(settings.tune_ids)
-    return num_images * (len(settings.backgrounds) + isinstance(candidate.model, ImageModel) + 1) + tuned
+    return num_images * len(settings.backgrounds) + tuned
 
 
-def _run_labels(
-    model: LabelModel,
-    benchmark: Benchmark,
-    ids: list[str],
-    step: Callable[[], object],
-    watchers: Sequence[Watcher],
-) -> tuple[dict[str, Any], Tally, Answer]:
+def _label_run(model: LabelModel, benchmark: Benchmark) -> Run:
     def answer(samples: Sequence[Sample]) -> Iterator[Int64[Tensor, "_ _"]]:
         return (model.label(sample, len(benchmark.classes), benchmark.ignore_index) for sample in samples)
 
@@ -202,26 +212,33 @@ def _run_labels(
         "window": None,
         **(model.described() if isinstance(model, ClosedVocabulary) else {}),
     }
-    return described, tally(benchmark, ids, answer, step, watchers), answer
+    return Run(answer, lambda: described, Tally.of(benchmark))
 
 
-def _run_rule(
-    model: ScoreModel,
-    benchmark: Benchmark,
-    ids: list[str],
+def _rule_runs(model: ScoreModel, benchmark: Benchmark, settings: Settings, step: Callable[[], object]) -> list[Run]:
+    """One for each background rule, its threshold chosen."""
+    opened: dict[BackgroundName, tuple[Segmenter, tuple[float, ...], PromptOrder]]
+    opened = {rule: open_segmenter(model, benchmark, rule, settings) for rule in settings.backgrounds}
+    tuned = {rule: entry[:2] for rule, entry in opened.items() if BACKGROUNDS[rule].thresholded}
+    chosen = dict(zip(tuned, choose_thresholds(list(tuned.values()), benchmark, settings, step), strict=True))
+    free = {"value": None, "chosen_on": "no threshold"}
+    return [
+        _rule_run(rule, segmenter, grid, order, chosen.get(rule, free), benchmark, settings)
+        for rule, (segmenter, grid, order) in opened.items()
+    ]
+
+
+def _rule_run(
     rule: BackgroundName,
+    segmenter: Segmenter,
+    grid: tuple[float, ...],
+    order: PromptOrder,
+    threshold: dict[str, Any],
+    benchmark: Benchmark,
     settings: Settings,
-    step: Callable[[], object],
-    watchers: Sequence[Watcher],
-) -> tuple[dict[str, Any], Tally, Answer]:
-    """One background rule on the test split: what was done, the counts, and how to answer for one image."""
+) -> Run:
     background = BACKGROUNDS[rule]
-    segmenter, grid, order = open_segmenter(model, benchmark, rule, settings)
-    threshold = {"value": None, "chosen_on": "no threshold"}
-    sweep = None
-    if background.thresholded:
-        threshold = choose_threshold(segmenter, benchmark, settings, grid, step)
-        sweep = ThresholdSweep(grid, len(benchmark.classes), benchmark.ignore_index)
+    sweep = ThresholdSweep(grid, len(benchmark.classes), benchmark.ignore_index) if background.thresholded else None
 
     def answer(samples: Sequence[Sample]) -> Iterator[Int64[Tensor, "_ _"]]:
         found = segmenter.many([sample.image for sample in samples])
@@ -230,18 +247,19 @@ def _run_rule(
                 sweep.update(best.cpu(), labels.cpu(), sample.label)
             yield threshold_labels(best, labels, threshold["value"]).cpu()
 
-    counts = tally(benchmark, ids, answer, step, watchers)
-    described = {
-        "background": rule,
-        "pamr": settings.pamr,
-        "prompt_order": order,
-        "stuff_words": list(benchmark.stuff if background.stuff_words else ()),
-        "sweep": None if sweep is None else curve(sweep),
-        "templates": list(settings.templates),
-        "threshold": threshold,
-        **settings.geometry.described(),
-    }
-    return described, counts, answer
+    def described() -> dict[str, Any]:
+        return {
+            "background": rule,
+            "pamr": settings.pamr,
+            "prompt_order": order,
+            "stuff_words": list(benchmark.stuff if background.stuff_words else ()),
+            "sweep": None if sweep is None else curve(sweep),
+            "templates": list(settings.templates),
+            "threshold": threshold,
+            **settings.geometry.described(),
+        }
+
+    return Run(answer, described, Tally.of(benchmark))
 
 
 def open_segmenter(
@@ -271,73 +289,28 @@ def group_grid(threshold: float) -> tuple[float, ...]:
     return tuple(sorted({*(index / GROUP_INTERVALS for index in range(GROUP_INTERVALS + 1)), threshold}))
 
 
-def choose_threshold(
-    segmenter: Segmenter,
+def choose_thresholds(
+    opened: Sequence[tuple[Segmenter, tuple[float, ...]]],
     benchmark: Benchmark,
     settings: Settings,
-    grid: tuple[float, ...],
     step: Callable[[], object],
-) -> dict[str, Any]:
-    """The threshold and where it comes from: the grid's best on the tune images, the parameter where there are none."""
+) -> list[dict[str, Any]]:
+    """Each segmenter's threshold and where it comes from: the best of its grid on the tune images, the parameter where
+    there are none."""
     if not settings.tune_ids:
-        return {"value": settings.threshold, "chosen_on": "params.yaml"}
-    sweep = ThresholdSweep(grid, len(benchmark.classes), benchmark.ignore_index)
-    for samples in benchmark.parts(settings.tune_ids):
-        for sample, (best, labels) in zip(samples, segmenter.many([s.image for s in samples]), strict=True):
-            sweep.update(best.cpu(), labels.cpu(), sample.label)
-            step()
-    value, miou = sweep.best()
+        return [{"value": settings.threshold, "chosen_on": "params.yaml"} for _ in opened]
+    sweeps = [ThresholdSweep(grid, len(benchmark.classes), benchmark.ignore_index) for _, grid in opened]
+    for samples in benchmark.parts(settings.tune_ids) if opened else ():
+        for (segmenter, _), sweep in zip(opened, sweeps, strict=True):
+            for sample, (best, labels) in zip(samples, segmenter.many([s.image for s in samples]), strict=True):
+                sweep.update(best.cpu(), labels.cpu(), sample.label)
+                step()
     chosen_on = f"{benchmark.layout['tune']} split, {len(settings.tune_ids)} images"
-    return {"value": value, "chosen_on": chosen_on, "tune_miou": fraction(miou)}
+    best = [sweep.best() for sweep in sweeps]
+    return [{"value": value, "chosen_on": chosen_on, "tune_miou": fraction(miou)} for value, miou in best]
 
 
-def oracle(
-    candidate: Candidate, benchmark: Benchmark, ids: list[str], answer: Answer, step: Callable[[], object]
-) -> dict[str, float | None]:
-    """mIoU when the truth names each of the candidate's regions, by majority and by best IoU; and mask probing."""
-    regions = _regions(candidate, answer)
-    if regions is None:
-        return {}
-    classes, ignore = len(benchmark.classes), benchmark.ignore_index
-    majority, best_iou = ConfusionMatrix(classes, ignore), ConfusionMatrix(classes, ignore)
-    num_regions, jaccards = 0, []
-    for samples in benchmark.parts(ids):
-        for sample, found in zip(samples, regions(samples), strict=True):
-            counts = region_counts(found, torch.tensor(sample.label), classes, ignore)
-            majority.add_regions(counts, oracle_classes(counts, "majority"))
-            best_iou.add_regions(counts, oracle_classes(counts, "best_iou"))
-            num_regions += int((counts.sum(1) > 0).sum())
-            jaccards.append(best_jaccard(counts, benchmark.has_background))
-            step()
-    return {
-        "mask_jaccard": fraction(torch.tensor(jaccards).nanmean().item()),
-        "num_regions": round(num_regions / max(len(ids), 1), 2),
-        "oracle_best_iou": fraction(best_iou.miou()),
-        "oracle_majority": fraction(majority.miou()),
-    }
-
-
-def _regions(candidate: Candidate, answer: Answer) -> Answer | None:
-    """The candidate's own regions; those of a model that does not group pixels are the classes that it predicts.
-
-    Source: card scg.md section 9 (MaskCLIP in SCG's Table 1).
-    """
-    grouped = candidate.regions
-    if grouped is not None:
-        return lambda samples: (grouped(sample.image) for sample in samples)
-    return answer if isinstance(candidate.model, ScoreModel) else None
-
-
-def _image_accuracy(
-    model: ScoreModel | LabelModel,
-    benchmark: Benchmark,
-    ids: list[str],
-    settings: Settings,
-    step: Callable[[], object],
-) -> dict[str, Any]:
-    """Zero-shot classification by a model that has a vector of the whole image."""
-    if not isinstance(model, ImageModel):
-        return {}
+def _classification(model: ImageModel, benchmark: Benchmark, settings: Settings) -> Classification:
     embeddings, _ = class_embeddings(model, benchmark.foreground, settings.templates, settings.prompt_order)
     side, device = settings.geometry.window or settings.geometry.short_side, settings.device
-    return classify(model, benchmark, ids, embeddings.to(device), side, device, step)
+    return Classification(model, benchmark, embeddings.to(device), side, device)

@@ -24,7 +24,7 @@ from pipeline.datasets.benchmarks import Benchmark
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config as Evaluation
 from pipeline.evaluation.pairs import settings_for
-from pipeline.evaluation.scoring import Settings, choose_threshold, open_segmenter
+from pipeline.evaluation.scoring import Settings, choose_thresholds, open_segmenter
 from pipeline.inference import BACKGROUNDS, ScoreModel, threshold_labels
 from pipeline.params import ParamsError, plain
 from pipeline.project import Project
@@ -107,7 +107,7 @@ def write_labels(labelling: Labelling, folder: Path, project: Project, step: Cal
     segmenter, grid, _ = open_segmenter(model, labelling.benchmark, rule, settings)
     threshold: dict[str, Any] = {"value": None, "chosen_on": "no threshold"}
     if BACKGROUNDS[rule].thresholded:
-        threshold = choose_threshold(segmenter, labelling.benchmark, settings, grid, step)
+        (threshold,) = choose_thresholds([(segmenter, grid)], labelling.benchmark, settings, step)
     for image_id in labelling.ids:
         file = folder / f"{image_id}.png"
         if not file.is_file():
