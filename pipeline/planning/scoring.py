@@ -66,12 +66,12 @@ class Scoring:
         whole, name = job.labelling, name_of(job)
         self.say(f"labels of {name}")
 
-        def write(count: int) -> list[tuple[str, int]]:
+        def write(part: labels.Labelling) -> list[tuple[str, int]]:
             with tempfile.TemporaryDirectory(dir=self.checkout.root) as folder:
-                labels.write_labels(_some(whole, count), Path(folder), project, lambda: None)
+                labels.write_labels(part, Path(folder), project, lambda: None)
                 return _sizes(Path(folder))
 
-        samples = _measure(write, len(whole.ids), share)
+        samples = _measure(write, whole, share)
         self.measured[f"{LABELS}.{name}"] = Measured(tuple(samples))
         some = _some(whole, samples[-1].rows)
         return replace(job, ids=some.ids, labelling=some)
@@ -105,18 +105,19 @@ class Scoring:
 
     def _pair(self, pair: Pair, config: Config, share: float) -> Measured:
         candidate = candidates.load(pair.spec, self.checkout, config.geometry, pair.benchmark)
-        scored: list[Scored] = []
+        scored: list[tuple[Pair, Scored]] = []
 
-        def score(count: int) -> list[tuple[str, int]]:
-            scored.append(evaluate(_some(pair, count), candidate, bar=False))
+        def score(part: Pair) -> list[tuple[str, int]]:
+            scored.append((part, evaluate(part, candidate, bar=False)))
             return []
 
-        *before, last = _measure(score, len(pair.ids), share)
+        *before, last = _measure(score, pair, share)
         with tempfile.TemporaryDirectory(dir=self.checkout.root) as folder:
             one = replace(config, panels=replace(config.panels, seeded=1, best=0, worst=0))
             masks = candidates.pseudo_masks(self.checkout)
-            draw(Path(folder) / "figures", _some(pair, last.rows), candidate, scored[-1], one, masks)
-            atomic_json(Path(folder) / METRICS, scored[-1].report)
+            part, found_last = scored[-1]
+            draw(Path(folder) / "figures", part, candidate, found_last, one, masks)
+            atomic_json(Path(folder) / METRICS, found_last.report)
             found = _sizes(Path(folder))
         shown, places = pictures(config, len(pair.ids)), PLACES
         sizes = by_kind([(name, places * size * (1 if name == METRICS else shown)) for name, size in found])
@@ -137,34 +138,38 @@ def pictures(config: Config, images: int) -> int:
     return min(images, config.panels.seeded + config.panels.best + config.panels.worst)
 
 
-def _some(whole: Part, count: int) -> Part:
+def _some(whole: Part, count: int, phase: float = 0.0) -> Part:
     """So many of its images, from all over it, with as many tune images as go with them."""
     tune_ids = whole.settings.tune_ids
-    tuned = _spread(tune_ids, math.ceil(len(tune_ids) * count / len(whole.ids)))
-    return replace(whole, ids=_spread(whole.ids, count), settings=replace(whole.settings, tune_ids=tuple(tuned)))
+    tuned = _spread(tune_ids, math.ceil(len(tune_ids) * count / len(whole.ids)), phase)
+    return replace(whole, ids=_spread(whole.ids, count, phase), settings=replace(whole.settings, tune_ids=tuple(tuned)))
 
 
-def _spread(ids: Sequence[str], count: int) -> list[str]:
-    """`count` of them at even distances: neighbours (of a year, of a size) resemble one another."""
-    return [ids[place * len(ids) // count] for place in range(count)]
+def _spread(ids: Sequence[str], count: int, phase: float = 0.0) -> list[str]:
+    """`count` of them at even distances, the first at `phase` (in [0, 1)) of one: neighbours (of a year, of a size)
+    resemble one another."""
+    return [ids[int((place + phase) * len(ids) / count)] for place in range(count)]
 
 
 def _sizes(folder: Path) -> list[tuple[str, int]]:
     return [(name, (folder / name).stat().st_size) for name in list_files(folder)]
 
 
-def _measure(work: Callable[[int], list[tuple[str, int]]], whole: int, share: float) -> list[Sample]:
-    """Samples of `work(count)`, which returns its files, for growing counts of images while they fit the `share`.
+def _measure(work: Callable[[Part], list[tuple[str, int]]], whole: Part, share: float) -> list[Sample]:
+    """Samples of `work`, which returns its files, on growing parts of the images while they fit the `share`.
 
-    The first, of one image, has its operations counted and pays for the start.
+    The first, of one image, has its operations counted and pays for the start. Each part has other images than those
+    before it, where there are enough: a candidate remembers what it saw.
     """
     samples: list[Sample] = []
-    for count in (1, *sorted({min(count, whole) for count in COUNTS})):
+    counts = (1, *sorted({min(count, len(whole.ids)) for count in COUNTS}))
+    for number, count in enumerate(counts):
         if len(samples) > 1 and samples[-1].core_seconds * count / samples[-1].rows > share:
             break
+        part = _some(whole, count, number / (len(counts) + 1))
         with counting(not samples) as flops:
             watch = Watch()
-            files = work(count)
+            files = work(part)
             spent, cores = watch.read()
         numbers = {"seconds": spent, "core_seconds": cores, "flops": sum(flops)}
         made = {"bytes": by_kind(files), "files": len(files)}
