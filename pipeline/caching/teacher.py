@@ -101,9 +101,10 @@ def embed(
     flat = images.flatten(0, 1)
     found = []
     for views in flat.split(config.batch_size):
-        pixels = normalised(views, encoder.mean, encoder.std, device)
+        # A view alone goes with itself: some CPUs round the product of one row otherwise than that of several.
+        pixels = normalised(views.repeat(2, 1, 1, 1) if len(views) == 1 else views, encoder.mean, encoder.std, device)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            found.append(encoder.encode_image(pixels).float())
+            found.append(encoder.encode_image(pixels)[: len(views)].float())
     return torch.nn.functional.normalize(torch.cat(found), dim=1).unflatten(0, images.shape[:2])
 
 
