@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-# Before any test imports `pipeline`: every annotated shape is then checked at run time.
+import pipeline.compiled_kmeans  # noqa: F401 - before the checks, which wrap functions: a compiler cannot read these
+
+# Before any test imports the rest of `pipeline`: every annotated shape is then checked at run time.
 install_import_hook("pipeline", "typechecker.check")
 
 from pipeline.serving import RAY  # noqa: E402

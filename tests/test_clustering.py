@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import clustering
+from pipeline import clustering, compiled_kmeans
 from pipeline.clustering import kmeans
 
 METRICS = ["cosine", "euclidean"]
@@ -36,9 +36,24 @@ def plain_lloyd(x: np.ndarray, centroids: np.ndarray, iters: int, metric: str) -
     return labels, centroids
 
 
-def lloyd(x: Tensor, first: Tensor, iters: int) -> tuple[Tensor, Tensor]:
-    """The iterations alone, from given centroids."""
-    return clustering._Lloyd(x.shape, first.shape[1], "euclidean", torch.float32, x.device).run(x, first, iters)
+def first_centroids(x: Tensor, k: int, init: str = "k-means++", metric: str = "euclidean") -> Tensor:
+    return clustering._first_centroids(x, *clustering._picks(seeds(len(x)), x.shape[1], k, init), metric == "cosine")
+
+
+def steps(x: Tensor, first: Tensor, iters: int, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
+    """The iterations alone, from given centroids, in torch."""
+    return clustering._steps(x, first, iters, metric, torch.float32)
+
+
+def compiled(x: Tensor, first: Tensor, iters: int, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
+    """The same in the compiled loop."""
+    labels, centroids = torch.empty(x.shape[:2], dtype=torch.int64), first.clone()
+    for image, means, found in zip(x.numpy(), centroids.numpy(), labels.numpy(), strict=True):
+        compiled_kmeans._lloyd(image, means, found, iters, metric == "cosine")
+    return labels, centroids
+
+
+ITERATIONS = pytest.mark.parametrize("lloyd", [steps, compiled])
 
 
 def objective(x: Tensor, centroids: Tensor) -> Tensor:
@@ -52,7 +67,7 @@ def objective(x: Tensor, centroids: Tensor) -> Tensor:
 def test_equals_a_plain_loop(metric, init, iters):
     x = data(6)
     labels, centroids = kmeans(x, 4, iters=iters, metric=metric, init=init, seeds=seeds(6))
-    first = clustering._first_centroids(x, 4, seeds(6), init, metric)
+    first = first_centroids(x, 4, init, metric)
     for i in range(6):
         expected, means = plain_lloyd(x[i].double().numpy(), first[i].double().numpy(), iters, metric)
         np.testing.assert_array_equal(labels[i].numpy(), expected)
@@ -62,7 +77,7 @@ def test_equals_a_plain_loop(metric, init, iters):
 def test_first_centroids_are_drawn_by_squared_distance():
     """k-means++ against a loop over the same draws; of 30 tokens all are picks, in order."""
     x, k = data(4, tokens=30), 5
-    chosen = clustering._first_centroids(x, k, seeds(4), "k-means++", "euclidean")
+    chosen = first_centroids(x, k)
     draws = clustering._uniform(seeds(4), 30, k).double().numpy()
     for i, tokens in enumerate(x.double().numpy()):
         weight, picked = np.ones(30), []
@@ -73,10 +88,23 @@ def test_first_centroids_are_drawn_by_squared_distance():
         np.testing.assert_array_equal(chosen[i].numpy(), x[i, picked].numpy())
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+@pytest.mark.parametrize(("tokens", "k"), [(1, 3), (50, 16), (300, 27)])
+def test_the_compiled_loop_draws_the_same_first_centroids(metric, init, tokens, k):
+    x = data(5, tokens, 19)
+    picks, draws = clustering._picks(seeds(5), tokens, k, init)
+    found = torch.empty(5, k, 19)
+    for i in range(5):
+        image, _ = compiled_kmeans._tokens(x[i].numpy(), metric == "cosine")
+        compiled_kmeans._draw(image, picks[i].numpy(), draws[i].numpy(), found[i].numpy())
+    torch.testing.assert_close(found, first_centroids(x, k, init, metric))
+
+
 def test_first_centroids_are_distinct_tokens_spread_over_the_image():
     x = torch.arange(100.0)[None, :, None].expand(50, -1, 1)
     for init in ("random", "k-means++"):
-        first = clustering._first_centroids(x, 10, seeds(50), init, "euclidean")[:, :, 0].sort(1).values
+        first = first_centroids(x, 10, init)[:, :, 0].sort(1).values
         assert (first.diff(dim=1) > 0).all(), init
     assert len(first.unique()) > 90  # k-means++ reaches every token
 
@@ -143,45 +171,54 @@ def test_means_belong_to_the_labels():
     assert torch.allclose(kmeans(x, 4, iters=3, seeds=seeds(5))[1].norm(dim=2), torch.ones(5, 4))
 
 
-def test_sums_follow_the_tokens_and_equal_one_hot_products():
-    """The CPU's corrected sums, the GPU's products and a loop agree."""
-    x, generator = data(3), torch.Generator().manual_seed(3)
-    old = torch.randint(4, (3, 60), generator=generator)
-    sums, rows = torch.zeros(3, 4, 7), torch.arange(3)
-    clustering._move(sums, x, rows, torch.full_like(old, -1), old)
-    new = torch.where(torch.rand(3, 60, generator=generator) < 0.2, torch.randint(4, (3, 60), generator=generator), old)
-    kept = torch.tensor([0, 2])
-    part = sums[kept]
-    clustering._move(part, x, kept, old[kept], new[kept])
-    for row, i in enumerate(kept.tolist()):
-        expected = torch.stack([x[i, new[i] == j].sum(0) for j in range(4)])
-        torch.testing.assert_close(part[row], expected)
-        torch.testing.assert_close(clustering._one_hot_sums(x[kept], new[kept], 4)[row], expected)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("tokens", "dim", "k"), [(1, 1, 1), (33, 3, 6), (64, 48, 8), (97, 33, 27), (784, 384, 16)])
+@pytest.mark.parametrize("iters", [1, 2, 3, 10, 100])
+def test_the_compiled_loop_skips_no_distance_that_matters(metric, tokens, dim, k, iters):
+    """Against the steps, which compute all of them; noise alone, so that tokens lie between clusters."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(3, tokens, dim, generator=generator) + 1
+    if metric == "cosine":
+        x = torch.nn.functional.normalize(x, dim=2)
+    first = first_centroids(x, k, metric=metric)
+    labels, centroids = compiled(x, first, iters, metric)
+    expected, means = steps(x.double(), first.double(), iters, metric)
+    assert torch.equal(labels, expected)
+    torch.testing.assert_close(centroids, means.float(), atol=1e-5, rtol=1e-5)
 
 
-def test_empty_clusters_restart_at_the_farthest_tokens():
+@ITERATIONS
+def test_empty_clusters_restart_at_the_farthest_tokens(lloyd):
     """Tokens 0 1 2 3 and 20; three of four first centroids so far away that they win nothing."""
     x = torch.tensor([0.0, 1, 2, 3, 20])[None, :, None]
     first = torch.tensor([0.0, 1e4, 2e4, 3e4])[None, :, None]
-    labels = torch.zeros(1, 5, dtype=torch.int64)
-    sums, row = torch.zeros_like(first), torch.arange(1)
-    clustering._move(sums, x, row, labels - 1, labels)
-    means = clustering._means(x, row, labels, sums, first, "euclidean")
+    labels, centroids = lloyd(x, first, 1)
+    assert labels.tolist() == [[0] * 5]
     # mean 5.2; by distance from it: 20 (14.8), 0 (5.2), 1 (4.2)
-    assert means[0, :, 0].tolist() == pytest.approx([5.2, 20, 0, 1])
+    assert centroids[0, :, 0].tolist() == pytest.approx([5.2, 20, 0, 1])
     labels, centroids = lloyd(x, first, 20)
     assert len(labels.unique()) == 4 and objective(x, centroids) <= 0.5 + 1e-6
 
 
-def test_restart_leaves_other_images_alone():
+@ITERATIONS
+def test_restart_leaves_other_images_alone(lloyd):
     x = data(3)
-    first = clustering._first_centroids(x, 4, seeds(3), "random", "euclidean")
+    first = first_centroids(x, 4, "random")
     first[1, 2] = 1e3
     labels, centroids = lloyd(x, first, 6)
     for i in range(3):
         alone = lloyd(x[i : i + 1], first[i : i + 1], 6)
         assert torch.equal(alone[0][0], labels[i]) and torch.equal(alone[1][0], centroids[i])
     assert len(labels[1].unique()) == 4
+
+
+@ITERATIONS
+def test_a_direction_that_cancels_out_stays(lloyd):
+    """Two opposite tokens in one cluster have no mean direction."""
+    x = torch.tensor([[[1.0, 0], [-1, 0], [0, 1]]])
+    first = torch.tensor([[[0.0, -1], [0, 1]]])
+    labels, centroids = lloyd(x, first, 1, "cosine")
+    assert labels.tolist() == [[0, 0, 1]] and torch.equal(centroids, first)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -219,6 +256,16 @@ def test_scale_does_not_matter_to_cosine():
     x = data(4)
     lengths = torch.rand(4, 60, 1, generator=torch.Generator().manual_seed(2)) * 9 + 1
     assert torch.equal(kmeans(x, 4, iters=10, seeds=seeds(4))[0], kmeans(x * lengths, 4, iters=10, seeds=seeds(4))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_unit_scales_tokens_and_leaves_means(dtype):
+    x = (data(4) * 3).to(dtype)
+    labels, centroids = kmeans(x, 4, iters=10, metric="euclidean", unit=True, seeds=seeds(4))
+    scaled = torch.nn.functional.normalize(x.float(), dim=2)
+    expected, means = kmeans(scaled, 4, iters=10, metric="euclidean", seeds=seeds(4))
+    assert torch.equal(labels, expected)
+    torch.testing.assert_close(centroids, means)
 
 
 def test_half_precision_strided_and_autocast_inputs():

@@ -16,7 +16,7 @@ x[2, :, :] = x[2, :1, :]  # tokens that are all the same: clusters stay empty
 seeds = torch.arange(3)
 for metric in ("euclidean", "cosine"):
     for iters in (1, 6, 50):
-        first = clustering._first_centroids(x, 5, seeds, "k-means++", metric)
+        first = clustering._first_centroids(x, *clustering._picks(seeds, 70, 5, "k-means++"), metric == "cosine")
         for exact in (True, False):
             labels, means, lost = fused_lloyd.lloyd(
                 x, first, iters, spherical=metric == "cosine", exact=exact, factors=tl.float32
@@ -51,9 +51,9 @@ for k, dim, dtype in ((16, 384, torch.float16), (27, 768, torch.bfloat16), (5, 1
         x[3] = x[3, :1]  # needs restarts, which the kernel leaves to the steps
         x, seeds = x.cuda().to(dtype), torch.arange(8, device="cuda")
         labels, centroids = kmeans(x, k, iters=20, seeds=seeds, metric=metric)
-        first = clustering._first_centroids(x, k, seeds, "k-means++", metric)
-        steps = clustering._Lloyd(x.shape, k, metric, torch.float32, x.device)
-        expected, means = steps.run(steps.prepare(x, 0), first, 20)
+        first = clustering._first_centroids(x, *clustering._picks(seeds, 200, k, "k-means++"), metric == "cosine")
+        tokens = clustering._prepared(x, metric == "cosine", 0).float()
+        expected, means = clustering._steps(tokens, first, 20, metric, torch.float32)
         same = (labels == expected).all(1)
         assert (labels == expected).float().mean() > 0.999 and same.any(), "but for ties"
         torch.testing.assert_close(centroids[same], means[same], atol=1e-4, rtol=1e-4)

@@ -46,7 +46,7 @@ class Config:
         iters: k-means iterations, at most; an image stops when no label changes.
         metric: "cosine" or "euclidean" distance. Tokens are scaled to unit length first, either way.
         init: first centroids: "k-means++" or "random".
-        precision: of the products that find the nearest centroid.
+        precision: of the products that find the nearest centroid, on a GPU; a CPU's are float32.
         chunk_rows: images of a zarr chunk; more compress better.
     """
 
@@ -66,10 +66,11 @@ def regions(
     if grid * grid != tokens.shape[1]:
         raise ValueError(f"{tokens.shape[1]} tokens are no square grid")
     labels, centroids = kmeans(
-        torch.nn.functional.normalize(tokens.float(), dim=2),
+        tokens,
         config.k,
         iters=config.iters,
         metric=config.metric,
+        unit=True,
         seeds=torch.tensor([seed(uid) for uid in uids], dtype=torch.int64, device=tokens.device),
         init=config.init,
         products=getattr(torch, config.precision),
@@ -157,4 +158,4 @@ def _check(folder: Path, counts: Counts) -> None:
             raise CorruptPayload(folder / CENTROIDS, f"rows from {start} are not finite, or longer than 1")
 
 
-STAGE = ShardStage(name="pseudo_masks", schema=1, code_tag=1, tasks=_tasks, compute=_compute, check=_check)
+STAGE = ShardStage(name="pseudo_masks", schema=1, code_tag=2, tasks=_tasks, compute=_compute, check=_check)
