@@ -13,8 +13,10 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+import torch
+from jaxtyping import Float, UInt8, UInt16
 from numpy import ndarray
+from torch import Tensor
 
 from pipeline.datasets import operations
 
@@ -86,11 +88,14 @@ def rand_augment(
 
 
 class Erased(NamedTuple):
-    """A rectangle of the view, in pixels, and the normalised values that replace it."""
+    """A rectangle of the view, in pixels, and the normal noise that replaces it once it is normalised.
+
+    The noise as 65,536ths of its cumulative share, half the bytes of its values, which `normal_values` gives.
+    """
 
     top: int
     left: int
-    values: Float32[ndarray, "height width 3"]
+    shares: UInt16[ndarray, "height width 3"]
 
 
 def draw_erased(side: int, chance: float, rng: np.random.Generator) -> Erased | None:
@@ -103,19 +108,13 @@ def draw_erased(side: int, chance: float, rng: np.random.Generator) -> Erased | 
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < height < side and 0 < width < side:
             top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
-            return Erased(top, left, _noise(height, width, rng))
+            return Erased(top, left, rng.integers(1 << 16, size=(height, width, 3), dtype=np.uint16))
     return None
 
 
-def _noise(height: int, width: int, rng: np.random.Generator) -> Float32[ndarray, "height width 3"]:
-    """Standard normal values to 16 bits of their cumulative share, a fifth of the time of exact draws."""
-    shares = np.frombuffer(rng.bytes(2 * height * width * 3), "<u2")
-    return _normal_quantiles().take(shares).reshape(height, width, 3)
-
-
 @cache
-def _normal_quantiles() -> Float32[ndarray, "65536"]:
+def normal_values(device: torch.device | str) -> Float[Tensor, "65536"]:
     """The normal distribution's values in the middle of equal shares."""
     from scipy.special import ndtri  # takes a while to import
 
-    return ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)
+    return torch.from_numpy(ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)).to(device)

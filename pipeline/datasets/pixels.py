@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from pipeline.datasets.augmentation import Erased
+from pipeline.datasets.augmentation import Erased, normal_values
 from pipeline.datasets.transforms import normalise
 
 Batch = TypeVar("Batch")
@@ -31,8 +31,10 @@ class Pixels:
         pixels = normalise(self.images.to(device, non_blocking=True))
         for image, box in zip(pixels, self.erased, strict=True):
             if box is not None:
-                height, width = box.values.shape[:2]
-                image[box.top : box.top + height, box.left : box.left + width] = torch.from_numpy(box.values)
+                height, width = box.shares.shape[:2]
+                shares = torch.from_numpy(box.shares).to(device, non_blocking=True)
+                noise = normal_values(device)[shares.int()]
+                image[box.top : box.top + height, box.left : box.left + width] = noise
         return pixels.permute(0, 3, 1, 2)
 
 
