@@ -13,6 +13,7 @@ Source: Elkan, Using the Triangle Inequality to Accelerate k-Means, ICML 2003, w
 Axes: images, tokens, dim, clusters, picks (tokens among which first centroids are drawn).
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,9 +30,23 @@ UNIT_TOLERANCE = np.float32(1e-5)  # lengths this close to 1 are left alone, so 
 ON_CENTROID = np.float32(1e-9)
 FAR = np.float32(np.inf)
 
+
+def _compiler(*freedoms: str) -> Callable[[Callable], Any]:
+    """A decorator; `freedoms` of float arithmetic, in LLVM's words. What it compiles is kept for the next process."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": set(freedoms)}
+
+    def compiled(function: Callable) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no place to keep it: a read-only checkout, and no home
+            return njit(**options)(function)
+
+    return compiled
+
+
 # Sums may be reordered and fused, so that they run in vectors; those that are not finite are out by then.
-_vectors = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "arcp", "nsz", "nnan"})
-_any_number = njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+_vectors = _compiler("reassoc", "contract", "arcp", "nsz", "nnan")
+_any_number = _compiler("reassoc", "contract")
 
 
 def kmeans(

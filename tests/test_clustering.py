@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numba import njit
 from torch import Tensor
 
 from pipeline import clustering, compiled_kmeans
@@ -295,6 +296,16 @@ def test_generator_decides():
     x = data(5)
     first, again, other = (kmeans(x, 4, iters=1, generator=torch.Generator().manual_seed(s))[0] for s in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_compiles_where_nothing_can_be_kept(monkeypatch):
+    def homeless(*, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function")
+        return njit(**options)
+
+    monkeypatch.setattr(compiled_kmeans, "njit", homeless)
+    assert compiled_kmeans._compiler()(lambda x: x + 1)(2) == 3
 
 
 def test_no_images():
