@@ -183,7 +183,7 @@ def _fused(
     exact = products == torch.float32
     labels, means, lost = fused_lloyd().lloyd(values, first, iters, spherical=metric == "cosine", exact=exact)
     if lost.any():
-        labels[lost], means[lost] = _steps(values[lost].float(), first[lost], iters, metric, products)
+        labels[lost], means[lost] = _steps(values[lost], first[lost], iters, metric, products)
     return labels, means
 
 
@@ -195,6 +195,7 @@ def _steps(
     products: torch.dtype,
 ) -> tuple[Int64[Tensor, "batch tokens"], Float[Tensor, "batch clusters dim"]]:
     """Lloyd iterations of a whole batch, an operation of torch after another; a finished image stays as it is."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     operand, centroids = values.to(products), first
     labels = torch.full(values.shape[:2], -1, dtype=torch.int64, device=values.device)
     for _ in range(iters):

@@ -269,6 +269,13 @@ def test_unit_scales_tokens_and_leaves_means(dtype):
     torch.testing.assert_close(centroids, means)
 
 
+def test_the_steps_add_halves_in_float32():
+    x = data(3, 400).half()
+    first = first_centroids(x, 4)
+    for half, wide in zip(steps(x, first, 10), steps(x.float(), first, 10), strict=True):
+        assert torch.equal(half, wide)
+
+
 def test_half_precision_strided_and_autocast_inputs():
     x = data(4).half()
     labels, centroids = kmeans(x.float(), 4, iters=10, seeds=seeds(4))
