@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from pair_shards import write_pairs
-from PIL import Image
 
 from pipeline import params
 from pipeline.artifacts.weights import save_model
@@ -201,7 +200,7 @@ def test_shared_points_show_the_same_place():
     assert np.abs(points).max() <= 1
     read = []
     for view, place in zip((first, second), points, strict=True):
-        shown = torch.from_numpy(render(Image.fromarray(image), view, 128)).permute(2, 0, 1)[None].float()
+        shown = torch.from_numpy(render(image, view, 128)).permute(2, 0, 1)[None].float()
         grid = torch.from_numpy(place)[None, None]
         read.append(torch.nn.functional.grid_sample(shown, grid, align_corners=False, padding_mode="border")[0, :2, 0])
     assert (read[0] - read[1]).abs().max() < 4
@@ -214,7 +213,7 @@ def test_crops_have_their_sizes_and_depend_on_the_generator_alone(tmp_path):
     from pipeline.datasets.pairs import Sample
 
     image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    sample = Sample("u", ["a"], [], [], Image.fromarray(image))
+    sample = Sample("u", ["a"], [], [], image)
     batches = [
         collate_crops([MultiCrop(config)(sample, np.random.default_rng(seed)) for seed in (1, 2)], ["a", "b"])
         for _ in range(2)
@@ -228,7 +227,7 @@ def test_crops_have_their_sizes_and_depend_on_the_generator_alone(tmp_path):
 
 def test_no_local_views_and_no_common_place():
     settings = DINO["crops"] | {"num_local": 0}
-    image = Image.new("RGB", (20, 20))
+    image = np.zeros((20, 20, 3), np.uint8)
     from pipeline.datasets.pairs import Sample
 
     crop = MultiCrop(dino_config(crops=settings).crops)(Sample("u", [], [], [], image), np.random.default_rng(0))
@@ -241,7 +240,7 @@ def test_prompts_name_the_nouns():
     from pipeline.datasets.pairs import Sample
 
     transform = PairTransform(views=clip_config().views, num_prompts=2, templates=("a photo of a {}.",))
-    image = Image.new("RGB", (30, 20))
+    image = np.zeros((20, 30, 3), np.uint8)
     rng = np.random.default_rng(0)
     found = transform(Sample("u", ["my dog and cat"], ["dog", "cat"], [], image), rng)
     assert sorted(found.prompts) == ["a photo of a cat.", "a photo of a dog."]

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import yaml
 from golden_curves import assert_same_curve
 from pair_shards import picture, write_pairs
-from PIL import Image
 
 from pipeline import methods, params
 from pipeline.artifacts.files import BadInput, digest
@@ -90,7 +89,7 @@ def model(**changes) -> ovsegmentor.OVSegmentor:
 
 def sample(number: int) -> Sample:
     nouns = [CC4M.classes[entity] for entity in NAMED[number]]
-    return Sample(f"{number:016x}", [CAPTIONS[number]], nouns, NAMED[number], Image.fromarray(picture(number)))
+    return Sample(f"{number:016x}", [CAPTIONS[number]], nouns, NAMED[number], picture(number))
 
 
 def batch(tower: ovsegmentor.OVSegmentor, *, partners: bool = False) -> EntityBatch:
@@ -398,7 +397,7 @@ def test_partners_share_an_entity_and_are_never_the_row_itself(tmp_path):
     named = [[[DOG], [DOG, CAT], [CAT], [BUS]], [[DOG], [CAT], []]]
     partners = Partners(shards, make_index(tmp_path / "index", named))
     uids = [_uids(shard) for shard in shards]
-    seen, shown = set(), Image.fromarray(picture(0))
+    seen, shown = set(), picture(0)
     for seed in range(80):
         row = Sample(uids[0][1], [""], [], [DOG, CAT], shown)
         entity, *place = partners.place(row, np.random.default_rng(seed))
@@ -408,20 +407,20 @@ def test_partners_share_an_entity_and_are_never_the_row_itself(tmp_path):
     alone = Sample(uids[0][3], [""], [], [BUS], shown)
     assert partners.place(alone, np.random.default_rng(0)) == (BUS, 0, 3)
     drawn = partners.draw(alone, np.random.default_rng(0))
-    assert np.abs(np.asarray(drawn.image, int) - picture(3)).max() < 12
+    assert np.abs(drawn.image.astype(int) - picture(3)).max() < 12
     first = partners.draw(Sample(uids[1][1], [""], [], [CAT], shown), np.random.default_rng(2))
     again = Partners(shards, tmp_path / "index").draw(
         Sample(uids[1][1], [""], [], [CAT], shown), np.random.default_rng(2)
     )
-    assert first.place == again.place and first.image == again.image
-    assert np.abs(np.asarray(first.image, int) - picture(first.place[1])).max() < 12
+    assert first.place == again.place and np.array_equal(first.image, again.image)
+    assert np.abs(first.image.astype(int) - picture(first.place[1])).max() < 12
     assert partners.draw(Sample("0" * 16, [""], [], [], shown), np.random.default_rng(0)) is None
 
 
 def test_a_broken_partner_is_passed_over(tmp_path):
     shard = make_shard(tmp_path, "00000", 3, broken=(1, 2))
     partners = Partners([shard], make_index(tmp_path / "index", [[[DOG]] * 3]))
-    row = Sample(_uids(shard)[0], [""], [], [DOG], Image.fromarray(picture(0)))
+    row = Sample(_uids(shard)[0], [""], [], [DOG], picture(0))
     assert partners.draw(row, np.random.default_rng(0)) is None
     with pytest.raises(BadInput, match="shard 00000"):
         Partners([], tmp_path / "index")

@@ -23,12 +23,12 @@ def test_render_is_torchvisions_resized_crop_of_a_pillow_image(image, side):
     """To one level, in a few values of a hundred even in noise: the two round weights to bytes differently."""
     view = View(left=6 / 40, top=3 / 30, width=20 / 40, height=24 / 30, flip=False)
     expected = vision.resized_crop(Image.fromarray(image), 3, 6, 24, 20, [side, side])
-    shown = render(Image.fromarray(image), view, side)
+    shown = render(image, view, side)
     assert shown.shape == (side, side, 3) and shown.dtype == np.uint8 and shown.flags.c_contiguous
     off = np.abs(shown.astype(int) - np.asarray(expected))
     assert off.max() <= 1 and (off > 0).mean() < 0.05
     flipped = View(view.left, view.top, view.width, view.height, flip=True)
-    np.testing.assert_array_equal(render(Image.fromarray(image), flipped, side), shown[:, ::-1])
+    np.testing.assert_array_equal(render(image, flipped, side), shown[:, ::-1])
 
 
 def test_normalise_is_torchvisions(image):
@@ -66,7 +66,7 @@ def test_masks_move_with_the_pixels():
     painted = np.kron(labels, np.ones((32, 32), np.uint8))[..., None].repeat(3, 2) * 40
     for _ in range(50):
         view = random_view(rng, height=128, width=128, scale=(0.2, 1.0), ratio=(0.75, 1.33), flip_chance=0.5)
-        seen = render(Image.fromarray(painted), view, 64)
+        seen = render(painted, view, 64)
         moved = move_labels(labels, view, (16, 16))
         centres = seen.reshape(16, 4, 16, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3, 4)) / 40
         assert (np.abs(centres - moved) < 0.5).mean() > 0.85, "most cells lie inside one label"
@@ -96,7 +96,7 @@ def test_images_too_narrow_for_the_ratio_are_cropped_at_the_centre():
 
 
 def sample(captions, nouns=("dog",)):
-    return Sample("u", captions, list(nouns), [], Image.new("RGB", (20, 20)), np.zeros((4, 4), np.uint8))
+    return Sample("u", captions, list(nouns), [], np.zeros((20, 20, 3), np.uint8), np.zeros((4, 4), np.uint8))
 
 
 def augmentation(**changes):

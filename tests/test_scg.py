@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from golden_curves import assert_same_curve
 from pair_shards import write_masks, write_pairs
-from PIL import Image
 
 from pipeline import methods, params
 from pipeline.artifacts.files import BadInput
@@ -361,7 +360,7 @@ def test_phases_take_the_codebook_and_batches_follow_the_clusters(encoders, tmp_
 
 def test_nouns_of_a_sample_are_each_one_once_and_at_most_so_many():
     views = config().views
-    image = Image.new("RGB", (SIDE, SIDE))
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
     sample = Sample(
         "u", ["x"], ["dog", "photo", "car", "dog", "bird", "tree"], [], image, groups=np.zeros((4, 4), np.uint8)
     )
@@ -370,7 +369,7 @@ def test_nouns_of_a_sample_are_each_one_once_and_at_most_so_many():
     assert len(found) == 3 and list(found) == [n for n in ("dog", "car", "bird", "tree") if n in found]
     with pytest.raises(ValueError, match="no cluster map"):
         made(Sample("u", ["x"], [], [], image), np.random.default_rng(0))
-    nothing = Named(np.asarray(image), np.full((4, 4), OUTSIDE, np.uint8), ())
+    nothing = Named(image, np.full((4, 4), OUTSIDE, np.uint8), ())
     assert collate([nothing, nothing], ["a", "b"]).to("cpu").owner.shape == (0,)
 
 

@@ -6,6 +6,7 @@ import tarfile
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from pipeline.artifacts import shards
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, make_uid, write_shard
+from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, decode_stored, make_uid, write_shard
 from pipeline.artifacts.tars import BLOCK, index_tar, write_tar
 
 
@@ -238,6 +239,57 @@ def test_a_real_bomb_header_is_refused() -> None:
     image = encode(Image.new("1", (14_000, 14_000)))
     with pytest.raises(BadInput):
         decode_rgb(image, "bomb.png")
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Colours that run into each other, as a photograph's."""
+    return Image.fromarray(cv2.resize(np.asarray(picture(9, 7)), (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (23, 17), (341, 256)])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("quality", [20, 95])
+def test_stored_jpegs_decode_to_pillows_bits(size, subsampling, progressive, quality) -> None:
+    options = {"subsampling": subsampling, "progressive": progressive, "quality": quality}
+    data = encode(smooth(*size), "JPEG", restart_marker_rows=2, comment=b"x" * 300, **options)
+    assert shards._is_plain_jpeg(data)
+    assert np.array_equal(decode_stored(data), decode_rgb(data))
+
+
+def test_other_images_of_a_shard_are_left_to_pillow() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    jpeg, photo = encode(smooth(40, 30), "JPEG"), smooth(40, 30)
+    others = [
+        encode(photo, "JPEG", exif=turned),
+        encode(photo, "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
+        encode(photo.convert("L"), "JPEG"),
+        encode(photo.convert("CMYK"), "JPEG"),
+        encode(photo, "PNG"),
+        jpeg + b"\0\0",
+    ]
+    for data in others:
+        assert not shards._is_plain_jpeg(data)
+        assert np.array_equal(decode_stored(data), decode_rgb(data))
+    assert decode_stored(others[0]).shape == (40, 30, 3)
+
+
+def test_damaged_and_huge_stored_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    jpeg = encode(smooth(40, 30), "JPEG")
+    for data in (
+        jpeg[:200],
+        jpeg[:-2],
+        jpeg[:2] + jpeg[-2:],
+        jpeg[:300] + jpeg[-2:],
+        b"",
+        b"\xff\xd8" * 20 + b"\xff\xd9",
+    ):
+        with pytest.raises(BadInput, match="photo"):
+            decode_stored(data, "photo")
+    monkeypatch.setattr(shards, "MAX_PIXELS", 1199)
+    with pytest.raises(BadInput, match="40 x 30 px is more than 1199"):
+        decode_stored(jpeg)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])

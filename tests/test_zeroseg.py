@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import yaml
 from golden_curves import assert_same_curve
 from pair_shards import picture, write_pairs
-from PIL import Image
 from test_sseg import Eight
 
 from pipeline import methods, params
@@ -486,7 +485,7 @@ def shard_with_views(root: Path, scales: tuple[int, ...] = (1, 2), name: str = "
 
 def test_the_student_sees_the_teachers_square():
     image = picture(3, (24, 33))
-    sample = Sample("u", [""], [], [], Image.fromarray(image), views=np.eye(5, 10, dtype=np.float16))
+    sample = Sample("u", [""], [], [], image, views=np.eye(5, 10, dtype=np.float16))
     square = SquareTransform(image_size=16, chosen=(0, 3))(sample, np.random.default_rng(0))
     np.testing.assert_array_equal(square.pixels, cut_views(image, (1,), 16)[0])
     np.testing.assert_array_equal(square.views, np.eye(5, 10, dtype=np.float32)[[0, 3]])

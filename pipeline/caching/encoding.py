@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pipeline.artifacts.files import BadInput, digest
-from pipeline.artifacts.shards import Shard, decode_rgb
+from pipeline.artifacts.shards import Shard, decode_stored
 from pipeline.artifacts.tables import FAILURES_SCHEMA, ROWS_SCHEMA, read_table, write_table
 from pipeline.artifacts.vectors import Codec, VectorWriter
 from pipeline.artifacts.weights import model_digest
@@ -185,7 +185,7 @@ def _decoded(
     def work(key: str) -> np.ndarray | str:
         data = shard.image_bytes(key)  # a torn tar ends the stage: it is no row's fault
         try:
-            image = decode_rgb(data)
+            image = decode_stored(data)
         except BadInput as error:
             return error.problem
         return prepare(image)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from numpy import ndarray
-from PIL import Image
 from torch import Tensor
 
 from pipeline.datasets.augmentation import Erased, draw_erased, rand_augment
@@ -110,7 +109,7 @@ class EntityTransform:
     def _partner(self, partner: Partner, rng: np.random.Generator) -> tuple[Picture, int]:
         return self._view(partner.image, rng), partner.entity
 
-    def _view(self, image: Image.Image, rng: np.random.Generator) -> Picture:
+    def _view(self, image: UInt8[ndarray, "height width 3"], rng: np.random.Generator) -> Picture:
         side = self.views.image_size
         shown = render(image, self.views.draw(image, rng), side)
         if self.views.rand_augment:

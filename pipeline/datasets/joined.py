@@ -14,12 +14,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, UInt8
 from numpy import ndarray
-from PIL import Image
 from pyarrow.compute import equal, index_in, is_in  # type: ignore[attr-defined]
 
 from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, index_tar, open_rgb, read_member, read_rows
+from pipeline.artifacts.shards import SUCCESS, decode_stored, index_tar, read_member, read_rows
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
 from pipeline.artifacts.vectors import map_vectors
 from pipeline.text.verdicts import kept
@@ -75,7 +74,7 @@ class Sample:
     captions: list[str]
     nouns: list[str]
     entities: list[int]
-    image: Image.Image
+    image: UInt8[ndarray, "height width 3"]
     regions: UInt8[ndarray, "grid_h grid_w"] | None = None
     views: Float16[ndarray, "views dim"] | None = None
     groups: UInt8[ndarray, "grid_h grid_w"] | None = None
@@ -231,7 +230,7 @@ class Stored:
             captions=self.caption.splitlines() or [""],
             nouns=self.nouns,
             entities=self.entities,
-            image=open_rgb(data, f"{self.tar}:{self.key}.jpg"),
+            image=decode_stored(data, f"{self.tar}:{self.key}.jpg"),
             **self.targets,
         )
 

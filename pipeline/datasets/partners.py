@@ -15,11 +15,11 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+from jaxtyping import UInt8
 from numpy import ndarray
-from PIL import Image
 
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import index_tar, open_rgb, read_member
+from pipeline.artifacts.shards import decode_stored, index_tar, read_member
 from pipeline.datasets.joined import PairShard, Sample
 from pipeline.text.index import EntityIndex
 from pipeline.text.verdicts import kept
@@ -34,7 +34,7 @@ class Partner:
     """The shared entity (class of the vocabulary), the picture, and where it stands: shard's position, kept row."""
 
     entity: int
-    image: Image.Image
+    image: UInt8[ndarray, "height width 3"]
     place: tuple[int, int]
 
 
@@ -90,11 +90,11 @@ class Partners:
             shard, row = map(int, rows[number])
         return entity, shard, row
 
-    def _image(self, shard: int, row: int) -> Image.Image:
+    def _image(self, shard: int, row: int) -> UInt8[ndarray, "height width 3"]:
         place = self._table(shard)[row]
         path = self._shards[shard].tar
         data = read_member(path, (int(place["offset"]), int(place["size"])), f"partner row {row}")
-        return open_rgb(data, f"{path}: partner row {row}")
+        return decode_stored(data, f"{path}: partner row {row}")
 
     def _table(self, shard: int) -> ndarray:
         """Places of the shard's kept rows, read at the first use."""

@@ -47,7 +47,9 @@ class SquareTransform:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Square:
         if sample.views is None:
             raise ValueError(f"{sample.uid} has no views")
-        shown = sample.image.crop(boxes(sample.image.height, sample.image.width, (1,))[0])
+        height, width, _ = sample.image.shape
+        left, top, right, bottom = boxes(height, width, (1,))[0]
+        shown = Image.fromarray(sample.image[top:bottom, left:right])
         if shown.size != (self.image_size, self.image_size):
             shown = shown.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return Square(np.asarray(shown), sample.views[list(self.chosen)].astype(np.float32))

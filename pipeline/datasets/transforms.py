@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from numpy import ndarray
-from PIL import Image
 from torch import Tensor
 
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE
@@ -41,12 +40,12 @@ class ViewConfig:
     crop_ratio: tuple[float, float]
     flip_chance: Annotated[float, Range(0, 1)]
 
-    def draw(self, image: Image.Image, rng: np.random.Generator) -> "View":
+    def draw(self, image: UInt8[ndarray, "height width 3"], rng: np.random.Generator) -> "View":
         """A random view of the image."""
         return random_view(
             rng,
-            height=image.height,
-            width=image.width,
+            height=image.shape[0],
+            width=image.shape[1],
             scale=self.crop_scale,
             ratio=self.crop_ratio,
             flip_chance=self.flip_chance,
@@ -101,12 +100,12 @@ def _largest_centred(height: int, width: int, ratio: tuple[float, float], flip: 
     return View(left / width, top / height, crop_w / width, crop_h / height, flip)
 
 
-def render(image: Image.Image, view: View, side: int) -> UInt8[ndarray, "{side} {side} 3"]:
+def render(image: UInt8[ndarray, "height width 3"], view: View, side: int) -> UInt8[ndarray, "{side} {side} 3"]:
     """The view's pixels (whole pixels), resized to a square of `side` (bilinear, antialiased, aspect squashed)."""
-    left, top = round(view.left * image.width), round(view.top * image.height)
-    box = (left, top, left + round(view.width * image.width), top + round(view.height * image.height))
-    # Cropped first: a resize of a box lets pixels from outside of it into its border.
-    shown = resized(np.array(image.crop(box)), side)
+    height, width, _ = image.shape
+    left, top = round(view.left * width), round(view.top * height)
+    right, bottom = left + round(view.width * width), top + round(view.height * height)
+    shown = resized(image[top:bottom, left:right], side)
     return cv2.flip(shown, 1) if view.flip else shown
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from numpy import ndarray
-from PIL import Image
 from torch import Tensor
 
 from pipeline.datasets.pairs import Sample
@@ -110,10 +109,12 @@ class MultiCrop:
             shared_points(large[0], large[1], settings.num_points, rng),
         )
 
-    def _view(self, image: Image.Image, scale: tuple[float, float], rng: np.random.Generator) -> View:
-        return random_view(
-            rng, height=image.height, width=image.width, scale=scale, ratio=ASPECT, flip_chance=self.config.flip_chance
-        )
+    def _view(
+        self, image: UInt8[ndarray, "height width 3"], scale: tuple[float, float], rng: np.random.Generator
+    ) -> View:
+        height, width, _ = image.shape
+        chance = self.config.flip_chance
+        return random_view(rng, height=height, width=width, scale=scale, ratio=ASPECT, flip_chance=chance)
 
 
 def shared_points(first: View, second: View, count: int, rng: np.random.Generator) -> Float32[ndarray, "2 {count} 2"]:
