@@ -42,7 +42,7 @@ ON_CENTROID = np.float32(1e-9)
 ONE_PLACE = np.float32(1e-15)  # tokens no farther apart are not told apart by rounded ones: squares run out of range
 FAR = np.float32(np.inf)
 # Digest of int16_distances.py: what numba keeps is renewed when this file changes, not when that one does.
-INSTRUCTIONS = "149824de5a71"
+INSTRUCTIONS = "1cf58ee45154"
 
 
 def _compiler(*freedoms: str) -> Callable[[Callable], Any]:

@@ -14,10 +14,12 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-LANES = 16 if binding.get_host_cpu_features().get("avx512bw") else 8  # centroids in a vector of sums
+# Of the CPU, as numba has them.
+FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()  # type: ignore[attr-defined]
+LANES = 16 if "+avx512bw" in FEATURES else 8  # centroids in a vector of sums
 FEW = LANES // 2  # so many centroids have two lanes each
 VALUES = 4  # of vectors, or a multiple: in a step to few centroids
 TILE = 8  # tokens at a time; their sums stay in registers

@@ -1,6 +1,9 @@
 """k-means: a plain loop, hand-counted empty clusters, and the same bits for an image in any batch."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +261,19 @@ def test_rounded_distances_decide_as_float32_does(kind, metric, tokens, dim, k):
         for i in range(2):
             lloyd_in_float32(x[i].numpy(), means[i].numpy(), expected[i].numpy(), iters, metric == "cosine")
         assert torch.equal(labels, expected) and torch.equal(centroids, means)
+
+
+@pytest.mark.skipif(
+    int16_distances.LANES == 8, reason="this CPU's vectors are that short: every other test is this one"
+)
+def test_a_cpu_of_shorter_vectors_decides_the_same():
+    """The test above once more, compiled for vectors of 256 bits."""
+    again = "import sys, pytest; from pipeline import int16_distances; assert int16_distances.LANES == 8; "
+    again += f"sys.exit(pytest.main([{__file__!r}, '-k', 'rounded_distances']))"
+    features = "+64bit,+sse2,+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+cx16,+cmov,+fxsr,+mmx"
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    told = subprocess.run([sys.executable, "-c", again], env=environment, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stdout[-2000:] + told.stderr[-2000:]
 
 
 @ITERATIONS
