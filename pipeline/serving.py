@@ -25,6 +25,8 @@ from pipeline.machine import Machine
 START_SECONDS = 600.0  # longest wait for the server; 2 s on an idle machine
 POLL_SECONDS = 0.2
 STOP_SECONDS = 20.0
+ATTEMPTS = 3  # to start a server: another process may take its port first, a busy machine be too slow for Ray
+PORT_TAKEN = "already in use"
 LOOPBACK = "127.0.0.1"
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -40,7 +42,7 @@ RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # its own choice is 15
 }
-RAY_ATTEMPTS, RAY_STARTED = 3, "Ray runtime started."
+RAY_STARTED = "Ray runtime started."
 OBJECT_BYTES = 200 << 20  # of Ray's store; only tasks and what they raise pass through it
 
 
@@ -52,21 +54,25 @@ def prefect_server(home: Path, environ: Mapping[str, str]) -> Iterator[str]:
         BadInput: it did not start; the log says why.
     """
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
     environment = {**environ, **QUIET, "PREFECT_HOME": str(home)}
     environment.pop("PREFECT_API_URL", None)
     log = home / "server.log"
-    with log.open("ab") as file:
-        # its own process group: Ctrl-C is for the run, which stops the server when its shards have ended
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    try:
-        address = f"http://{LOOPBACK}:{port}/api"
-        _await(server, address, log)
-        yield address
-    finally:
-        _deliver()
-        _stop(server)
+    for attempt in range(1, ATTEMPTS + 1):
+        port = _free_port()
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
+        with log.open("wb") as file:
+            # its own process group: Ctrl-C is for the run, which stops the server when its shards have ended
+            server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            address = f"http://{LOOPBACK}:{port}/api"
+            if _answers(server, address):
+                yield address
+                return
+            if attempt == ATTEMPTS or PORT_TAKEN not in log.read_text(errors="replace"):
+                raise BadInput(log, "the Prefect server did not start", "Its last lines say why")
+        finally:
+            _deliver()
+            _stop(server)
 
 
 @contextmanager
@@ -126,7 +132,7 @@ def cluster(runner: str, machine: Machine) -> Iterator[str]:
 def _ray_head(workers: int, folder: Path) -> tuple[subprocess.Popen, str]:
     """Ray gives its node 30 s to start, of which a busy machine needs more; the next attempt finds its files read."""
     log, said = folder / "log", ""
-    for _ in range(RAY_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         port = _free_port()
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
         command += [f"--node-ip-address={LOOPBACK}", f"--num-cpus={workers}", "--include-dashboard=false"]
@@ -139,7 +145,7 @@ def _ray_head(workers: int, folder: Path) -> tuple[subprocess.Popen, str]:
                 return head, f"{LOOPBACK}:{port}"
             time.sleep(POLL_SECONDS)
     last = " ".join(said.split())[-400:]
-    raise BadInput("ray", f"its node did not start in {RAY_ATTEMPTS} attempts (... {last})", "Try again, or use dask")
+    raise BadInput("ray", f"its node did not start in {ATTEMPTS} attempts (... {last})", "Try again, or use dask")
 
 
 def _free_port() -> int:
@@ -148,16 +154,17 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _await(server: subprocess.Popen, address: str, log: Path) -> None:
+def _answers(server: subprocess.Popen, address: str) -> bool:
+    """Whether it does before it ends, or the time is over."""
     deadline = time.monotonic() + START_SECONDS
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline and server.poll() is None:
         try:
             with opener.open(f"{address}/health", timeout=5):
-                return
+                return True
         except (urllib.error.URLError, OSError):
             time.sleep(POLL_SECONDS)
-    raise BadInput(log, "the Prefect server did not start", "Its last lines say why")
+    return False
 
 
 def _deliver() -> None:

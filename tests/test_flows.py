@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,12 +38,20 @@ CLUSTERS = RUNNERS[1:]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[str]:
-    """One Prefect server for all tests, as `tessera cluster` starts one for all stages; settings of this process."""
+    """One Prefect server for all tests, as `tessera cluster` starts one for all stages; settings of this process.
+
+    Somebody else has the first port that it asks for.
+    """
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
     # workers import toy_stage, and must find the server
     before = dict(os.environ)
-    with serving.prefect_server(tmp_path_factory.mktemp("prefect"), os.environ) as address:
+    with ExitStack() as stack:
+        other = stack.enter_context(socket.create_server((serving.LOOPBACK, 0)))
+        ports = iter([other.getsockname()[1], serving._free_port()])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(serving, "_free_port", lambda: next(ports))
+            address = stack.enter_context(serving.prefect_server(tmp_path_factory.mktemp("prefect"), os.environ))
         here = os.pathsep.join([str(Path(toy_stage.__file__).parent), str(Path(toy_stage.__file__).parent.parent)])
         os.environ |= {**serving.QUIET, "PYTHONPATH": here, "PREFECT_API_URL": address}
         with temporary_settings({PREFECT_API_URL: address, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
@@ -53,7 +63,6 @@ def server(tmp_path_factory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def addresses(server) -> Iterator[dict[str, str]]:
     """A cluster of each kind that is installed, started when first asked for."""
-    from contextlib import ExitStack
 
     class Started(dict):
         def __missing__(self, runner: str) -> str:

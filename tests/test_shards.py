@@ -271,7 +271,8 @@ def test_other_images_of_a_shard_are_left_to_pillow() -> None:
     ]
     for data in others:
         assert not shards._is_plain_jpeg(data)
-        assert np.array_equal(decode_stored(data), decode_rgb(data))
+        pixels = decode_stored(data)
+        assert np.array_equal(pixels, decode_rgb(data)) and pixels.flags.writeable
     assert decode_stored(others[0]).shape == (40, 30, 3)
 
 

@@ -193,7 +193,7 @@ def decode_stored(data: bytes, name: str = "image") -> UInt8[np.ndarray, "height
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None:
             return pixels
-    return decode_rgb(data, name)
+    return np.array(open_rgb(data, name))
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
