@@ -113,15 +113,16 @@ class Scoring:
 
         *before, last = _measure(score, pair, share)
         with tempfile.TemporaryDirectory(dir=self.checkout.root) as folder:
-            one = replace(config, panels=replace(config.panels, seeded=1, best=0, worst=0))
-            masks = candidates.pseudo_masks(self.checkout)
             part, found_last = scored[-1]
-            draw(Path(folder) / "figures", part, candidate, found_last, one, masks)
+            shown, drawn = pictures(config, len(pair.ids)), pictures(config, len(part.ids))
+            some = replace(config, panels=replace(config.panels, seeded=drawn, best=0, worst=0))
+            masks = candidates.pseudo_masks(self.checkout)
+            draw(Path(folder) / "figures", part, candidate, found_last, some, masks)
             atomic_json(Path(folder) / METRICS, found_last.report)
             found = _sizes(Path(folder))
-        shown, places = pictures(config, len(pair.ids)), PLACES
-        sizes = by_kind([(name, places * size * (1 if name == METRICS else shown)) for name, size in found])
-        files = places * (2 + shown * (len(found) - 2))  # figures, beside metrics.json and panels.json
+        more = shown / max(drawn, 1)
+        sizes = by_kind([(name, round(PLACES * size * (1 if name == METRICS else more))) for name, size in found])
+        files = PLACES * (2 + round(more * (len(found) - 2)))  # figures, beside metrics.json and panels.json
         return Measured((*before, replace(last, bytes=sizes, files=files)))
 
     def _left_out(self, what: str, error: Exception) -> None:
