@@ -1,4 +1,4 @@
-"""Compiled transformer blocks: the same names, losses and gradients."""
+"""Compiled transformer blocks: the same names, losses and gradients, and one compilation for all of a kind."""
 
 from unchecked import run
 
@@ -40,3 +40,34 @@ print("equal")
 
 def test_blocks_compiled_in_place_change_nothing():
     run(COMPARED)
+
+
+SHARED = """
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from pipeline.nn.attention import Block
+from pipeline.training.compiling import compile_blocks
+
+graphs = []
+
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph
+
+
+model = nn.Module()
+model.blocks = nn.ModuleList(Block(16, 2, 2.0, drop_path=0.1 + 0.05 * depth) for depth in range(12))
+assert compile_blocks(model, backend=backend) == 12
+x = torch.randn(3, 5, 16, requires_grad=True)
+for block in model.train().blocks:
+    x = block(x)
+assert len(graphs) == 1 and not counters["graph_break"], (len(graphs), counters["graph_break"])
+print("equal")
+"""
+
+
+def test_blocks_that_differ_in_their_chance_to_be_skipped_share_one_compilation():
+    """More compilations of one function than torch allows, eight, would leave the others as they are."""
+    run(SHARED)

@@ -29,7 +29,7 @@ def one_kernel() -> Iterator[None]:
 
 def in_one_kernel(x: Tensor) -> bool:
     """Whether attention over `x` is one kernel. On a CPU its bf16 backward is slower than writing it out."""
-    return x.is_cuda or _ONE_KERNEL.get()
+    return x.is_cuda or (not torch.compiler.is_compiling() and _ONE_KERNEL.get())
 
 
 class Attention(nn.Module):
@@ -81,16 +81,19 @@ class QuickGELU(nn.Module):
 class DropPath(nn.Module):
     """In training, drops a sample's whole residual branch with a chance and scales the kept ones up."""
 
+    chances: Tensor
+
     def __init__(self, chance: float) -> None:
         super().__init__()
-        self.chance = chance
+        # Of being dropped and of being kept; a tensor, so that blocks that differ in it share one compilation.
+        self.register_buffer("chances", torch.tensor([chance, 1 - chance]), persistent=False)
 
     def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
         """Same shape."""
-        if not self.training or self.chance == 0:
+        if not self.training:
             return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.chance
-        return x * (kept / (1 - self.chance)).to(x.dtype)
+        dropped, kept = self.chances
+        return x * ((torch.rand(len(x), 1, 1, device=x.device) >= dropped) / kept).to(x.dtype)
 
 
 def mlp(dim: int, hidden: int, out: int | None = None, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
@@ -120,7 +123,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = mlp(dim, int(dim * mlp_ratio), activation=activation)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     @property
     def heads(self) -> int:
