@@ -5,7 +5,7 @@ a CPU multiplies twice as many at a time: two rounded vectors are as far apart a
 roundings. That tells which centroid is nearest for all but one or two tokens in a hundred, which float32 decides. And a
 token that is much nearer to its own centroid than to any other is left alone until centroids have moved by as much: of
 tokens like a ViT's a third over ten steps, more than half in the last. Results are to the last bit those of float32
-throughout (tests/test_clustering.py holds it).
+throughout (tests/test_compiled_kmeans.py holds it).
 
 Distances in float32 are differences, squared and summed: nothing cancels, whatever part the tokens have in common, and
 a distance of zero is zero. Sums are corrected for the tokens that changed clusters.
