@@ -8,8 +8,8 @@ resizes it to 224 px with the loader's own functions, nothing else; Pillow, as t
 beside it. The peer is what the releases train with: webdataset, timm's transforms on Pillow's images, torch's
 DataLoader; it tokenises captions alone. The loader shuffles, reads by row, draws a crop, flips, augments (RandAugment,
 erasing: `crops alone` leaves these out), tokenises captions and prompts and stacks bytes, which the device normalises.
-Each of them in so many threads, and in so many worker processes, which are up before the clock starts. To reach: 0.9 of
-the limit, a median over rounds.
+Each of them in so many threads, and in so many worker processes, which are up before the clock starts; what makes batches
+ahead ends before the next begins. To reach: 0.9 of the limit, a median over rounds.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -72,7 +72,7 @@ def decode_batch(images: Path, decode: Decode, first: int) -> None:
         decode(shard.image_bytes(f"{row % len(shard):09d}"))
 
 
-def limit(images: Path, pool: Executor, decode: Decode = ours) -> Run:
+def limit(images: Path, pool: Executor, decode: Decode) -> Run:
     """Decoding and resizing alone."""
 
     def run(batches: int) -> None:
@@ -145,6 +145,7 @@ def peer(images: Path, workers: int) -> Iterator[Run]:
             next(batches)
 
     yield run
+    del batches  # with its processes, which would go on
 
 
 def processes(count: int) -> Executor:
@@ -178,18 +179,19 @@ def main() -> None:
     count, pools = options.threads, {"threads": ThreadPoolExecutor, "processes": processes}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         images, filtered = make_shard(Path(folder), options.images)
-        runs: dict[tuple[str, str], Run] = {}
+        contestants: dict[tuple[str, str], Callable[[], AbstractContextManager[Run]]] = {}
         for kind, made in pools.items():
             workers, pool = count if kind == "processes" else 0, stack.enter_context(made(count))
-            runs[kind, LIMIT], runs[kind, PILLOW] = limit(images, pool), limit(images, pool, by_pillow)
+            for name, decode in ((LIMIT, ours), (PILLOW, by_pillow)):
+                contestants[kind, name] = partial(nullcontext, limit(images, pool, decode))
             for name, augmented in (("loader, crops alone", False), ("loader", True)):
-                entry = loader(images, filtered, count, workers, augmented=augmented)
-                runs[kind, name] = stack.enter_context(entry)
-        runs["processes", PEER] = stack.enter_context(peer(images, count))
-        rates: dict[tuple[str, str], list[float]] = {entry: [] for entry in runs}
+                contestants[kind, name] = partial(loader, images, filtered, count, workers, augmented=augmented)
+        contestants["processes", PEER] = partial(peer, images, count)
+        rates: dict[tuple[str, str], list[float]] = {entry: [] for entry in contestants}
         for _ in range(options.rounds):
-            for entry, run in runs.items():
-                rates[entry].append(rate(run, count, options.images))
+            for entry, contestant in contestants.items():
+                with contestant() as run:
+                    rates[entry].append(rate(run, count, options.images))
     best = {entry: max(found) for entry, found in rates.items()}
     print(
         f"{options.images} images, {options.rounds} rounds, {os.cpu_count()} cores; to reach: {TO_REACH} of the limit"
