@@ -64,5 +64,6 @@ seeds: setup  ## the default run's figures over three seeds, into reports/seeds.
 ablations: setup  ## a paper's ablation tables, small, from the caches that are there: `make ablations METHOD=groupvit`
 	python -m benchmarks.ablate $(METHOD) $(ARGS)
 
-clean:  ## remove everything that can be made again
-	rm -rf data/store data/checkpoints logs models/encoders reports/index.html reports/figures
+clean:  ## remove what can be made again; downloads, and the tables of rows to retry and to reject, stay
+	find data/store -mindepth 1 -maxdepth 1 ! -name download ! -name retries ! -name decisions -exec rm -rf {} +
+	rm -rf data/checkpoints logs models/* reports/index.html reports/figures

@@ -8,8 +8,8 @@ resizes it to 224 px with the loader's own functions, nothing else; Pillow, as t
 beside it. The peer is what the releases train with: webdataset, timm's transforms on Pillow's images, torch's
 DataLoader; it tokenises captions alone. The loader shuffles, reads by row, draws a crop, flips, augments (RandAugment,
 erasing: `crops alone` leaves these out), tokenises captions and prompts and stacks bytes, which the device normalises.
-Each of them in so many threads, and in so many worker processes, which are up before the clock starts; what makes batches
-ahead ends before the next begins. To reach: 0.9 of the limit, a median over rounds.
+Each of them in so many threads, and in so many worker processes, which are up before the clock starts, and gone before
+the next begins where they make batches ahead. To reach: 0.9 of the limit, a median over rounds.
 """
 
 import argparse
@@ -138,14 +138,14 @@ def peer(images: Path, workers: int) -> Iterator[Run]:
     both = transform, lambda text: tokens([text])[0]
     # Passed over: the images for which timm asks Pillow 13 for no bits, which it refuses (one in 600).
     dataset = dataset.to_tuple("jpg", "txt").map_tuple(*both, handler=webdataset.ignore_and_continue).batched(BATCH)
-    batches = iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+    batches = [iter(DataLoader(dataset, batch_size=None, num_workers=workers))]
 
     def run(count: int) -> None:
         for _ in range(count):
-            next(batches)
+            next(batches[0])
 
     yield run
-    del batches  # with its processes, which would go on
+    batches.clear()  # its processes, which would go on, end with it
 
 
 def processes(count: int) -> Executor:

@@ -36,6 +36,8 @@ def metrics_of(seed: int, work: Path, environment: Mapping[str, str]) -> dict[st
     clone = work / f"seed-{seed}"
     if not clone.exists():
         subprocess.run(["git", "clone", "--quiet", str(REPO), str(clone)], check=True)
+    for command in ("fetch --quiet origin HEAD", "checkout --quiet --force --detach FETCH_HEAD"):
+        subprocess.run(["git", *command.split()], cwd=clone, check=True)
     trainings = params.read(REPO / "profiles" / "base.yaml")
     settings = [word for name in seeded(trainings) for word in ("-S", f"{name}={seed}")]
     subprocess.run([sys.executable, "-m", "pipeline.cli", "profile", "use", "scenes", *settings], cwd=clone, check=True)

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +20,7 @@ from pipeline.machine import Machine
 Item = TypeVar("Item")
 Outcome = Any
 POLL_SECONDS = 1.0
+WORKER_DIED = "a worker process died"
 
 
 class WorkerLost(Exception):
@@ -41,37 +43,46 @@ def run_process(work: Callable[[Item], Any], items: Iterable[Item], machine: Mac
     A single item is left to this process. A worker that dies takes the pool with it: what was running then is given
     back as `WorkerLost`, and a new pool carries on with the rest.
     """
-    waiting = list(items)
+    waiting = deque(items)
     if len(waiting) == 1:
         yield from run_inline(work, waiting, machine)
         return
     while waiting:
-        pool = ProcessPoolExecutor(
-            max_workers=min(machine.workers, len(waiting)),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(os.getpid(), max(1, machine.threads // machine.workers)),
-        )
-        running: dict[Future, Item] = {}
-        try:
-            broken = False
-            while (waiting or running) and not broken:
-                while waiting and len(running) < machine.workers:
-                    item = waiting.pop(0)
-                    running[pool.submit(work, item)] = item
-                done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in done:
-                    item, error = running.pop(future), future.exception()
-                    if isinstance(error, BrokenProcessPool):
-                        broken = True
-                        error = WorkerLost("a worker process died")
-                    yield item, future.result() if error is None else error
-            for item in running.values():
-                yield item, WorkerLost("a worker process died")
-            if not running:
-                pool.shutdown()  # idle workers go by themselves, and leave nothing behind
-        finally:
-            _stop(pool)
+        yield from _run_pool(work, waiting, machine)
+
+
+def _run_pool(work: Callable[[Item], Any], waiting: deque[Item], machine: Machine) -> Iterator[tuple[Item, Outcome]]:
+    """Items from the front of `waiting` in one pool, until none waits or a worker has died."""
+    pool = ProcessPoolExecutor(
+        max_workers=min(machine.workers, len(waiting)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(os.getpid(), max(1, machine.threads // machine.workers)),
+    )
+    running: dict[Future, Item] = {}
+    broken = False
+    try:
+        while (waiting or running) and not broken:
+            while waiting and len(running) < machine.workers:
+                try:
+                    future = pool.submit(work, waiting[0])
+                except BrokenProcessPool:  # a worker died while this generator's caller was at work
+                    broken = True
+                    break
+                running[future] = waiting.popleft()
+            done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                item, error = running.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    broken = True
+                    error = WorkerLost(WORKER_DIED)
+                yield item, future.result() if error is None else error
+        for item in running.values():
+            yield item, WorkerLost(WORKER_DIED)
+        if not running:
+            pool.shutdown()  # idle workers go by themselves, and leave nothing behind
+    finally:
+        _stop(pool)
 
 
 Runner = Callable[[Callable[[Any], Any], Iterable[Any], Machine], Iterator[tuple[Any, Outcome]]]

@@ -77,6 +77,8 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path, capsys):
     assert "no profile 'moon'" in capsys.readouterr().err
     assert main(["--root", str(tmp_path), "status"]) == 1
     assert "tessera profile use scenes" in capsys.readouterr().err
+    assert main(["--root", "status", "verify"]) == 1  # a folder that is called as a command is
+    assert "status/params.yaml: no such file" in capsys.readouterr().err
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path, capsys):

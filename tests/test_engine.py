@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 import toy_stage
 from toy_stage import STAGE, project
 
-from pipeline import chain, engine
+from pipeline import chain, engine, runners
 from pipeline.artifacts.files import BadInput
 from pipeline.cli import status, verify, why
 from pipeline.engine import StageFailed, run
@@ -104,6 +105,24 @@ def test_a_killed_worker_loses_nothing(tmp_path):
     run(STAGE, project(tmp_path, runner="process", behaviour={1: "die"}))
     run(STAGE, project(tmp_path / "calm"))
     assert payload_bytes(tmp_path) == payload_bytes(tmp_path / "calm")
+
+
+def test_a_worker_that_dies_while_nobody_waits_loses_nothing():
+    machine = replace(toy_stage.MACHINE, workers=2)
+    given = [[0.0, 0.0], [2.0, -9.0], [0.0, 1.0], [0.0, 2.0]]
+    found = []
+    for item, outcome in runners.run_process(sleep_or_die, given, machine):
+        found.append((item, outcome if item[1] >= 0 else type(outcome)))
+        if item == given[0]:
+            time.sleep(4)  # the second dies meanwhile, and the pool with it
+    assert sorted(found) == [([0.0, 0.0], 0.0), ([0.0, 1.0], 1.0), ([0.0, 2.0], 2.0), ([2.0, -9.0], runners.WorkerLost)]
+
+
+def sleep_or_die(item: list[float]) -> float:
+    time.sleep(item[0])
+    if item[1] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item[1]
 
 
 def test_rows_that_do_not_add_up_are_an_error(tmp_path):

@@ -137,6 +137,8 @@ def test_noml_is_an_opt_out(web_host: str, tmp_path: Path) -> None:
     [
         (urllib.error.HTTPError("u", 410, "Gone", Message(), None), False, "gone"),
         (urllib.error.HTTPError("u", 403, "Forbidden", Message(), None), False, "forbidden"),
+        (urllib.error.HTTPError("u", 408, "Request Timeout", Message(), None), True, "timeout"),
+        (urllib.error.HTTPError("u", 425, "Too Early", Message(), None), True, "429"),
         (urllib.error.HTTPError("u", 429, "Slow", Message(), None), True, "429"),
         (urllib.error.HTTPError("u", 502, "Bad", Message(), None), True, "5xx"),
         (urllib.error.HTTPError("u", 418, "Tea", Message(), None), False, "http"),
@@ -157,6 +159,7 @@ def test_noml_is_an_opt_out(web_host: str, tmp_path: Path) -> None:
 def test_classes(error: Exception, transient: bool, kind: str) -> None:
     assert polite.is_transient(error) is transient
     assert retries.failure_class("failed_to_download", str(error)) == kind
+    assert not transient or kind in retries.TRANSIENT
     assert retries.failure_class("rejected", str(error)) == "rejected"
     if isinstance(error, urllib.error.HTTPError):
         error.close()

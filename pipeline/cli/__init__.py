@@ -44,10 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     from stages import open_project  # the composition root: stages know argv, environment and paths
 
-    parser = argparse.ArgumentParser(prog="tessera", description="Text-supervised open-vocabulary segmentation.")
-    parser.add_argument("--root", type=Path, default=Path.cwd(), help="folder with params.yaml (default: here)")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--root", type=Path, default=Path.cwd(), help="folder with params.yaml (default: here)")
+    description = "Text-supervised open-vocabulary segmentation."
+    parser = argparse.ArgumentParser(prog="tessera", description=description, parents=[shared])
     commands = parser.add_subparsers(dest="command", required=True)
-    wanted = next((word for word in (sys.argv[1:] if argv is None else argv) if word in COMMANDS), None)
+    wanted = next((word for word in shared.parse_known_args(argv)[1] if word in COMMANDS), None)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name == wanted:  # only the command that runs is imported: torch alone takes seconds

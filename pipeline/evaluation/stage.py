@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.artifacts.files import atomic_json, digest, fsync_tree, list_files
+from pipeline.engine import StageFailed
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config
 from pipeline.evaluation.pairs import Pair, benchmark_root, data_digest, draw, evaluate, open_pair
@@ -65,7 +66,7 @@ def _compute_all(missing: dict[str, Pair], config: Config, project: Project, sta
     items = [(_finished(project, key), pair) for key, pair in missing.items()]
     for number, ((_, pair), outcome) in enumerate(runner(work, items, spread), start=1):
         if isinstance(outcome, WorkerLost):
-            raise RuntimeError(f"{pair.spec} on {pair.benchmark.name}: {outcome}; run it again") from outcome
+            raise StageFailed(f"{pair.spec} on {pair.benchmark.name}: {outcome}; run it again") from outcome
         if isinstance(outcome, Exception):
             raise outcome
         seconds = time.perf_counter() - started
