@@ -129,7 +129,7 @@ def _draw(index: EntityIndex, draws: int = 10_000) -> None:
     named = [number for number, count in enumerate(index.counts) if count]
     for _ in range(draws):
         entity = named[int(generator.integers(len(named)))]
-        index.partner([entity], None, generator)
+        index.partner([entity], lambda *_: False, generator)
 
 
 def in_a_process(rows: int, mode: str, workers: int) -> dict:

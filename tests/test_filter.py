@@ -239,12 +239,12 @@ def test_partners_share_an_entity_and_every_one_is_drawn(tmp_path) -> None:
     run(INDEX, project)
     opened = EntityIndex.open(project.inputs("index")[0][1])
     wanted = [opened.classes.index("dog"), opened.classes.index("bus")]
-    allowed = {tuple(each) for number in wanted for each in opened.rows(number).tolist()}
+    allowed = {(number, *each) for number in wanted for each in opened.rows(number).tolist()}
     generator = np.random.default_rng(1)
-    drawn = [opened.partner(wanted, None, generator) for _ in range(3000)]
+    drawn = [opened.partner(wanted, lambda *_: False, generator) for _ in range(3000)]
     assert set(drawn) == allowed
     again = np.random.default_rng(1)
-    assert drawn == [opened.partner(wanted, None, again) for _ in range(3000)]
+    assert drawn == [opened.partner(wanted, lambda *_: False, again) for _ in range(3000)]
 
 
 def test_a_sample_is_its_own_partner_only_where_it_is_alone(tmp_path) -> None:
@@ -254,8 +254,8 @@ def test_a_sample_is_its_own_partner_only_where_it_is_alone(tmp_path) -> None:
     opened = EntityIndex.open(project.inputs("index")[0][1])
     generator = np.random.default_rng(0)
     cat, dog = (opened.classes.index(name) for name in ("cat", "dog"))
-    assert opened.partner([cat], (0, 0), generator) == (0, 0)
-    drawn = [opened.partner([dog], (0, 2), generator)[1] for _ in range(4000)]
+    assert opened.partner([cat], lambda *place: place == (0, 0), generator) == (cat, 0, 0)
+    drawn = [opened.partner([dog], lambda *place: place == (0, 2), generator)[2] for _ in range(4000)]
     assert set(drawn) == {1, 3} and 1800 < drawn.count(1) < 2200  # both alike: 2000 +- 6 standard deviations
 
 

@@ -22,7 +22,7 @@ from pipeline.checkpoints.importing import import_checkpoint
 from pipeline.checkpoints.reading import INERT_NAMES, Inert, read_entries
 from pipeline.checkpoints.tables import Rule, apply, position_grid
 from pipeline.cli import main
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 
 VISION = {
     "hidden_size": 128,
@@ -143,7 +143,7 @@ def test_transformers_gives_the_same_embeddings(released, hub, tmp_path):
     theirs = F.normalize(output(released.get_image_features(pixel_values=pixels)), dim=-1)
     torch.testing.assert_close(model.encode_image(pixels), theirs, atol=1e-4, rtol=0)
     assert (theirs[0] - theirs[1]).abs().max() > 0.01, "or the comparison would show nothing"
-    theirs = output(released.get_text_features(input_ids=tokenizer("bpe", 77)(TEXTS)))
+    theirs = output(released.get_text_features(input_ids=BytePairTokenizer(77)(TEXTS)))
     torch.testing.assert_close(model.project_text(TEXTS), theirs, atol=1e-4, rtol=0)
     torch.testing.assert_close(model.encode_text(TEXTS), F.normalize(theirs, dim=-1), atol=1e-4, rtol=0)
     assert (theirs[0] - theirs[1]).abs().max() > 0.01
@@ -197,10 +197,30 @@ def test_sizes_are_read_off_the_shapes(hub, tmp_path):
     }
     assert (config["text"]["width"], config["text"]["heads"], config["text"]["layers"]) == (64, 1, 2)
     assert (config["projector_hidden"], config["embed_dim"]) == (24, 16)
-    assert config["loss"]["multi_label"] == 0, "transformers keeps no temperature of that loss"
     weights = hub / "model.safetensors"
     origin = {"format": "groupvit-hf", "file": "model.safetensors", "sha256": sha256_file(weights)}
     assert saved["origin"] == origin
+
+
+@pytest.mark.parametrize(
+    ("name", "multi_label", "images", "warmup"),
+    [("groupvit-gcc-yfcc", 1, 859_894_410, 57_326_294), ("groupvit-gcc-redcaps", 0, 777_439_050, 51_829_270)],
+)
+def test_the_recipe_is_of_the_released_run(released, tmp_path, name, multi_label, images, warmup):
+    """A hub's file tells its run by its folder, an official one by its second temperature. Card sections 6 to 8."""
+    released.save_pretrained(tmp_path / name)
+    state = official(released.state_dict())
+    if multi_label:
+        state["multi_label_logit_scale"] = torch.tensor(3.0)
+    import_checkpoint("groupvit-hf", tmp_path / name, tmp_path / "hub")
+    import_checkpoint("groupvit", checkpoint(tmp_path / "g.pth", state), tmp_path / "official")
+    for folder in ("hub", "official"):
+        config = load_config(tmp_path / folder)["config"]
+        loss, optimisation = config["loss"], config["optimisation"]
+        assert (loss["multi_label"], loss["num_prompts"]) == (multi_label, 3 * multi_label)
+        assert loss["share_scale"] == (folder == "hub" and multi_label == 1), "transformers keeps one temperature"
+        assert (optimisation["images"], optimisation["warmup_images"]) == (images, warmup)
+        assert optimisation["precision"] == "fp16"
 
 
 @torch.inference_mode()

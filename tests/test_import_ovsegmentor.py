@@ -11,11 +11,22 @@ from transformers.models.bert import BertConfig, BertModel
 from pipeline import methods
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import load_config
+from pipeline.checkpoints import ovsegmentor
 from pipeline.checkpoints.importing import import_checkpoint
 from pipeline.cli import main
 
 DIM, WORDS, POSITIONS, HIDDEN, OUT, TOKENS, GROUPS = 32, 64, 80, 24, 12, 6, 3
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", "."]
+
+
+WIDTHS = {32, 64, 128}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Towers of these widths have ViT-B's heads."""
+    for width in WIDTHS:
+        monkeypatch.setitem(ovsegmentor.HEADS, width, ovsegmentor.HEADS[768])
 
 
 def shapes(dim: int = DIM, words: int = WORDS) -> dict[str, list[int]]:
@@ -256,6 +267,14 @@ def test_config_of_the_folder(tmp_path):
     assert config["text"]["vocab_file"] == str(tmp_path / "out" / "vocab.txt")
     assert (tmp_path / "out" / "vocab.txt").read_text() == "\n".join(VOCABULARY)
     assert set(saved["origin"]) == {"format", "file", "sha256", "vocab.txt"}
+
+
+def test_only_a_width_whose_heads_are_known(tmp_path):
+    assert ovsegmentor.HEADS.keys() - WIDTHS == {768}
+    file = checkpoint(tmp_path, released(96))
+    with pytest.raises(BadInput, match=r"ov\.pth: has an image encoder of width 96.*ViT-B, of width .*768"):
+        import_checkpoint("ovsegmentor", file, tmp_path / "out", vocab=tmp_path / "vocab.txt")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_without_the_decoder(tmp_path):

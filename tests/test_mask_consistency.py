@@ -181,9 +181,13 @@ def test_group_contrast_wants_matched_groups_alike():
     torch.manual_seed(0)
     groups = torch.randn(3, 4, 8)
     scores, scale = torch.rand(3, 4), torch.tensor(10.0)
-    same = group_consistency(groups, groups.flip(1), scores, scores.flip(1), scale, 0.5)
-    other = group_consistency(groups, torch.randn(3, 4, 8), scores, scores, scale, 0.5)
-    assert (same < other).all() and same.max() < 0.5
+
+    def loss(target, target_scores, paired):
+        return group_consistency(groups, target, scores, target_scores, torch.tensor(paired), scale, keep=0.5)
+
     one = F.normalize(groups.gather(1, scores.topk(2).indices[..., None].expand(-1, -1, 8)), dim=-1).flatten(0, 1)
     plain = -(10 * one @ one.T).log_softmax(dim=1).diagonal().view(3, 2).mean(dim=1)
-    torch.testing.assert_close(same, plain)
+    for paired in ([True] * 3, [True, False, True], [False] * 3):
+        same = loss(groups.flip(1), scores.flip(1), paired)
+        torch.testing.assert_close(same, plain[torch.tensor(paired)].sum() / max(sum(paired), 1))
+    assert loss(groups.flip(1), scores.flip(1), [True] * 3) < 0.5 < loss(torch.randn(3, 4, 8), scores, [True] * 3)

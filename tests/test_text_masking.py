@@ -9,7 +9,7 @@ import torch
 from pipeline.artifacts.files import BadInput
 from pipeline.nn.text import inside_text
 from pipeline.text.entities import vocabulary
-from pipeline.text.mask_tokens import MaskedBytePairs, WordPieces
+from pipeline.text.mask_tokens import MaskedBytePairs, WordPieces, without_masks
 from pipeline.text.masking import mask_caption
 from pipeline.text.tokenizers import BytePairTokenizer
 
@@ -39,6 +39,7 @@ def masked(caption: str, entities=EVERY, nouns=(), target="all", strip="clean", 
         ("a dog by a dog", "a [MASK] by a [MASK]", ["dog"]),
         ("(dog) \u201ccat\u201d", "([MASK]) \u201c[MASK]\u201d", ["dog", "cat"]),
         ("joy of life", "joy of life", []),
+        ("[MASK] x[MASK]s by a [dog]", "[mask] x[mask]s by a [[MASK]]", ["dog"]),
         ("", "", []),
     ],
 )
@@ -64,6 +65,11 @@ def test_released_rule_trims_words_and_leaves_punctuation():
     assert found.text == "tudent [MASK] dog, hop" and found.answer == ["cat"]
 
 
+def test_no_apostrophe_makes_a_mask():
+    found = masked("a [MA'SK] dog", strip="released")
+    assert found.text == "a [mask] [MASK]" and found.classes == classes("dog")
+
+
 def test_one_entity_and_all_nouns():
     chosen = {tuple(masked("dogs, a cat, a dog", target="one", seed=seed).answer) for seed in range(20)}
     assert chosen == {("dog",), ("cat",)}
@@ -87,16 +93,19 @@ def test_mask_is_one_token_behind_the_others():
     assert torch.equal(ids[1], plain(["a dog"])[0])
     assert int(inside_text(ids, words.eot)[0].sum()) == 2 + sum(map(len, parts))
     assert pickle.loads(pickle.dumps(words))(["a [MASK]"]).tolist() == words(["a [MASK]"]).tolist()
+    for text in ("a [MASK] dog[MASK]", "a [mask] dog"):
+        assert torch.equal(words([without_masks(text)]), plain([text])), "the pieces of what was written"
 
 
 def test_wordpieces_are_berts(tmp_path):
     file = tmp_path / "vocab.txt"
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "dog", "##s", "."]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "dog", "##s", ".", "[", "]", "mask"]
     file.write_text("\n".join(pieces) + "\n")
     words = WordPieces(file, 8)
     ids = words(["A photo of [MASK] dogs.", "dog dog dog dog dog dog dog"])
     assert ids.tolist() == [[2, 5, 6, 7, 4, 8, 9, 3], [2, 8, 8, 8, 8, 8, 8, 3]]
     assert words([""]).tolist() == [[2, 3, 0, 0, 0, 0, 0, 0]]
+    assert words([without_masks("a [MASK]")]).tolist() == [[2, 5, 11, 13, 12, 3, 0, 0]]
     with pytest.raises(BadInput, match="no such file"):
         WordPieces(tmp_path / "none.txt", 8)
     file.write_text("a\nb\n")

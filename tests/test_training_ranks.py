@@ -48,6 +48,13 @@ def ovsegmentor(folder: Path) -> tuple[Any, Any]:
     return tower, test_ovsegmentor.batch(tower, partners=True)
 
 
+def ovsegmentor_groups(folder: Path) -> tuple[Any, Any]:
+    """With the contrast of groups; the first half has three partners, the second two."""
+    tower = test_ovsegmentor.model(**QUIET, consistency={"kind": "groups", "symmetric": True})
+    tower.begin_mask_phase()
+    return tower, test_ovsegmentor.batch(tower, partners=True)
+
+
 def sseg(folder: Path) -> tuple[Any, Any]:
     """The first half has fewer masks than the second."""
     tower = test_sseg.model()
@@ -71,9 +78,11 @@ def scg(folder: Path) -> tuple[Any, Any]:
     return test_scg.model(test_scg.made_encoders(folder)), test_scg.batch()
 
 
-MADE = {made.__name__: made for made in (groupvit, ovsegmentor, sseg, pseudo_mask_vit, zeroseg, scg)}
+METHODS = (groupvit, ovsegmentor, ovsegmentor_groups, sseg, pseudo_mask_vit, zeroseg, scg)
+MADE = {made.__name__: made for made in METHODS}
 
-CONTRASTED = ("groupvit", "sseg", "scg")  # what they learn from is contrasts, and means that are balanced
+# What they learn from is contrasts, and means that are balanced.
+CONTRASTED = ("groupvit", "ovsegmentor_groups", "sseg", "scg")
 
 
 def made(name: str, folder: Path) -> tuple[Any, Any]:

@@ -104,19 +104,25 @@ RECIPE = {
         "lr_multipliers": {},
         "final_lr_fraction": 4e-5 / 1.6e-3,
         "warmup_images": 57_326_294,
+        "cosine_from": "start",
         "weight_decay": 0.05,
         "decayed": "all_but_vectors",
         "betas": [0.9, 0.999],
         "clip_norm": 5.0,
         "micro_batches": 1,
         "ema": 0.0,
-        "precision": "fp32",
+        "precision": "fp16",  # apex O1
         "checkpoint_images": 4_096_000,
         "log_images": 40_960,
         "seed": 0,
     },
 }
-CAPTION_ONLY = {"multi_label": 0.0, "num_prompts": 0}
+# What the run on CC3M, CC12M and RedCaps did otherwise: no multi-label loss, other epochs. Source: sections 6 to 8.
+REDCAPS = {
+    "loss": {"multi_label": 0.0, "num_prompts": 0},
+    "optimisation": {"images": 777_439_050, "warmup_images": 51_829_270},
+}
+SECOND_SCALE = "multi_label_temperature.log_scale"
 
 
 def convert(entries: Mapping[str, Any]) -> Converted:
@@ -130,18 +136,23 @@ def convert(entries: Mapping[str, Any]) -> Converted:
 def describe(converted: Converted, _source: Source) -> tuple[dict[str, Any], nn.Module]:
     """Config of the model folder, its sizes read off the shapes, and a model to compare names and shapes with.
 
+    A file without the second temperature is of the run on RedCaps.
+
     Raises:
         KeyError: a tensor that tells is missing.
     """
-    state = converted.state
-    config = params.build(groupvit.Config, config_values(state), METHOD)
+    return described(converted.state, {} if SECOND_SCALE in converted.state else REDCAPS)
+
+
+def described(state: Mapping[str, Tensor], run: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], nn.Module]:
+    """See `describe`. `run`: what the training did otherwise than `RECIPE`."""
+    config = params.build(groupvit.Config, config_values(state, run), METHOD)
     return {"method": METHOD, "config": params.plain(config)}, groupvit.build(config, None)
 
 
-def config_values(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def config_values(state: Mapping[str, Tensor], run: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The block `train.groupvit` of these weights."""
     context, width = state["text.position"].shape
-    alone = {} if "multi_label_temperature.log_scale" in state else CAPTION_ONLY
     patches = patches_of(state)
     return {
         "patches": patches,
@@ -157,6 +168,6 @@ def config_values(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "projector_hidden": state["image_projector.hidden.weight"].shape[0],
         "embed_dim": state["image_projector.out.weight"].shape[0],
         **RECIPE,
-        "loss": RECIPE["loss"] | alone,
+        **{block: RECIPE[block] | changes for block, changes in run.items()},
         "augmentation": RECIPE["augmentation"] | {"image_size": patches["image_size"]},
     }

@@ -1,4 +1,11 @@
-"""transformers' GroupViT: a hub folder, or its weights alone. Source: card groupvit.md sections 11.2 and 11.3."""
+"""transformers' GroupViT: a hub folder, or its weights alone.
+
+The layout has no second temperature, so a file does not tell which of the two released models it is; the name of the
+folder that it lies in may. Without the RedCaps model's, it counts as that of YFCC, trained with the multi-label loss,
+and the temperature that is left counts for both losses.
+
+Source: card groupvit.md sections 11.2 and 11.3.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +23,8 @@ IGNORED = {
     r"text_model\.embeddings\.position_ids": "the numbers 0 to 76, which files of 2022 and 2023 hold",
 }
 HEAD_DIM = 64
+REDCAPS = "groupvit-gcc-redcaps"  # in the hub's name of the model
+ONE_SCALE = {"loss": {"share_scale": True}}
 
 _STAGE = r"vision_model\.encoder\.stages\.(?P<stage>\d+)\."
 _BLOCK = _STAGE + r"layers\.(?P<layer>\d+)\."
@@ -65,7 +74,7 @@ def convert(entries: Mapping[str, Any]) -> Converted:
 
 
 def describe(converted: Converted, source: Source) -> tuple[dict[str, Any], nn.Module]:
-    """As `groupvit.describe`; a hub's config.json  must not name anything that our code does otherwise.
+    """As `groupvit.describe`; a hub's config.json must not name anything that our code does otherwise.
 
     Raises:
         BadInput: it does. KeyError: a tensor that tells is missing.
@@ -78,4 +87,5 @@ def describe(converted: Converted, source: Source) -> tuple[dict[str, Any], nn.M
             if found.get(name, value) != value:
                 problem = f"config.json has {part}.{name} {found[name]}, GroupViT has {value}"
                 raise BadInput(source.file, problem, "Only models of the released GroupViT's kind can be imported")
-    return groupvit.describe(converted, source)
+    redcaps = REDCAPS in str(source.file.resolve().parent)
+    return groupvit.described(converted.state, groupvit.REDCAPS if redcaps else ONE_SCALE)

@@ -1,7 +1,8 @@
 """OVSegmentor's release: `model` in a training checkpoint of Jazzcharles/OVSegmentor, or its tensors alone.
 
 The file has BERT's weights but not its words: vocab.txt of bert-base-uncased comes beside it and is copied into the
-model's folder. The width is of ViT-B or ViT-S; both have 8 heads, whatever DINO's have.
+model's folder. Only ViT-B is imported: how many heads the release's ViT-S has is not known, and its text tower is said
+to be RoBERTa.
 
 Source: card ovsegmentor.md sections 1, 4 and 7; the release's module definitions for the decoder's names.
 """
@@ -23,7 +24,7 @@ from pipeline.methods import ovsegmentor
 METHOD = "ovsegmentor"
 VOCABULARY = "vocab.txt"
 COPIED = (VOCABULARY,)
-HEADS = 8
+HEADS = {768: 8}  # of the image encoder, by width; DINO's ViT-B has 12. Source: card section 1
 HEAD_DIM = 64  # Source: BERT
 CONTEXT = 77
 IGNORED = {
@@ -57,6 +58,7 @@ RULES = (
 
 _OPTIMISATION = {
     "lr_multipliers": {},
+    "cosine_from": "start",
     "weight_decay": 0.05,
     "decayed": "all_but_vectors",
     "betas": [0.9, 0.999],
@@ -131,8 +133,12 @@ def describe(converted: Converted, source: Source) -> tuple[dict[str, Any], nn.M
     """Config of the model folder, its sizes read off the shapes, and a model to compare names and shapes with.
 
     Raises:
-        BadInput: no vocab.txt. KeyError: a tensor that tells is missing.
+        BadInput: not ViT-B, or no vocab.txt. KeyError: a tensor that tells is missing.
     """
+    width = converted.state["image.grouping.norm.weight"].shape[0]
+    if width not in HEADS:
+        problem = f"has an image encoder of width {width}, whose number of heads is not known"
+        raise BadInput(source.file, problem, f"Give the release's ViT-B, of width {', '.join(map(str, HEADS))}")
     words = source.beside.get(VOCABULARY)
     if words is None:
         remedy = "Give vocab.txt of bert-base-uncased: --vocab FILE (`hf download bert-base-uncased vocab.txt`)"
@@ -146,13 +152,13 @@ def describe(converted: Converted, source: Source) -> tuple[dict[str, Any], nn.M
 def config_values(state: Mapping[str, Tensor], vocab_file: str) -> dict[str, Any]:
     """The block `train.ovsegmentor` of these weights."""
     positions, width = state["text.model.embeddings.position_embeddings.weight"].shape
-    patches = patches_of(state)
+    patches, dim = patches_of(state), state["image.grouping.norm.weight"].shape[0]
     decoder = any(name.startswith("decoder.") for name in state)
     size = {"image_size": patches["image_size"]}
     return {
         **RECIPE,
         "patches": patches,
-        "grouping": grouping_of(state, heads=HEADS),
+        "grouping": grouping_of(state, heads=HEADS[dim]),
         "text": {
             "tokenizer": "wordpiece",
             "vocab_file": vocab_file,

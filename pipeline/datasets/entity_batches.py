@@ -21,7 +21,7 @@ from pipeline.datasets.transforms import render
 from pipeline.interfaces import on_device
 from pipeline.nn.text import inside_text
 from pipeline.text.entities import Vocabulary
-from pipeline.text.mask_tokens import MaskTokenizer
+from pipeline.text.mask_tokens import MaskTokenizer, without_masks
 from pipeline.text.masking import Masked, Strip, Target, mask_caption
 from pipeline.text.prompts import entity_answer, noun_prompts
 
@@ -94,7 +94,7 @@ class EntityTransform:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> PreparedEntities:
         picture = self._view(sample.image, rng)
-        caption = sample.caption(rng)
+        caption = without_masks(sample.caption(rng))
         masked, answer, words = None, "", []
         if self.completion in _TARGETS:
             target = _TARGETS[self.completion]

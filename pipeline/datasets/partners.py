@@ -73,22 +73,9 @@ class Partners:
         return None
 
     def place(self, sample: Sample, rng: np.random.Generator) -> tuple[int, int, int] | None:
-        """Entity, shard's position and kept row: one of the sample's entities, then one of the rows that name it.
-
-        Both uniform; never the sample's own row unless it is alone.
-        """
-        named = [entity for entity in sample.entities if len(self.index.rows(entity))]
-        if not named:
-            return None
-        entity = named[int(rng.integers(len(named)))]
-        rows = self.index.rows(entity)
-        number = int(rng.integers(len(rows)))
-        shard, row = map(int, rows[number])
-        if len(rows) > 1 and self._table(shard)["uid"][row] == _short(sample.uid):
-            # One of the others: each then has the same chance, whether or not this row was drawn first.
-            number = (number + 1 + int(rng.integers(len(rows) - 1))) % len(rows)
-            shard, row = map(int, rows[number])
-        return entity, shard, row
+        """Entity, shard's position and kept row, see `EntityIndex.partner`; the sample's own row has its uid."""
+        uid = _short(sample.uid)
+        return self.index.partner(sample.entities, lambda shard, row: self._table(shard)["uid"][row] == uid, rng)
 
     def _image(self, shard: int, row: int) -> UInt8[ndarray, "height width 3"]:
         place = self._table(shard)[row]

@@ -1,7 +1,7 @@
 """The weights of a self-supervised ViT as the start of a grouping encoder.
 
-The tower's blocks become the blocks of the stages in order, its stem, positions (without the class row) and last norm
-those of the encoder. Weights go by shape: DINO's ViT-B/16 has 12 heads, OVSegmentor runs it with 8.
+The tower's blocks become the blocks of the stages in order, its stem, positions and last norm those of the encoder; its
+class token is left out. Weights go by shape: DINO's ViT-B/16 has 12 heads, OVSegmentor runs it with 8.
 Source: OVSegmentor card section 5.
 """
 
@@ -54,7 +54,7 @@ def start_from_dino(encoder: GroupingEncoder, folder: Path, where: str) -> None:
 def _tower(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Stem, positions [1 dim rows columns], blocks and norm under the names of `pipeline.nn.vit`."""
     if config.get("family") == small_vit.FAMILY:
-        return {name.removeprefix("tower."): value for name, value in state.items()}
+        return {name.removeprefix("tower."): value for name, value in state.items() if name != "tower.class_token"}
     if config.get("family") != timm_dino.FAMILY:
         raise ParamsError(
             f"models/encoders/dino: {config.get('family')!r} is no tower that a grouping encoder can take"

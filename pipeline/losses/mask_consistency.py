@@ -3,8 +3,9 @@
 The two images share an entity. Queries and keys are those of the grouping encoder's assignment; the partner's come from
 a slow teacher without gradients, so the network is reached through the image's queries alone.
 
-Source: OVSegmentor 3.2 (Eq. 10-12) and its release (card section 2.1); where they differ the release is the default and
-the print an option of `ConsistencyRules`.
+Source: OVSegmentor 3.2 (Eq. 10-12) and its release (card section 2.1); where they differ the print is an option of
+`ConsistencyRules`, but for two things that are always the release's: maps are matched as logits, not as the sigmoids of
+Eq. 10 and 11, and dice is smoothed, which Eq. 12's is not.
 Deviates: the release sums the dice loss over the images of one GPU and divides by 8; here it is a mean over images, so
 that its weight means the same for every batch size and number of GPUs (0.1 there, at 128 per GPU, is 1.6 here). A
 constant map is squashed to zeros, where the release divides by zero.
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from pipeline.losses.contrastive import Gather, own_rows
+from pipeline.losses.parts import over_parts
 from pipeline.nn.matching import assign
 from pipeline.params import Range
 
@@ -133,25 +136,33 @@ def mask_consistency(
     return dice(shown, binary_targets(target.detach(), rules.threshold, rules.delta), rules.dice)
 
 
+@over_parts
 def group_consistency(
     groups: Float[Tensor, "batch groups dim"],
     target: Float[Tensor, "batch groups dim"],
     scores: Float[Tensor, "batch groups"],
     target_scores: Float[Tensor, "batch groups"],
+    paired: Bool[Tensor, " batch"],
     scale: Float[Tensor, ""],
+    *,
     keep: float,
-) -> Float[Tensor, " batch"]:
+    gather: Gather = own_rows,
+) -> Float[Tensor, ""]:
     """The rival objective of Table 6: matched groups of the two images attract, all others of the batch repel.
+
+    The mean over the `paired` images of all processes, in each of them; 0 without any.
 
     Source: OVSegmentor 4.3, one sentence; our reading: the best groups of both sides, matched by negative cosine,
     InfoNCE from the image's groups over the groups of all partners.
     """
     one = F.normalize(_pick(groups, best_groups(scores, keep)), dim=-1)
     two = F.normalize(_pick(target, best_groups(target_scores, keep)), dim=-1)
-    one = _pick(one, match(one, two, "cosine"))
+    one, two = gather(_pick(one, match(one, two, "cosine")))[0], gather(two)[0]
+    counts = gather(paired.byte())[0]
     logits = scale * one.flatten(0, 1) @ two.flatten(0, 1).T
     labels = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(logits, labels, reduction="none").unflatten(0, one.shape[:2]).mean(1)
+    losses = F.cross_entropy(logits, labels, reduction="none").unflatten(0, one.shape[:2]).mean(1)
+    return (losses * counts).sum() / counts.sum().clamp(min=1)
 
 
 def _pick(x: Float[Tensor, "batch groups width"], chosen: Int64[Tensor, "batch kept"]) -> Float[Tensor, "batch kept w"]:

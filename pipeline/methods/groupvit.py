@@ -6,9 +6,10 @@ is classified against the class names, and the product of the stages' soft assig
 
 Source: "GroupViT: Semantic Segmentation Emerges from Text Supervision" (CVPR 2022, arXiv 2202.11094) and its release;
 card methods/groupvit.md, whose section 12 lists where the two differ. The release is followed; the print's loss is
-`loss.halved: false` with `loss.form: print`.
-Deviates: the nouns are those of the filter stage, where the release also takes verb forms. The patch stem may be
-convolutional, the text a bag of words and the positions a sine code, none of which the paper's configuration uses.
+`loss: {halved: false, form: print, share_scale: true}`.
+Deviates: the nouns are those of the filter stage, where the release also takes verb forms (as `filter.nouns: groupvit`
+does). The patch stem may be convolutional, the text a bag of words and the positions a sine code, none of which the
+paper's configuration uses.
 
 Axes: batch, prompts (noun prompts of an image), groups (segments of the last stage), tokens (patches, row-major),
 rows x columns (the patch grid), dim, classes.
@@ -29,12 +30,12 @@ from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss, ContrastiveTerms, MultiLabelForm, Temperature, multi_label
 from pipeline.nn.group_reader import GroupReader, GroupReading
 from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig, effective_number
-from pipeline.nn.projector import Projector
+from pipeline.nn.projector import Projector, demand_rows
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import templates
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.training import Optimisation
 from pipeline.training.distributed import gather_rows
 from pipeline.training.phases import Phase, TrainingData
@@ -96,6 +97,9 @@ class Config:
     shuffle: Shuffle
     optimisation: Optimisation
 
+    def __post_init__(self) -> None:
+        demand_rows(self.optimisation.micro_batch, "train.groupvit.optimisation")
+
     @property
     def seed(self) -> int:
         """Of the fresh weights."""
@@ -110,7 +114,7 @@ class GroupViT(GroupReader, ReadingModule):
         text, loss = config.text, config.loss
         self.settings = loss
         self.image = GroupingEncoder(config.patches, config.grouping)
-        self.tokenizer = tokenizer("bpe", text.context_length)
+        self.tokenizer = BytePairTokenizer(text.context_length)
         self.text = TextTransformer(
             text,
             vocab_size=self.tokenizer.vocab_size,
@@ -144,8 +148,12 @@ class GroupViT(GroupReader, ReadingModule):
 
         `caption` and `multi_label` are unweighted, zero where switched off. `groups` is not optimised: the effective
         number of groups that an image uses.
+
+        Raises:
+            BadInput: a single image, in training.
         """
         settings = self.settings
+        self.image_projector.demand_rows(batch.uids)
         grouped = self.image(batch.pixels)
         self._sizes = grouped.sizes()
         image = self._embed_image(grouped)

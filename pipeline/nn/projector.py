@@ -6,7 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pipeline.artifacts.files import BadInput
+from pipeline.params import ParamsError
+
 HIDDEN = 4096  # Source: GroupViT's release
+
+
+def demand_rows(images: int, where: str) -> None:
+    """Raises ParamsError: BatchNorm would see one image at a time. `where` names the block that sets their number."""
+    if images < 2:
+        raise ParamsError(f"{where}: batch_size / micro_batches must be above 1: BatchNorm needs the variance of a few")
 
 
 class SharedBatchNorm(nn.BatchNorm1d):
@@ -48,6 +57,12 @@ class Projector(nn.Module):
         self.norm = SharedBatchNorm(hidden)
         self.activation = nn.ReLU()
         self.out = nn.Linear(hidden, outside)
+
+    def demand_rows(self, uids: list[str]) -> None:
+        """Raises BadInput: a single image of a batch is left, in training and where no other process has more."""
+        if self.norm.training and self.norm.share is None and len(uids) < 2:
+            problem = "no other image of its batch decodes, and BatchNorm needs the variance of a few"
+            raise BadInput(", ".join(uids), problem, "Verify the download, or take more images a batch")
 
     def forward(self, x: Float[Tensor, "*batch inside"]) -> Float[Tensor, "*batch outside"]:
         """Projected vectors."""

@@ -106,23 +106,31 @@ class EntityIndex:
         return self._rows[self._offsets[entity] : self._offsets[entity + 1]]
 
     def partner(
-        self, entities: Sequence[int], own: tuple[int, int] | None, generator: np.random.Generator
-    ) -> tuple[int, int]:
-        """A sample that shares one of a sample's entities: an entity drawn uniformly, then a sample that names it.
+        self, entities: Sequence[int], own: Callable[[int, int], bool], generator: np.random.Generator
+    ) -> tuple[int, int, int] | None:
+        """A sample that shares one of a sample's entities: an entity that is named, then a sample that names it.
+
+        Both uniform.
 
         Args:
-            own: where the sample itself stands; it is drawn only where no other names the entity.
+            own: whether a place is that of the sample itself, which is drawn only where no other names the entity.
 
         Returns:
-            Position in `shards` and row among the shard's kept rows.
+            The entity and the place: position in `shards`, row among the shard's kept rows. None where no sample names
+            any of the entities.
         """
-        found = self.rows(entities[int(generator.integers(len(entities)))])
+        named = [entity for entity in entities if len(self.rows(entity))]
+        if not named:
+            return None
+        entity = named[int(generator.integers(len(named)))]
+        found = self.rows(entity)
         number = int(generator.integers(len(found)))
-        if len(found) > 1 and own is not None and tuple(found[number].tolist()) == own:
+        shard, row = found[number].tolist()
+        if len(found) > 1 and own(shard, row):
             # One of the others: each then has the same chance, whether or not this row was drawn first.
             number = (number + 1 + int(generator.integers(len(found) - 1))) % len(found)
-        shard, row = found[number].tolist()
-        return shard, row
+            shard, row = found[number].tolist()
+        return entity, shard, row
 
 
 def check_index(folder: Path, rows: int) -> None:

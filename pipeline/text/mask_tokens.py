@@ -1,6 +1,7 @@
 """Tokenizers that know a mask token: CLIP's byte pairs with one more id, and BERT's WordPiece from a vocab.txt.
 
-A row is a start token (BERT's [CLS]), the pieces, an end token and zeros. In both, "[MASK]" in a text is one token.
+A row is a start token (BERT's [CLS]), the pieces, an end token and zeros. In both, "[MASK]" in a text is one token;
+captions are untrusted and go through `without_masks` first.
 Axes: batch = texts, length = context length in tokens.
 """
 
@@ -91,3 +92,8 @@ class WordPieces:
 
 
 MaskTokenizer = MaskedBytePairs | WordPieces
+
+
+def without_masks(text: str) -> str:
+    """The text with a "[MASK]" of its own in lower case: the pieces of what was written, and no mask token."""
+    return text.replace(MASK, MASK.lower())

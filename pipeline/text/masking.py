@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.text.entities import Vocabulary
 from pipeline.text.lemmas import singular
-from pipeline.text.mask_tokens import MASK
+from pipeline.text.mask_tokens import MASK, without_masks
 
 Strip = Literal["clean", "released"]
 Target = Literal["all", "one", "nouns"]
@@ -30,8 +30,8 @@ _WORD = re.compile(r"^(\W*)(.*?)((?:['\u2019]s)?\W*)$", re.DOTALL)
 class Masked:
     """A masked caption.
 
-    text: with one mask per masked word. answer: the names behind the masks, in order of mention, each once. classes:
-    the class behind each mask, in order; -1 for a noun that is none.
+    text: with one mask per masked word, and no other. answer: the names behind the masks, in order of mention, each
+    once. classes: the class behind each mask, in order; -1 for a noun that is none.
     """
 
     text: str
@@ -66,12 +66,12 @@ def mask_caption(
         chosen = there[int(rng.integers(len(there)))]
         names = [name if name == chosen else "" for name in names]
     words = [
-        f"{before}{MASK if name else core}{after}" for (before, core, after), name in zip(parts, names, strict=True)
+        f"{before}{MASK}{after}" if name else _unmasked(f"{before}{core}{after}", strip)
+        for (before, core, after), name in zip(parts, names, strict=True)
     ]
-    text = " ".join(words)
     masked = [(name, what) for name, what in zip(names, found, strict=True) if name]
     return Masked(
-        text=text.replace("'", "") if strip == "released" else text,
+        text=" ".join(words),
         answer=list(dict.fromkeys(name for name, _ in masked)),
         classes=[what if isinstance(what, int) else -1 for _, what in masked],
     )
@@ -85,6 +85,11 @@ def _clean(word: str) -> tuple[str, str, str]:
 
 def _released(word: str) -> tuple[str, str, str]:
     return "", word.strip("'s"), ""
+
+
+def _unmasked(word: str, strip: Strip) -> str:
+    """A word that stays. Without its apostrophes it may read as a mask."""
+    return without_masks(word.replace("'", "") if strip == "released" else word)
 
 
 def _class(number: int, allowed: Collection[int] | None = None) -> int | None:

@@ -6,15 +6,17 @@ with the masks that a slow teacher sees on a partner image. Segmentation is Grou
 
 Source: "Learning Open-vocabulary Semantic Segmentation Models From Natural Language Supervision" (CVPR 2023, arXiv
 2301.09121) and its release; card methods/ovsegmentor.md, whose section 8 lists where the two differ. The release is
-followed: hard Gumbel assignment, [CLS] as the sentence, mask loss in one direction; the print's loss is `consistency:
-{rest: drop, cost: cosine, threshold: absolute, delta: 0.65, squash: sigmoid, dice: per_mask, symmetric: true, weight:
-0.1}`. BatchNorm's running statistics blend in the projector's unused passes over all token states and groups, as in the
-release (`blend_statistics`).
-Deviates: the mask loss is a mean over images (`pipeline.losses.mask_consistency`); captions are masked by the clean
-rule unless `completion.strip` says `released`; partners are never the image itself where another exists
-(`pipeline.datasets.partners`); temperature, positions and group tokens take no weight decay; the dead assignment module
-of the release's decoder is not built; BatchNorm is synchronised over processes in the bridge too. The stem may be
-convolutional and the text shrunk to the captions' tokens, neither of which the paper's configuration does.
+followed: hard Gumbel assignment, [CLS] as the sentence, mask loss in one direction; nearest to the print's loss is
+`consistency: {rest: drop, cost: cosine, threshold: absolute, delta: 0.65, squash: sigmoid, dice: per_mask, symmetric:
+true, weight: 0.1}`. BatchNorm's running statistics blend in the projector's unused passes over all token states and
+groups, as in the release (`blend_statistics`).
+Deviates: the mask loss is a mean over images (`pipeline.losses.mask_consistency`), and with the print's options still
+matches maps by their logits, where Eq. 10 and 11 match sigmoids, and smooths dice, where Eq. 12 does not; captions are
+masked by the clean rule unless `completion.strip` says `released`; partners are never the image itself where another
+exists (`pipeline.datasets.partners`); temperature, positions and group tokens take no weight decay unless `decayed` is
+`all_but_vectors`; the dead assignment module of the release's decoder is not built; BatchNorm is synchronised over
+processes in the bridge too. The stem may be convolutional and the text shrunk to the captions' tokens, neither of which
+the paper's configuration does.
 """
 
 from pathlib import Path
@@ -33,6 +35,7 @@ from pipeline.nn.text import Vocabulary
 from pipeline.params import ParamsError
 from pipeline.text.mask_tokens import MASK, MaskedBytePairs
 from pipeline.text.prompts import SINGLE, entity_prompt, fill, templates
+from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.training.phases import Phase, TrainingData
 
 __all__ = ["Config", "ENCODERS", "OVSegmentor", "TARGETS", "build", "phases", "start", "vocabulary"]
@@ -50,7 +53,8 @@ def vocabulary(config: Config, data: TrainingData) -> Vocabulary | None:
         raise ParamsError("train.ovsegmentor.text.vocabulary: seen needs tokenizer bpe")
     names = [*read_vocabulary(config).words, "and", MASK]
     sentences = [fill(SINGLE[0], ""), *map(entity_prompt, names)]
-    rows = seen_tokens(data.shards, words, templates=templates(config.completion.templates)).rows
+    plain = BytePairTokenizer(config.text.context_length)  # a caption's own "[MASK]" is no mask
+    rows = seen_tokens(data.shards, plain, templates=templates(config.completion.templates)).rows
     seen = torch.nonzero(rows < rows.max())[:, 0]
     return Vocabulary.of(torch.cat([seen, words(sentences).flatten()]), vocab_size=words.vocab_size)
 

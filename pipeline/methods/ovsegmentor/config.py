@@ -9,6 +9,7 @@ from pipeline.datasets.entity_batches import Completion
 from pipeline.datasets.pairs import Shuffle
 from pipeline.losses.mask_consistency import ConsistencyRules
 from pipeline.nn.grouping import GroupingConfig, PatchConfig
+from pipeline.nn.projector import demand_rows
 from pipeline.params import ParamsError, Range
 from pipeline.text import entities
 from pipeline.text.mask_tokens import MaskedBytePairs, MaskTokenizer, WordPieces
@@ -126,6 +127,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.grouping.output_groups[1:] or self.text.positions < self.text.context_length:
             raise ParamsError("train.ovsegmentor: one grouping stage, and text.positions >= text.context_length")
+        demand_rows(self.entity.optimisation.micro_batch, "train.ovsegmentor.entity.optimisation")
+        if self.consistency.kind != "none":
+            demand_rows(self.mask.optimisation.micro_batch, "train.ovsegmentor.mask.optimisation")
 
     @property
     def seed(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from pipeline.datasets.entity_batches import EntityBatch
@@ -106,7 +106,11 @@ class OVSegmentor(GroupReader, ReadingModule):
         """Unweighted terms and `total`; `mask` is 0 for a batch without partners.
 
         `groups` is not optimised: how many groups an image uses (exponential of the entropy of their sizes, mean).
+
+        Raises:
+            BadInput: a single image, in training.
         """
+        self.image_projector.demand_rows(batch.uids)
         grouped = self.image(batch.pixels)
         self._sizes = grouped.sizes()
         image = self._image_vector(grouped)
@@ -205,16 +209,16 @@ class OVSegmentor(GroupReader, ReadingModule):
             self._blend(self.text_projector, states)
             self._blend(self.image_projector, target.segments.mean(dim=1))
             target_fit = self._fitting(self.image_projector, target.segments)
-        losses = self._direction(grouped, target, fit, target_fit, entity, batch.partner_pixels)
+        loss = self._direction(grouped, target, fit, target_fit, entity, batch.partner_pixels, batch.paired)
         if self.config.consistency.symmetric:
             partner = self.image(batch.partner_pixels)
             partner_fit = self._fitting(self.image_projector, partner.segments)
             with torch.no_grad():
                 target = teacher(batch.pixels)
                 target_fit = self._fitting(self.image_projector, target.segments)
-            other = self._direction(partner, target, partner_fit, target_fit, entity, batch.pixels)
-            losses = (losses + other) / 2
-        return balanced((losses * batch.paired).sum() / batch.paired.sum().clamp(min=1), batch.paired.sum())
+            other = self._direction(partner, target, partner_fit, target_fit, entity, batch.pixels, batch.paired)
+            loss = (loss + other) / 2
+        return loss
 
     @torch.no_grad()
     def _entity_states(self, entities: Int64[Tensor, " batch"]) -> Float[Tensor, "batch length width"]:
@@ -238,7 +242,8 @@ class OVSegmentor(GroupReader, ReadingModule):
         target_fit: Float[Tensor, "batch groups dim"],
         entity: Float[Tensor, "batch dim"],
         pixels: Float[Tensor, "batch 3 height width"],
-    ) -> Float[Tensor, " batch"]:
+        paired: Bool[Tensor, " batch"],
+    ) -> Float[Tensor, ""]:
         """Loss of the groups against the teacher's view of `pixels`; un-normalised products say which groups fit."""
         settings = self.config.consistency
         with torch.autocast(pixels.device.type, enabled=False):
@@ -249,16 +254,19 @@ class OVSegmentor(GroupReader, ReadingModule):
                     target.segments.float(),
                     scores,
                     target_scores,
+                    paired,
                     self.contrast.scale,
-                    settings.keep,
+                    keep=settings.keep,
+                    gather=gather_rows,
                 )
             own, slow = grouped.assignments[-1], target.assignments[-1]
             grid, size = self.image.grid(pixels), (pixels.shape[-2], pixels.shape[-1])
             keys = slow.keys.float()
             prediction = paint_groups(own.queries.float(), keys, grid, size)
-            return mask_consistency(
+            losses = mask_consistency(
                 prediction, paint_groups(slow.queries.float(), keys, grid, size), scores, target_scores, settings
             )
+        return balanced((losses * paired).sum() / paired.sum().clamp(min=1), paired.sum())
 
 
 @contextmanager
