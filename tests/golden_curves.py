@@ -3,10 +3,15 @@
 Sums are rounded otherwise on other processors; a training amplifies that, and a hard choice may flip (measured between
 CPUs with and without AVX-512: 1e-3 after four steps at most, a tenth after twenty). So losses of the first steps, which
 see every formula, its gradient and the optimiser, are held tightly, and the course of the total loosely.
+
+`python tests/golden_curves.py METHOD` writes a method's stored curve anew.
 """
 
 import csv
+import sys
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -26,3 +31,15 @@ def assert_same_curve(found: list[dict[str, str]], path: Path, *, falls_to: floa
             expected = pytest.approx(float(golden[name]), rel=rel, abs=1e-4)
             assert float(ours[name]) == expected, f"{name} of step {golden['step']}"
     assert float(found[-1]["total"]) < falls_to * float(found[0]["total"])
+
+
+def write(method: str) -> None:
+    """Store the curve that `golden_curve` of the method's test module makes."""
+    tests = import_module(f"test_{method}")
+    with TemporaryDirectory() as scratch:
+        tests.golden_curve(Path(scratch))
+        tests.GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())
+
+
+if __name__ == "__main__":
+    write(sys.argv[1])

@@ -122,6 +122,13 @@ def test_a_torn_codebook_is_named(made, tmp_path):
         codebook.STAGE.check(tmp_path / "torn", Counts(rows_in=1, rows=1, failed=0))
 
 
+def test_similarities_are_the_same_under_autocast():
+    tokens, centroids = torch.randn(2, 12, 64), torch.nn.functional.normalize(torch.randn(5, 64), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = similarities(tokens, centroids)
+    assert torch.equal(found, similarities(tokens, centroids))
+
+
 def test_pixel_groups_upsample_the_tokens():
     """Products after upsampling the tokens are the same, and a constant map stays constant."""
     torch.manual_seed(0)

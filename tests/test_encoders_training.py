@@ -22,10 +22,10 @@ from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
 from pipeline.interfaces import ClipEncoder, PatchEncoder, TrainBatch
 from pipeline.losses.distillation import DistillationLoss
 from pipeline.machine import Machine
-from pipeline.nn.text import Vocabulary
+from pipeline.nn.text import TextSizes, TextTransformer, Vocabulary
 from pipeline.nn.visual_tower import run, value_tokens
 from pipeline.params import ParamsError
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.training import Progress, Run
 
 MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
@@ -38,6 +38,7 @@ OPTIMISATION = {
     "lr_multipliers": {},
     "final_lr_fraction": 0.1,
     "warmup_images": 0,
+    "cosine_from": "warmup",
     "weight_decay": 0.0,
     "decayed": "weights",
     "betas": [0.9, 0.98],
@@ -246,7 +247,7 @@ def test_prompts_name_the_nouns():
     assert sorted(found.prompts) == ["a photo of a cat.", "a photo of a dog."]
     bare = transform(Sample("v", ["hello"], [], [], image), rng)
     assert bare.prompts == ["hello", "hello"]
-    batch = PairCollate(tokenizer("bpe", 12))([found, bare], ["u", "v"]).to("cpu")
+    batch = PairCollate(BytePairTokenizer(12))([found, bare], ["u", "v"]).to("cpu")
     assert batch.pixels.shape == (2, 3, 16, 16) and batch.prompt_ids.shape == (2, 2, 12)
     assert torch.equal(batch.prompt_ids[0, 1], batch.token_ids[1])
 
@@ -309,7 +310,7 @@ def test_patch_logits_read_the_right_patch():
 
 
 def prompted_batch() -> TrainBatch:
-    tokenise = tokenizer("bpe", 12)
+    tokenise = BytePairTokenizer(12)
     captions = ["a dog", "a red car", "the house on a hill", "a bird"]
     prompts = ["a photo of a dog.", "a photo of a car.", "a photo of a house.", "a photo of a bird."]
     pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -418,7 +419,22 @@ def test_lit_without_a_projection_puts_texts_into_the_towers_space():
     pixels = torch.randn(2, 3, 16, 16)
     expected = torch.nn.functional.normalize(frozen.all_tokens(pixels)[:, 0], dim=-1)
     torch.testing.assert_close(clip.encode_image(pixels), expected)
-    assert {name.split(".")[0] for name, p in clip.named_parameters() if p.requires_grad} == {"text", "text_head"}
+    assert {name.split(".")[0] for name, p in clip.named_parameters() if p.requires_grad} == {"text"}
+
+
+def test_lits_text_tower_is_clips():
+    """SCG's appendix; that of `scratch` stays as it is."""
+    seen = Vocabulary.of(prompted_batch().token_ids.flatten(), vocab_size=49408)
+    text = TextSizes(context_length=8, width=8, layers=1, heads=2, pooling="eos")
+    made = {}
+    for tower in ("lit", "scratch"):
+        config = replace(clip_config(tower, "class_token").architecture, text=text)
+        made[tower] = SmallClip(config, seen, frozen_dino(True) if tower == "lit" else None)
+    kinds = {"lit": "clip", "scratch": "timm"}
+    for tower, clip in made.items():
+        vocabulary = {"vocab_size": 49408, "end_token": clip.tokenizer.eot, "vocabulary": seen}
+        assert repr(clip.text) == repr(TextTransformer(text, **vocabulary, out_dim=8, block=kinds[tower]))
+    assert not list(made["lit"].text_head.parameters()) and len(made["scratch"].text_head) == 3
 
 
 def test_lit_needs_its_tower():

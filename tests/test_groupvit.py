@@ -12,6 +12,7 @@ import yaml
 from golden_curves import assert_same_curve
 
 from pipeline import methods, params
+from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import save_model
 from pipeline.inference import ScoreModel
 from pipeline.interfaces import TrainBatch
@@ -20,6 +21,7 @@ from pipeline.methods import groupvit
 from pipeline.nn.group_scores import group_confidence
 from pipeline.nn.grouping import Assignment, Grouped, effective_number
 from pipeline.nn.text import Vocabulary
+from pipeline.params import ParamsError
 from pipeline.training import Loaded, Run, fit
 
 GOLDEN = Path(__file__).parent / "golden" / "groupvit.csv"
@@ -36,7 +38,7 @@ augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], 
                rand_augment: 0, erase_chance: 0.0}
 shuffle: {block_rows: 4, window_blocks: 2}
 optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
-               warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
+               warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
                clip_norm: 5.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000,
                log_images: 8, seed: 0}
 """)
@@ -354,6 +356,17 @@ def test_a_batch_without_prompts_is_refused():
         tower.loss(batch(tower, prompts=0))
 
 
+def test_a_batch_of_one_is_refused():
+    """Parts of one image in the config; and what is left where the others do not decode."""
+    with pytest.raises(ParamsError, match=r"train\.groupvit\.optimisation: .* above 1"):
+        config(optimisation={"batch_size": 4, "micro_batches": 4})
+    assert config(optimisation={"batch_size": 4, "micro_batches": 2}).optimisation.micro_batch == 2
+    tower = model()
+    with pytest.raises(BadInput, match="uid0: no other image of its batch decodes"):
+        tower.loss(batch(tower, size=1))
+    assert torch.isfinite(tower.eval().loss(batch(tower, size=1))["total"])
+
+
 def test_hard_assignments_learn():
     tower = model(grouping=ONE_STAGE).train()
     optimiser = torch.optim.AdamW(tower.parameters(), lr=3e-3)
@@ -412,14 +425,5 @@ def golden_curve(folder: Path) -> list[dict[str, str]]:
 
 
 def test_golden_curve(tmp_path):
-    """`python -m tests.test_groupvit` writes the stored curve anew."""
+    """`python tests/golden_curves.py groupvit` writes the stored curve anew."""
     assert_same_curve(golden_curve(tmp_path), GOLDEN, falls_to=0.8)
-
-
-if __name__ == "__main__":
-    # The one command that writes the golden curve: python -m tests.test_groupvit
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        golden_curve(Path(scratch))
-        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())

@@ -132,8 +132,9 @@ def test_known_permutation():
 def test_diverged_costs_and_too_many_targets_are_errors():
     cost = torch.zeros(3, 4, 2)
     cost[1, 2, 0] = float("nan")
-    with pytest.raises(BadCost, match=r"\[1\]"):
+    with pytest.raises(BadCost, match=r"\[1\]") as raised:
         assign(cost, torch.ones(3, 2, dtype=torch.bool))
+    assert raised.value.images == [1]
     with pytest.raises(ValueError, match="3 targets for 2 queries"):
         assign(torch.zeros(1, 2, 3), torch.ones(1, 3, dtype=torch.bool))
 
@@ -230,6 +231,21 @@ def test_transformer_decoder_is_transformers():
     torch.testing.assert_close(features[-1], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_decoder_starts_as_the_release_does():
+    """torch's own attention under Xavier packs query, key and value; the projection is filled as a convolution."""
+    torch.manual_seed(0)
+    ours = TransformerDecoder(64, dim=256, queries=4, layers=1, heads=8, hidden=512, dropout=0.0)
+    theirs = nn.MultiheadAttention(256, 8).in_proj_weight
+    nn.init.xavier_uniform_(theirs)
+    assert theirs.std().item() == pytest.approx(512**-0.5, rel=0.02)
+    for attention in (ours.layers[0].self_attention, ours.layers[0].cross_attention):
+        for layer in (attention.query, attention.key, attention.value):
+            assert layer.weight.std().item() == pytest.approx(512**-0.5, rel=0.02)
+        assert attention.out.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert ours.layers[0].feed_forward[0].weight.std().item() == pytest.approx((2 / 768) ** 0.5, rel=0.02)
+    assert ours.project.weight.std().item() == pytest.approx(64**-0.5, rel=0.02) and not ours.project.bias.any()
+
+
 def test_sine_position_is_transformers():
     from transformers.models.maskformer.modeling_maskformer import MaskFormerSinePositionEmbedding
 
@@ -285,3 +301,17 @@ def test_swin_pyramid():
         (c, 64 // s, 96 // s) for c, s in zip(swin.channels, swin.strides, strict=True)
     ]
     assert swin.strides == (4, 8, 16, 32)
+    assert swin.norms is None
+
+
+def test_norms_are_a_swins_own():
+    """MaskFormer's release normalises each map of its Swin over channels; other backbones stay as they are."""
+    pixels, size = random(1, 3, 64, 96), {"image_size": 64, "pretrained": False}
+    plain = TimmPyramid("swin_tiny_patch4_window7_224", **size).eval()
+    normed = TimmPyramid("swin_tiny_patch4_window7_224", **size, norms=True).eval()
+    normed.body.load_state_dict(plain.body.state_dict())
+    for norm in normed.norms:
+        nn.init.normal_(norm.weight)
+    for norm, before, after in zip(normed.norms, plain(pixels), normed(pixels), strict=True):
+        torch.testing.assert_close(after, norm(before.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    assert TimmPyramid("resnet18", **size, norms=True).norms is None

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,9 @@ from pipeline.nn.text import inside_text
 from pipeline.params import ParamsError
 from pipeline.store import Store
 from pipeline.text import entities, index
+from pipeline.text.mask_tokens import MaskedBytePairs, without_masks
 from pipeline.text.prompts import templates
+from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.training import Loaded, Run, fit
 from pipeline.training.phases import TrainingData
 from stages import open_project
@@ -59,8 +63,9 @@ entity:
   views: &views {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, rand_augment: 1,
                  erase_chance: 0.5}
   optimisation: &optimisation {images: 48, batch_size: 8, lr: 0.002, lr_multipliers: {text: 2.0},
-      final_lr_fraction: 0.1, warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
-      clip_norm: 5.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 16, log_images: 16, seed: 0}
+      final_lr_fraction: 0.1, warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights,
+      betas: [0.9, 0.98], clip_norm: 5.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 16,
+      log_images: 16, seed: 0}
 mask:
   views: *views
   optimisation: *optimisation
@@ -92,8 +97,11 @@ def sample(number: int) -> Sample:
     return Sample(f"{number:016x}", [CAPTIONS[number]], nouns, NAMED[number], picture(number))
 
 
-def batch(tower: ovsegmentor.OVSegmentor, *, partners: bool = False) -> EntityBatch:
+def batch(
+    tower: ovsegmentor.OVSegmentor, *, partners: bool = False, samples: list[Sample] | None = None
+) -> EntityBatch:
     """One row per caption; with `partners` the next row is the partner, and the row without an entity has none."""
+    samples = samples or [sample(number) for number in range(len(CAPTIONS))]
     settings = tower.config
     prepare = EntityTransform(
         views=settings.mask.views,
@@ -104,8 +112,7 @@ def batch(tower: ovsegmentor.OVSegmentor, *, partners: bool = False) -> EntityBa
         num_prompts=2,
     )
     collate = EntityCollate(tower.tokenizer, settings.completion.kind, partners, longest=False)
-    rngs = [np.random.default_rng(number) for number in range(len(CAPTIONS))]
-    rows = [prepare(sample(number), rng) for number, rng in enumerate(rngs)]
+    rows = [prepare(row, np.random.default_rng(number)) for number, row in enumerate(samples)]
     if partners:
         rows = [
             replace(row, partner=(rows[(i + 1) % 6].picture, DOG) if NAMED[i] else None) for i, row in enumerate(rows)
@@ -231,6 +238,15 @@ def test_a_tower_of_another_shape_is_refused(tmp_path):
             ovsegmentor.start(wrong, wrong.config, tmp_path)
 
 
+def test_a_towers_class_token_is_left_out(tmp_path):
+    sizes = {"image_size": 32, "first_stride": 8, "widths": [], "dim": 24, "layers": 2, "heads": 2, "class_token": True}
+    tower = TrainedPatchEncoder(params.build(TowerConfig, sizes, "tower").build())
+    save_model(tmp_path / "dino", tower.state_dict(), {"family": "trained_dino", "architecture": sizes})
+    fits = model(init="dino")
+    ovsegmentor.start(fits, fits.config, tmp_path)
+    assert torch.equal(fits.image.position, tower.tower.position)
+
+
 # Losses.
 
 
@@ -291,6 +307,44 @@ def test_what_a_batch_says():
     assert say[4].strip() == "a photo of a", "no entity: the template's beginning alone"
     assert torch.equal(rows.masked_ids[4], rows.token_ids[4]) and rows.paired.tolist() == [True] * 4 + [False, True]
     assert torch.equal(rows.partner_pixels[4], rows.pixels[4]) and torch.equal(rows.partner_pixels[0], rows.pixels[1])
+
+
+@pytest.mark.parametrize("kind", ["all", "mlm", "multi_label", "none"])
+def test_a_caption_writes_no_masks_of_its_own(kind):
+    tower = model(completion={"kind": kind})
+    texts = ["[MASK] [MASK]", "b", "a [MASK] dog [MASK]"]
+    rows = batch(tower, samples=[replace(sample(3), captions=[text]) for text in texts])
+    mask = tower.tokenizer.mask
+    assert torch.equal(rows.token_ids, BytePairTokenizer(12)(texts))
+    assert rows.prompt_ids is None or not (rows.prompt_ids == mask).any()
+    if rows.masked_ids is not None:
+        assert (rows.masked_ids == mask).sum(dim=1).tolist() == [0, 0, 1]
+    if kind == "mlm":
+        assert rows.mask_classes[rows.masked_ids == mask].tolist() == [DOG]
+
+
+def test_seen_tokens_are_those_of_captions_that_name_the_mask(tmp_path):
+    shard = make_shard(tmp_path, "00000", 2)
+    path = shard.download / "00000.parquet"
+    table = pq.read_table(path)
+    text = pa.array(["a [MASK] here"] * len(table), table["caption"].type)
+    pq.write_table(table.set_column(table.column_names.index("caption"), "caption", text), path)
+    seen = ovsegmentor.vocabulary(config(), TrainingData(shards=[shard], index=None))
+    ids = MaskedBytePairs(12)([without_masks("a [MASK] here"), "[MASK]"])
+    assert (seen(ids) < seen.size - 1).all(), "the last row is for what was never seen"
+
+
+def test_a_batch_of_one_is_refused(tmp_path):
+    tiny = CONFIG["entity"] | {"optimisation": CONFIG["entity"]["optimisation"] | {"batch_size": 4, "micro_batches": 4}}
+    for phase in ("entity", "mask"):
+        with pytest.raises(ParamsError, match=f"train.ovsegmentor.{phase}.optimisation: .* above 1"):
+            config(**{phase: tiny})
+    config(mask=tiny, consistency={"kind": "none"})
+    tower = model()
+    rows = batch(tower, samples=[sample(0)])
+    with pytest.raises(BadInput, match="0000000000000000: no other image of its batch decodes"):
+        tower.loss(rows)
+    assert torch.isfinite(tower.eval().loss(rows)["total"])
 
 
 def test_a_batch_without_any_match_is_trained():
@@ -488,7 +542,7 @@ def golden_curve(folder: Path) -> list[dict[str, str]]:
 
 
 def test_golden_curve(tmp_path):
-    """`PYTHONPATH=tests python -m tests.test_ovsegmentor` writes the stored curve anew."""
+    """`python tests/golden_curves.py ovsegmentor` writes the stored curve anew."""
     assert_same_curve(golden_curve(tmp_path), GOLDEN, falls_to=0.9)
 
 
@@ -547,13 +601,3 @@ def test_both_phases_continue_to_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert tower.momentum is None and tower.encode_text(["caption 3 a"]).shape == (1, 12)
     untrained = methods.load_untrained(whole / "models/ovsegmentor", whole / "models/encoders")
     assert not torch.equal(untrained.image.position, tower.image.position)
-
-
-if __name__ == "__main__":
-    # The one command that writes the golden curve: PYTHONPATH=tests python -m tests.test_ovsegmentor
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        golden_curve(Path(scratch))
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())

@@ -26,7 +26,7 @@ from pipeline.encoders import load_dino, small_vit
 from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
 from pipeline.interfaces import OUTSIDE, TrainBatch
 from pipeline.methods import pseudo_mask_vit as pmv
-from pipeline.nn.text import Vocabulary
+from pipeline.nn.text import TextTransformer, Vocabulary
 from pipeline.project import Project
 from pipeline.training import Run, fit
 from pipeline.training.phases import TrainingData
@@ -43,8 +43,9 @@ max_scale: 100.0
 augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, caption_form: caption}
 shuffle: {block_rows: 4, window_blocks: 2}
 optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
-               warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98], clip_norm: 1.0,
-               micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8, seed: 0}
+               warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
+               clip_norm: 1.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8,
+               seed: 0}
 """)
 DINO = TowerConfig(image_size=16, first_stride=4, widths=(), dim=8, layers=1, heads=2, class_token=False)
 
@@ -195,6 +196,15 @@ def test_projecting_before_pooling_is_the_same():
     before, _ = pmv.pool_segments(projected, (4, 4), data.regions, 3)
     torch.testing.assert_close(segments, before)
     torch.testing.assert_close(pmv.pool_image(segments, present), pmv.pool_image(before, present))
+
+
+def test_the_text_tower_is_clips():
+    """Blocks and start are S-Seg's, with CLIP's linear projection behind them."""
+    tower = model(text={"width": 32, "layers": 2})
+    sizes = config(text={"width": 32, "layers": 2}).text
+    vocabulary = {"vocab_size": tower.tokenizer.vocab_size, "end_token": tower.tokenizer.eot}
+    assert repr(tower.text) == repr(TextTransformer(sizes, **vocabulary, out_dim=12, block="clip"))
+    assert tower.text.blocks[0].attn.qkv.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
 
 
 # ---- loss
@@ -446,15 +456,5 @@ def golden_curve(folder: Path) -> list[dict[str, str]]:
 
 
 def test_golden_curve(tmp_path):
-    """`python -m tests.test_pseudo_mask_vit` writes the stored curve anew."""
+    """`python tests/golden_curves.py pseudo_mask_vit` writes the stored curve anew."""
     assert_same_curve(golden_curve(tmp_path), GOLDEN, falls_to=0.75)
-
-
-if __name__ == "__main__":
-    # The one command that writes the golden curve: python -m tests.test_pseudo_mask_vit
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        golden_curve(Path(scratch))
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())

@@ -26,9 +26,10 @@ from pipeline.nn.visual_tower import run
 from pipeline.params import ParamsError
 from pipeline.source_code import REPO
 from pipeline.text.prompts import templates
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.text.verdicts import kept
 from pipeline.training import Loaded, Run, fit
+from pipeline.training.optimiser import optimiser_of
 from pipeline.training.phases import TrainingData
 
 GOLDEN = Path(__file__).parent / "golden" / "scg.csv"
@@ -57,7 +58,7 @@ def towers() -> tuple[small_clip.SmallClip, TrainedPatchEncoder, dict, dict]:
         "sharpness": 5.0,
     }
     settings = params.build(small_clip.ClipArchitecture, architecture, "clip")
-    ids = tokenizer("bpe", 8)([f"a photo of a {noun}." for noun in NOUNS]).flatten()
+    ids = BytePairTokenizer(8)([f"a photo of a {noun}." for noun in NOUNS]).flatten()
     clip = small_clip.SmallClip(settings, Vocabulary.of(ids, vocab_size=49408), None)
     clip.scale.fill_(20.0)
     grouping = image | {"first_stride": 2, "dim": 8, "layers": 1, "class_token": False}
@@ -127,6 +128,14 @@ def test_it_trains_the_offsets_and_the_temperature_and_nothing_else(encoders):
     assert tower.offsets.grad.abs().sum() > 0 and tower.temperature.log_scale.grad != 0
     assert not any(p.grad is not None for lent in tower._lent for p in lent.parameters())
     assert set(tower.state_dict()) == {"offsets", "temperature.log_scale", "centroids", "hits"}
+
+
+def test_the_profile_decays_what_is_learned(encoders):
+    tower = model(encoders)
+    groups = optimiser_of(tower, tower.config.optimisation).param_groups
+    assert [(group["weight_decay"], sorted(group["names"])) for group in groups] == [
+        (0.01, ["offsets", "temperature.log_scale"])
+    ]
 
 
 def test_the_papers_count_of_parameters():
@@ -404,14 +413,5 @@ def golden_curve(folder: Path) -> list[dict[str, str]]:
 
 
 def test_golden_curve(tmp_path):
-    """`PYTHONPATH=tests python -m tests.test_scg` writes the stored curve anew."""
+    """`python tests/golden_curves.py scg` writes the stored curve anew."""
     assert_same_curve(golden_curve(tmp_path), GOLDEN, falls_to=0.99)
-
-
-if __name__ == "__main__":
-    # The one command that writes the golden curve: PYTHONPATH=tests python -m tests.test_scg
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        golden_curve(Path(scratch))
-        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())

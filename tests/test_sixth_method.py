@@ -45,8 +45,9 @@ BLOCK = """\
                    caption_form: caption}
     shuffle: {block_rows: 4, window_blocks: 4}
     optimisation: {images: 192, batch_size: 16, lr: 0.002, lr_multipliers: {}, final_lr_fraction: 0.1,
-                   warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98], clip_norm: 1.0,
-                   micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 96, log_images: 16, seed: 0}
+                   warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
+                   clip_norm: 1.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 96,
+                   log_images: 16, seed: 0}
 
 """
 # What the copy's own interpreter knows, printed as the last line.

@@ -20,8 +20,8 @@ from pipeline.interfaces import OUTSIDE, TrainBatch
 from pipeline.losses.masks import dice_loss, focal_loss, matching_cost, split_regions
 from pipeline.methods import sseg
 from pipeline.nn.matching import assign
-from pipeline.nn.text import Vocabulary
-from pipeline.training import Loaded, Run, fit
+from pipeline.nn.text import TextTransformer, Vocabulary
+from pipeline.training import Loaded, NonFiniteLoss, Run, fit
 
 GOLDEN = Path(__file__).parent / "golden" / "sseg.csv"
 
@@ -36,8 +36,9 @@ combine: normalised
 augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, caption_form: caption}
 shuffle: {block_rows: 4, window_blocks: 2}
 optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {text: 2.0}, final_lr_fraction: 0.1,
-               warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98], clip_norm: 1.0,
-               micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8, seed: 0}
+               warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
+               clip_norm: 1.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8,
+               seed: 0}
 """)
 WORDS = ("red", "green", "blue", "grey", "white", "black", "pink", "brown")
 
@@ -136,6 +137,36 @@ def test_unmatched_queries_learn_from_the_caption_only(monkeypatch):
     (terms["image_to_text"] + terms["text_to_image"]).backward()
     assert (kept["masks"].features.grad[-1].abs().sum(-1) > 0).all(), "every query's feature is in the mean"
     assert kept["masks"].features.grad[0].abs().sum() == 0, "only the last layer's"
+
+
+def test_the_text_tower_is_groupvits():
+    """CLIP's blocks and start, and no linear layer between the tower and the two-layer projection."""
+    tower = model(text={"width": 32, "layers": 2})
+    sizes = config(text={"width": 32, "layers": 2}).text
+    vocabulary = {"vocab_size": tower.tokenizer.vocab_size, "end_token": tower.tokenizer.eot}
+    assert repr(tower.text) == repr(TextTransformer(sizes, **vocabulary, out_dim=None, block="clip"))
+    assert tower.text.blocks[0].attn.qkv.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert tower.text_projection[0].in_features == 32
+
+
+def test_a_swin_backbone_has_maskformers_norms():
+    tower = model(backbone={"kind": "timm", "name": "swin_tiny_patch4_window7_224"}, augmentation={"image_size": 64})
+    assert [norm.normalized_shape for norm in tower.maskformer.backbone.norms] == [(96,), (192,), (384,), (768,)]
+
+
+def test_diverged_masks_name_the_samples(monkeypatch):
+    tower = model()
+    data = batch(tower, size=4)
+    forward = tower.maskformer.forward
+
+    def diverged(pixels, *, all_layers):
+        masks = forward(pixels, all_layers=all_layers)
+        masks.logits.data[-1, [1, 3], 2] = float("nan")
+        return masks
+
+    monkeypatch.setattr(tower.maskformer, "forward", diverged)
+    with pytest.raises(NonFiniteLoss, match="on the samples uid1, uid3$"):
+        tower.loss(data)
 
 
 def test_total_is_equation_4():
@@ -328,7 +359,7 @@ def golden_curve(folder: Path) -> list[dict[str, str]]:
 
 
 def test_golden_curve(tmp_path):
-    """`python -m tests.test_sseg` writes the stored curve anew."""
+    """`python tests/golden_curves.py sseg` writes the stored curve anew."""
     assert_same_curve(golden_curve(tmp_path), GOLDEN, falls_to=0.75)
 
 
@@ -337,13 +368,3 @@ def test_config_errors_name_the_key():
     broken["loss"]["pooling"] = "mean"
     with pytest.raises(params.ParamsError, match=r"train\.sseg\.loss\.pooling"):
         params.build(sseg.Config, broken, "train.sseg")
-
-
-if __name__ == "__main__":
-    # The one command that writes the golden curve: python -m tests.test_sseg
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        golden_curve(Path(scratch))
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())

@@ -27,6 +27,7 @@ OPTIMISATION = Optimisation(
     lr_multipliers={"head": 2.0},
     final_lr_fraction=0.1,
     warmup_images=16,
+    cosine_from="warmup",
     weight_decay=0.1,
     decayed="weights",
     betas=(0.9, 0.99),
@@ -144,6 +145,10 @@ def test_learning_rate_by_hand():
     assert lr_factor(110, **settings) == pytest.approx(0.2)
     assert lr_factor(500, **settings) == pytest.approx(0.2)
     assert lr_factor(1, budget=10, warmup=0, final_fraction=0) == pytest.approx(0.97552826)
+    release = {"budget": 30, "warmup": 2, "final_fraction": 0.0, "cosine_from": "start"}  # epochs of GroupViT's
+    assert lr_factor(1, **release) == 0.5
+    assert lr_factor(2, **release) == pytest.approx(0.98907380)  # 1.583e-3 of 1.600e-3 with its floor of 4e-5: card 8
+    assert lr_factor(15, **release) == pytest.approx(0.5)
 
 
 def test_groups_decay_matrices_only():

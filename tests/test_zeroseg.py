@@ -30,8 +30,10 @@ from pipeline.interfaces import TrainBatch
 from pipeline.methods import zeroseg
 from pipeline.nn import masked_autoencoder as mae
 from pipeline.nn.text import TextSizes, Vocabulary
+from pipeline.source_code import REPO
 from pipeline.text import filtering
 from pipeline.training import Run, fit
+from pipeline.training.optimiser import optimiser_of
 from pipeline.training.phases import TrainingData
 
 GOLDEN = Path(__file__).parent / "golden" / "zeroseg.csv"
@@ -46,12 +48,13 @@ projector: {hidden: 24, norm: batch, shared: true}
 embed_dim: 10
 scales: [1, 2]
 loss: {reconstruction: 1.0, multi_scale: 1.0, match: 1.0, all_views: true, over_dims: sum, over_views: mean,
-       over_segments: mean, unit_views: true, unit_image: true, unit_segments: true, normalised_patches: false}
+       over_segments: mean, unit_image: true, unit_segments: true, normalised_patches: false}
 logit_scale: null
 shuffle: {block_rows: 4, window_blocks: 2}
 optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
-               warmup_images: 16, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.95], clip_norm: 1.0,
-               micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8, seed: 0}
+               warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.95],
+               clip_norm: 1.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8,
+               seed: 0}
 """)
 
 
@@ -322,7 +325,7 @@ def test_terms_against_plain_formulas():
 
 
 def test_the_whole_square_is_no_tile():
-    tower, data = model(loss={"unit_views": False}).eval(), batch(3)
+    tower, data = model().eval(), batch(3)
     before = tower.loss(data)
     moved = data.views.clone()
     moved[:, 0] = moved[:, 0].flip(-1)
@@ -386,6 +389,27 @@ def test_open_decisions(changes):
     assert all(p.grad is None or p.grad.isfinite().all() for p in tower.parameters())
     encoded, grouped, decoded = tower._forward(batch().pixels)
     assert grouped.soft_maps().shape[2] == (16 if decoded is not None else 8)
+
+
+def test_one_image_is_too_few_for_a_batch_norm_of_its_own():
+    own = {"shared": False}
+    lone = CONFIG["optimisation"] | {"micro_batches": 8}
+    with pytest.raises(params.ParamsError, match=r"zeroseg\.optimisation: batch_size / micro_batches"):
+        config(projector=own, optimisation=lone)
+    with pytest.raises(BadInput, match="uid0"):
+        model(projector=own).loss(batch(1))
+    for projector in ({}, own | {"norm": "layer"}):
+        config(projector=projector, optimisation=lone)
+        assert model(projector=projector).loss(batch(1))["total"].isfinite()
+
+
+def test_the_profile_decays_what_mae_decays():
+    base = params.build(zeroseg.Config, params.read(REPO / "profiles/base.yaml")["train"]["zeroseg"], "train.zeroseg")
+    tower = zeroseg.build(base, None)
+    groups = optimiser_of(tower, base.optimisation).param_groups
+    decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
+    assert {"autoencoder.cls_token", "autoencoder.mask_token", "grouping.stages.0.group_token"} <= decayed
+    assert decayed == {n for n, p in tower.named_parameters() if p.ndim > 1 and not n.endswith(".bias")}
 
 
 # ---- inference
@@ -563,15 +587,5 @@ def golden_curve(folder: Path) -> list[dict[str, str]]:
 
 
 def test_golden_curve(tmp_path):
-    """`python -m tests.test_zeroseg` writes the stored curve anew."""
+    """`python tests/golden_curves.py zeroseg` writes the stored curve anew."""
     assert_same_curve(golden_curve(tmp_path), GOLDEN, falls_to=0.8)
-
-
-if __name__ == "__main__":
-    # The one command that writes the golden curve: python -m tests.test_zeroseg
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        golden_curve(Path(scratch))
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_bytes((Path(scratch) / "c.csv").read_bytes())

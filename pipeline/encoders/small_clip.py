@@ -3,7 +3,9 @@
 It reads an image in one or both of two ways. `smooth_maximum`: of its projected patches, channel by channel, so a patch
 that shows a thing writes its channels into the whole; with a mean, patches learn names several times slower (measured;
 reports/log.md). `class_token`: as CLIP does, which SCG's region tokens start from.
-Deviates: CLIP has a transformer for text, and no projection of two layers behind it.
+Deviates: CLIP has a transformer for text, and no projection of two layers behind its linear one. `lit` has CLIP's
+blocks (with text.layers above 0) and nothing behind; `scratch` has those two layers, and its blocks have GELU and eps
+1e-6 where CLIP's have QuickGELU and 1e-5.
 
 Axes: batch, height/width (pixels), tokens (patches, row-major), grid_h/grid_w, length (text tokens), dim, texts.
 """
@@ -26,7 +28,7 @@ from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, VisualTower
 from pipeline.nn.text import TextSizes, TextTransformer, Vocabulary
 from pipeline.nn.visual_tower import value_tokens
 from pipeline.params import Range
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 
 FAMILY = "trained_clip"
 
@@ -38,7 +40,7 @@ class ClipArchitecture:
     Attributes:
         tower: "scratch" has an image tower of its own, `image`; "lit" projects the patch tokens of a frozen DINO.
         image: the tower of "scratch"; its `image_size` is the CLIP's in both cases.
-        text: the text tower.
+        text: the text tower; that of "lit" is built as CLIP's. Source: SCG's appendix (card scg.md section 6).
         embed_dim: width of the space that both share.
         projection: of image tokens: "none" (the tower's space is the joint one: SCG's LiT), "linear" or "mlp".
         pooling: how an image is read; "both" trains both readings, and its vector is that of the smooth maximum.
@@ -87,12 +89,13 @@ class SmallClip(nn.Module):
     def __init__(self, config: ClipArchitecture, vocabulary: Vocabulary, frozen: nn.Module | None) -> None:
         """`frozen`: the DINO of "lit", None for "scratch"."""
         super().__init__()
-        if (frozen is None) != (config.tower == "scratch"):
+        lit = config.tower == "lit"
+        if (frozen is None) == lit:
             raise ValueError(f"tower {config.tower!r} {'needs a' if frozen is None else 'takes no'} frozen encoder")
         self.image_size, self.embed_dim = config.image.image_size, config.embed_dim
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         self.pooling, self.sharpness = config.pooling, config.sharpness
-        self.tokenizer = tokenizer("bpe", config.text.context_length)
+        self.tokenizer = BytePairTokenizer(config.text.context_length)
         tower: Any = config.image.build() if frozen is None else FrozenTower(frozen)
         if config.pooling != "smooth_maximum" and tower.prefix != 1:
             raise ValueError(f"pooling {config.pooling!r} needs an image tower with one class token")
@@ -104,8 +107,9 @@ class SmallClip(nn.Module):
             end_token=self.tokenizer.eot,
             out_dim=config.embed_dim,
             vocabulary=vocabulary,
+            block="clip" if lit else "timm",
         )
-        self.text_head = _projection(config.embed_dim, config.embed_dim, "mlp")
+        self.text_head = _projection(config.embed_dim, config.embed_dim, "none" if lit else "mlp")
         self.register_buffer("scale", torch.tensor(1.0))
 
     @property

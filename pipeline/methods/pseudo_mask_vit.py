@@ -45,7 +45,7 @@ from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.store import PAYLOAD, repair_command
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.training import Optimisation
 from pipeline.training.distributed import gather_rows
 from pipeline.training.phases import Phase, TrainingData
@@ -203,6 +203,8 @@ def image_bytes(pixels: Float[Tensor, "batch 3 height width"]) -> UInt8[np.ndarr
 class PseudoMaskViT(ReadingModule):
     """ViT and text tower; a DINO that is lent to it (`lend`) and not saved, and the recipe, which is."""
 
+    one_softmax = True
+
     def __init__(self, config: Config, vocabulary: Vocabulary | None) -> None:
         super().__init__()
         text = config.text
@@ -210,13 +212,14 @@ class PseudoMaskViT(ReadingModule):
         self.recipe: Recipe | None = None
         self.tower = config.tower.build()
         self.projection = nn.Linear(config.tower.dim, config.embed_dim, bias=False)
-        self.tokenizer = tokenizer("bpe", text.context_length)
+        self.tokenizer = BytePairTokenizer(text.context_length)
         self.text = TextTransformer(
             config.text,
             vocab_size=self.tokenizer.vocab_size,
             end_token=self.tokenizer.eot,
             out_dim=config.embed_dim,
             vocabulary=vocabulary,
+            block="clip",
         )
         self.contrast = ContrastiveLoss(temperature=config.temperature, max_scale=config.max_scale, gather=gather_rows)
 

@@ -7,7 +7,9 @@ query is a mask with a feature that is classified against the class names.
 Source: "Exploring Simple Open-Vocabulary Semantic Segmentation" (CVPR 2025, arXiv 2401.12217); card methods/sseg.md.
 Deviates: no official code exists; what the paper leaves open is a parameter (card section 17). Losses follow Eq. 4
 (sums, no halves), not Fig. 5 (which halves them). Masks are compared at the prediction's resolution, where MaskFormer's
-release upsamples the prediction to the image.
+release upsamples the prediction to the image. At test, too, sigmoids are combined with classes there and the class
+scores are upsampled, a few classes at a time; the release upsamples the logits of the masks first, which holds scores
+of classes x pixels of the image all at once.
 
 Axes: batch, queries, targets (pseudo-masks), pixels (rows x columns of the mask grid), dim, classes.
 """
@@ -28,13 +30,13 @@ from pipeline.interfaces import OUTSIDE, TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss
 from pipeline.losses.masks import Targets, matched_losses, matching_cost, split_regions
 from pipeline.nn.maskformer import MaskFormer, Masks
-from pipeline.nn.matching import assign
+from pipeline.nn.matching import BadCost, assign
 from pipeline.nn.pyramid import ConvPyramid, TimmPyramid
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
-from pipeline.text.tokenizers import tokenizer
-from pipeline.training import Optimisation
+from pipeline.text.tokenizers import BytePairTokenizer
+from pipeline.training import NonFiniteLoss, Optimisation
 from pipeline.training.distributed import balanced, gather_rows, summed
 from pipeline.training.phases import Phase, TrainingData
 
@@ -169,13 +171,14 @@ class SSeg(ReadingModule):
             hidden=decoder.hidden,
             dropout=decoder.dropout,
         )
-        self.tokenizer = tokenizer("bpe", text.context_length)
+        self.tokenizer = BytePairTokenizer(text.context_length)
         self.text = TextTransformer(
             text,
             vocab_size=self.tokenizer.vocab_size,
             end_token=self.tokenizer.eot,
-            out_dim=text.width,
+            out_dim=None,
             vocabulary=vocabulary,
+            block="clip",
         )
         self.image_projection = _projection(decoder.dim, config.embed_dim)
         self.text_projection = _projection(text.width, config.embed_dim)
@@ -185,6 +188,11 @@ class SSeg(ReadingModule):
         self.register_buffer("matches", torch.zeros(decoder.queries, dtype=torch.int64))
         self.matches: Int64[Tensor, " queries"]
         """How often each query has been matched (last layer, all of the training); collapse shows here."""
+
+    @property
+    def one_softmax(self) -> bool:
+        """Whether a cell has the probabilities of one query; `combine_normalised` mixes those of all."""
+        return self.combine is combine_argmax
 
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Unit vector of the whole image."""
@@ -203,12 +211,19 @@ class SSeg(ReadingModule):
 
         `focal` and `dice` sum over the supervised layers. `winners` is not optimised: the effective number of queries
         (exponential of the entropy) that share the batch's matches.
+
+        Raises:
+            NonFiniteLoss: masks have diverged, so that they match nothing; names the samples.
         """
         settings = self.settings
         masks = self.maskformer(batch.pixels, all_layers=settings.deep_supervision)
         contrast = self.contrast(self._pool(masks.features[-1]), self._embed_text(batch.token_ids))
         with torch.autocast(batch.pixels.device.type, enabled=False):
-            focal, dice, winners = self._mask_losses(masks, batch)
+            try:
+                focal, dice, winners = self._mask_losses(masks, batch)
+            except BadCost as error:
+                uids = ", ".join(batch.uids[image] for image in error.images)
+                raise NonFiniteLoss(f"the matching cost is not finite on the samples {uids}") from error
         mask = settings.focal * focal + settings.dice * dice
         total = settings.mask * mask + settings.contrastive * (contrast.image_to_text + contrast.text_to_image)
         return {
@@ -354,5 +369,5 @@ def target_grid(config: Config) -> int:
 
 def _backbone(config: BackboneConfig, image_size: int) -> nn.Module:
     if config.kind == "timm":
-        return TimmPyramid(config.name, image_size=image_size, pretrained=config.init == "imagenet_sup")
+        return TimmPyramid(config.name, image_size=image_size, pretrained=config.init == "imagenet_sup", norms=True)
     return ConvPyramid(first_stride=config.first_stride, widths=config.widths, blocks=config.blocks)

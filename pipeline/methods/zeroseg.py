@@ -47,7 +47,7 @@ from pipeline.nn.masked_autoencoder import (
     normalise_patches,
     patchify,
 )
-from pipeline.nn.projector import Projector
+from pipeline.nn.projector import Projector, demand_rows
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Vocabulary
 from pipeline.params import ParamsError, Range
@@ -72,6 +72,11 @@ class ProjectorConfig:
     norm: Literal["batch", "layer"]
     shared: bool
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether one image's vector is all that BatchNorm would see of a batch of one."""
+        return self.norm == "batch" and not self.shared
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
@@ -83,7 +88,7 @@ class LossConfig:
         over_dims: of L1 distances.
         over_views: `sum`, `mean`, or `scale_mean` (every grid counts the same).
         over_segments: of the matching loss; Eq. 1 sums.
-        unit_views, unit_image, unit_segments: bring the vectors to length 1 before they are compared.
+        unit_image, unit_segments: bring the vectors to length 1 before they are compared with views, which have it.
         normalised_patches: paint patches of mean 0 and variance 1 (MAE's `norm_pix_loss`).
     """
 
@@ -94,7 +99,6 @@ class LossConfig:
     over_dims: Reduction
     over_views: ViewReduction
     over_segments: Reduction
-    unit_views: bool
     unit_image: bool
     unit_segments: bool
     normalised_patches: bool
@@ -129,6 +133,8 @@ class Config:
             raise ParamsError(f"train.zeroseg.scales: {list(self.scales)} must begin with 1 and repeat nothing")
         if len(self.scales) == 1 and self.loss.match:
             raise ParamsError("train.zeroseg.scales: without tiles there is nothing to match; set loss.match to 0")
+        if self.projector.needs_images:
+            demand_rows(self.optimisation.micro_batch, "train.zeroseg.optimisation")
 
     @property
     def seed(self) -> int:
@@ -149,7 +155,7 @@ class ZeroSeg(GroupReader, ReadingModule):
         self.head_input = nn.Identity() if inside == dim else nn.Linear(inside, dim)
         self.grouping = GroupingStages(config.head)
         self.projector = _projector(dim, config.embed_dim, config.projector)
-        shared = config.projector.shared
+        shared, self.needs_images = config.projector.shared, config.projector.needs_images
         self.segment_projector = None if shared else _projector(dim, config.embed_dim, config.projector)
 
     def lend(self, clip: ClipEncoder) -> None:
@@ -200,9 +206,14 @@ class ZeroSeg(GroupReader, ReadingModule):
 
         Not optimised: `tiles`, the distinct nearest tiles of an image's segments, and `groups`, the effective number
         of groups that an image's patches fall into (exponential of the entropy).
+
+        Raises:
+            BadInput: a single image, in training, where BatchNorm sees one vector of each.
         """
         if batch.views is None:
             raise ValueError("ZeroSeg learns from cached views, and this batch has none")
+        if self.needs_images:
+            self.projector.demand_rows(batch.uids)
         settings = self.settings
         encoded, grouped, decoded = self._forward(batch.pixels)
         self._sizes = grouped.sizes()
@@ -213,7 +224,7 @@ class ZeroSeg(GroupReader, ReadingModule):
             if settings.normalised_patches:
                 target = normalise_patches(target)
             reconstruction = reconstruction_loss(predicted.float(), target, encoded.masking.hidden)
-            views = _unit(batch.views.float(), settings.unit_views)
+            views = F.normalize(batch.views.float(), dim=-1)
             multi_scale = self._multi_scale(_unit(image.float(), settings.unit_image), views)
             match, tiles = self._match(_unit(segments.float(), settings.unit_segments), views)
         return {

@@ -3,6 +3,7 @@
 Axes: batch, tokens (row-major grid), dim, clusters, height/width (pixels).
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -11,8 +12,12 @@ from torch import Tensor
 def similarities(
     tokens: Float[Tensor, "... tokens dim"], centroids: Float[Tensor, "... clusters dim"]
 ) -> Float[Tensor, "... tokens clusters"]:
-    """Products with the unit centroids. Tokens need no unit length: their own does not change which is largest."""
-    return tokens.float() @ centroids.mT
+    """Products with the unit centroids, in float32 under autocast too, so that labels are those of any other time.
+
+    Tokens need no unit length: their own does not change which is largest.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        return tokens.float() @ centroids.float().mT
 
 
 def pixel_groups(

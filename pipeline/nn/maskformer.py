@@ -32,6 +32,13 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(min(NORM_GROUPS, max(channels // 4, 1)), channels), channels)
 
 
+def _fill(convolution: nn.Conv2d) -> None:
+    # Source: MaskFormer release (`c2_xavier_fill`).
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+
+
 class FusionLayer(nn.Module):
     """One step down the pyramid: lateral 1x1 (norm, no ReLU) plus the nearest-upsampled map above, then 3x3."""
 
@@ -61,10 +68,7 @@ class PixelDecoder(nn.Module):
         self.mask_features = nn.Conv2d(dim, mask_dim, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # Source: MaskFormer release (`c2_xavier_fill`).
-                nn.init.kaiming_uniform_(module.weight, a=1)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                _fill(module)
 
     def forward(self, maps: Sequence[Float[Tensor, "batch _ _ _"]]) -> Float[Tensor, "batch mask_dim rows columns"]:
         """Per-pixel embeddings."""
@@ -140,14 +144,18 @@ class TransformerDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels, dim, 1) if channels != dim else nn.Identity()
+        if isinstance(self.project, nn.Conv2d):
+            _fill(self.project)
         self.query_position = nn.Parameter(torch.randn(queries, dim))
         self.layers = nn.ModuleList(
             DecoderLayer(dim=dim, heads=heads, hidden=hidden, dropout=dropout) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim)
-        for parameter in self.layers.parameters():
+        for name, parameter in self.layers.named_parameters():
             if parameter.ndim > 1:
-                nn.init.xavier_uniform_(parameter)
+                # Fans of dim and 3 dim halve the variance: the release packs these three into one matrix.
+                packed = name.endswith(("query.weight", "key.weight", "value.weight"))
+                nn.init.xavier_uniform_(parameter, gain=0.5**0.5 if packed else 1.0)
 
     def forward(
         self, coarse: Float[Tensor, "batch channels height width"]

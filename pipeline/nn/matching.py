@@ -10,7 +10,15 @@ from torch import Tensor
 
 
 class BadCost(ValueError):
-    """A cost is NaN or infinite, so that no assignment exists: the masks' logits have diverged."""
+    """A cost is NaN or infinite, so that no assignment exists: the masks' logits have diverged.
+
+    Attributes:
+        images: places in the batch.
+    """
+
+    def __init__(self, images: list[int]) -> None:
+        super().__init__(f"the matching cost of images {images} of the batch is not finite")
+        self.images = images
 
 
 def assign(
@@ -29,8 +37,7 @@ def assign(
 
     costs, there = cost.detach().float().cpu().numpy(), present.cpu().numpy()
     if not np.isfinite(costs).all():
-        images = np.flatnonzero(~np.isfinite(costs).all(axis=(1, 2))).tolist()
-        raise BadCost(f"the matching cost of images {images} of the batch is not finite")
+        raise BadCost(np.flatnonzero(~np.isfinite(costs).all(axis=(1, 2))).tolist())
     if there.sum(axis=1).max(initial=0) > costs.shape[1]:
         raise ValueError(f"{there.sum(axis=1).max()} targets for {costs.shape[1]} queries")
     matched = np.full(there.shape, -1, np.int64)

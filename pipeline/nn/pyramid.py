@@ -75,20 +75,28 @@ def _shapes(shapes: Mapping[str, torch.Size]) -> str:
 
 
 class TimmPyramid(nn.Module):
-    """A timm backbone's `features_only` maps, such as `swin_small_patch4_window7_224` (strides 4 to 32)."""
+    """A timm backbone's `features_only` maps, such as `swin_small_patch4_window7_224` (strides 4 to 32).
 
-    def __init__(self, name: str, *, image_size: int, pretrained: bool) -> None:
+    `norms`: a Swin's maps each go through a LayerNorm of their own, as in MaskFormer's release; timm has none there.
+    Other backbones are as timm has them.
+    """
+
+    def __init__(self, name: str, *, image_size: int, pretrained: bool, norms: bool = False) -> None:
         """Raises RuntimeError from timm when `name` is unknown or its weights cannot be fetched."""
         super().__init__()
         import timm
 
-        sized = {"img_size": image_size, "strict_img_size": False} if name.startswith("swin") else {}
+        swin = name.startswith("swin")
+        sized = {"img_size": image_size, "strict_img_size": False} if swin else {}
         self.body = timm.create_model(name, features_only=True, pretrained=pretrained, **sized)
         info: Any = self.body.feature_info
         self.channels, self.strides = tuple(info.channels()), tuple(info.reduction())
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels) if norms and swin else None
         self._channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC" or "swin" in name
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> list[Map]:
         """One map per stage."""
         maps = self.body(pixels)
+        if self.norms is not None:
+            maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)

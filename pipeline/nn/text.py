@@ -110,7 +110,7 @@ class TextTransformer(nn.Module):
     `out_dim` None leaves the projection out. `vocabulary` shrinks the table; None gives every id its own row.
     `block`: "timm" has GELU, norms of eps 1e-6 and truncated normal weights; "clip" has QuickGELU, eps 1e-5 and CLIP's
     initialisation by width and depth, which is GroupViT's tower.
-    Source: GroupViT and S-Seg 3.5 (12 layers, width 256, heads of 64, [EOS]); card groupvit.md section 3.
+    Source: GroupViT (card groupvit.md section 3); S-Seg 4.1 (12 layers, width 256, [EOS]; it names no heads).
     """
 
     mask: Tensor

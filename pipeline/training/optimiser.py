@@ -15,6 +15,7 @@ from pipeline.params import ParamsError, Range
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Range(1)]
 Decayed = Literal["weights", "all_but_vectors"]
+CosineFrom = Literal["warmup", "start"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,7 @@ class Optimisation:
         lr_multipliers: factor on `lr` by prefix of parameter name.
         final_lr_fraction: share of `lr` at the end of the cosine.
         warmup_images: images of linear warm-up.
+        cosine_from: whether the cosine starts after the warm-up or with the run, see `lr_factor`.
         weight_decay: of AdamW.
         decayed: what it acts on, see `parameter_groups`.
         betas: AdamW's moment decays.
@@ -51,6 +53,7 @@ class Optimisation:
     lr_multipliers: dict[str, float]
     final_lr_fraction: Annotated[float, Range(0, 1)]
     warmup_images: Annotated[int, Range(0)]
+    cosine_from: CosineFrom
     weight_decay: Annotated[float, Range(0)]
     decayed: Decayed
     betas: tuple[float, float]
@@ -79,9 +82,10 @@ def parameter_groups(
     """Groups of trainable parameters for AdamW; each holds `names` beside `params`, and `peak_lr` (its lr at the peak).
 
     `decayed` "weights": only matrices and filters called `weight`, not vectors and scalars (biases, norms,
-    temperatures), embedding tables, or parameters under another name (position embeddings, tokens, queries); CLIP's
-    recipe. "all_but_vectors": all but biases and what has just one axis; GroupViT's and OVSegmentor's releases, whose
-    temperatures, position tables, group tokens and token embeddings decay (card groupvit.md section 8).
+    temperatures), embedding tables, or parameters under another name (position embeddings, tokens, queries); ours, for
+    CLIP-style code decays such tables. "all_but_vectors": all but biases and what has just one axis; MAE's, GroupViT's
+    and OVSegmentor's releases, whose position tables, tokens, embeddings and, having no axis, temperatures decay (card
+    groupvit.md section 8).
     `lr_multipliers` maps a prefix of parameter names to a factor; the longest prefix that fits wins.
 
     Raises:
@@ -144,14 +148,19 @@ def optimiser_of(model: nn.Module, settings: Optimisation) -> torch.optim.AdamW:
     return adamw(groups, settings.betas)
 
 
-def lr_factor(images: int, *, budget: int, warmup: int, final_fraction: float) -> float:
+def lr_factor(
+    images: int, *, budget: int, warmup: int, final_fraction: float, cosine_from: CosineFrom = "warmup"
+) -> float:
     """Share of the peak learning rate after `images` images: linear from 0, then half a cosine to `final_fraction`.
 
-    The first step of a run has `images` of one batch, so it is not zero.
+    The first step of a run has `images` of one batch, so it is not zero. A cosine "from start" has run through the
+    warm-up unseen, so that the rate falls a little where it takes over: timm's scheduler without `warmup_prefix`, with
+    which GroupViT and OVSegmentor were trained (card groupvit.md section 8).
     """
     if images < warmup:
         return images / warmup
-    done = min((images - warmup) / max(budget - warmup, 1), 1.0)
+    first = warmup if cosine_from == "warmup" else 0
+    done = min((images - first) / max(budget - first, 1), 1.0)
     return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -163,6 +163,7 @@ class Steps:
             budget=settings.images,
             warmup=settings.warmup_images,
             final_fraction=settings.final_lr_fraction,
+            cosine_from=settings.cosine_from,
         )
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * factor

@@ -40,6 +40,8 @@ IMAGE_SIDE = ("model.visual.", "tower.", "image_head.")
 class SCG(ReadingModule):
     """Offsets per cluster and a temperature, between two frozen towers that are lent (SCG 3)."""
 
+    one_softmax = True
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         grouping, regions = config.grouping, config.regions
