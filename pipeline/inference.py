@@ -12,9 +12,9 @@ Deviates: there, an image that is made smaller is resized without a low-pass fil
 that; tiny models that see photographs at a fraction of their size need `antialias: true`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,8 +39,9 @@ PIXELS_AT_ONCE = 1 << 22  # of a forward pass: 20 windows of 448 px
 class ScoreModel(Protocol):
     """What the harness asks of a model; pixels are ImageNet-normalised.
 
-    A model may also have `regions(pixels)`, its hard masks, and `project_text(texts)`, text vectors before their
-    normalisation.
+    A model may also have `regions(pixels)`, its hard masks; `project_text(texts)`, text vectors before their
+    normalisation; and `one_softmax`, True where the scores of a cell are one softmax over the words' logits, each of
+    them a cosine times a constant. How two words compare then does not depend on the others.
     """
 
     def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]: ...
@@ -86,6 +87,15 @@ class Geometry:
         factor = min(self.long_side / max(height, width), self.short_side / min(height, width))
         return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
+    @property
+    def square(self) -> int | None:
+        """Side to which the whole image is squashed where a model sees all of it; None leaves the stored size."""
+        return self.window or self.short_side
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """The next multiples of `multiple`."""
+        return height + -height % self.multiple, width + -width % self.multiple
+
     def described(self) -> dict[str, dict[str, Any]]:
         """Resize and window, as reports hold them."""
         resize = {"antialias": self.antialias, "long_side": self.long_side, "short_side": self.short_side}
@@ -113,7 +123,8 @@ class Background:
         thresholded: a pixel whose best score is below the threshold is background; the threshold can be swept.
         by_group: the threshold is applied to the groups of each window, before windows are averaged: a background
             channel with scores of its own beside the classes. Needs a `GroupModel`.
-        against_zero: each class is scored alone, against a constant: the sigmoid of its logit (`single_scores`).
+        against_zero: each class is scored alone, against a constant: the sigmoid of its logit (`single_scores`). Needs
+            a model of `one_softmax`.
     """
 
     stuff_words: bool
@@ -123,8 +134,8 @@ class Background:
 
 
 # Source: evaluation card section 6. "group_threshold": the released code of GroupViT and OVSegmentor, and ZeroSeg that
-# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "constant_logit": TCL (section 9). "none": answers
-# foreground classes everywhere, for benchmarks without a background class.
+# follows it. "max_probability": S-Seg. "extra_vocabulary": SCG. "constant_logit": TCL (section 9), for models that have
+# one logit per word and cell. "none": answers foreground classes everywhere, for benchmarks without a background class.
 BACKGROUNDS = {
     "group_threshold": Background(stuff_words=False, thresholded=True, by_group=True),
     "max_probability": Background(stuff_words=False, thresholded=True),
@@ -191,16 +202,31 @@ def normalise(image: UInt8[np.ndarray, "height width 3"], device: str) -> Float[
     return (pixels - mean) / std
 
 
+def pad(pixels: Float[Tensor, "1 3 height width"], size: tuple[int, int]) -> Float[Tensor, "1 3 padded_h padded_w"]:
+    """Normalised pixels with the mean colour, which is zero, to their right and below them."""
+    below, right = size[0] - pixels.shape[2], size[1] - pixels.shape[3]
+    return F.pad(pixels, (0, right, 0, below)) if below or right else pixels
+
+
 def single_scores(scores: Float[Tensor, "words_and_zero height width"]) -> Float[Tensor, "words height width"]:
     """Of a softmax over words and, last, a word whose logit is 0 everywhere, the sigmoid of each word's logit.
 
     p_word / (p_word + p_zero) = e^l / (e^l + 1): the other words cancel, so that the level of the score does not depend
-    on how many there are, and one constant serves every vocabulary. 0 where a word has no probability.
+    on how many there are, and one constant serves every vocabulary. 0 where a word has no probability. They do not
+    cancel in a mixture of softmaxes, nor where the zero word can be left out.
 
     Source: evaluation card section 9 (TCL's masks are such sigmoids, background is a constant among them).
     """
     words, zero = scores[:-1], scores[-1:]
     return torch.where(words > 0, words / (words + zero), 0)
+
+
+class Answered(NamedTuple):
+    """Per pixel: the best class's score, [0, 1]; what `threshold_labels` compares; the label id."""
+
+    best: Float[Tensor, "height width"]
+    compared: Float[Tensor, "height width"]
+    label_ids: Int64[Tensor, "height width"]
 
 
 class Segmenter:
@@ -212,7 +238,7 @@ class Segmenter:
     Raises:
         ValueError: a background rule on a benchmark without background.
         ParamsError: a rule by group for a model without groups, or with `pamr`, which needs score maps; a constant
-            logit for a model by groups, whose gate leaves words out of the softmax.
+            logit for a model that is not of `one_softmax`: by groups, a mixture, refined.
     """
 
     def __init__(
@@ -232,10 +258,9 @@ class Segmenter:
             raise ValueError("this benchmark has no background class: use background: none")
         if background.by_group and not isinstance(model, GroupModel):
             raise ParamsError(f"background group_threshold: {type(model).__name__} has no groups; choose another rule")
-        if background.against_zero and isinstance(model, GroupModel):
-            raise ParamsError(
-                f"background constant_logit: {type(model).__name__} segments by groups; choose another rule"
-            )
+        if background.against_zero and not getattr(model, "one_softmax", False):
+            problem = "scores a word by more than its own logit (groups, a mixture, a refinement)"
+            raise ParamsError(f"background constant_logit: {type(model).__name__} {problem}; choose another rule")
         if background.by_group and pamr:
             raise ParamsError("pamr: background group_threshold has no score maps to refine; choose another rule")
         if background.by_group and (not thresholds or sorted(set(thresholds)) != list(thresholds)):
@@ -260,6 +285,10 @@ class Segmenter:
         """
         return next(self.many([image]))
 
+    def with_scores(self, image: UInt8[np.ndarray, "height width 3"]) -> Answered:
+        """`__call__`, with the best class's score under every rule."""
+        return next(self._answers([image]))
+
     def many(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     ) -> Iterator[tuple[Float[Tensor, "_ _"], Int64[Tensor, "_ _"]]]:
@@ -268,6 +297,9 @@ class Segmenter:
         So many images are held resized and read before they are answered for as one forward pass sees
         (`PIXELS_AT_ONCE`). What else that sees rounds an answer, as little as a float does.
         """
+        return ((found.compared, found.label_ids) for found in self._answers(images))
+
+    def _answers(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Iterator[Answered]:
         held: list[tuple[tuple[int, int], Tensor]] = []
         for number, image in enumerate(images, start=1):
             held.append((image.shape[:2], self._canvas(image)))
@@ -284,9 +316,7 @@ class Segmenter:
                 self.model.read(torch.cat([crops[index] for index in batch]))
 
     @torch.inference_mode()
-    def _answer(
-        self, pixels: Float[Tensor, "1 3 canvas_h canvas_w"], size: tuple[int, int]
-    ) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
+    def _answer(self, pixels: Float[Tensor, "1 3 canvas_h canvas_w"], size: tuple[int, int]) -> Answered:
         canvas = (pixels.shape[2], pixels.shape[3])
         windows = [
             Window(top, left, height, width, (crop.shape[2], crop.shape[3]), self._scores(crop))
@@ -295,9 +325,10 @@ class Segmenter:
         best, channel = best_channel(windows, canvas, size)
         if not torch.isfinite(best).all():
             raise ValueError("the model gave scores that are not finite")
+        compared = best
         if self.background.by_group:
-            best = kept_threshold(best, windows, self.thresholds, canvas, size)
-        return best, self.label_ids[channel]
+            compared = kept_threshold(best, windows, self.thresholds, canvas, size)
+        return Answered(best, compared, self.label_ids[channel])
 
     def _canvas(self, image: UInt8[np.ndarray, "height width 3"]) -> Float[Tensor, "1 3 canvas_h canvas_w"]:
         canvas = self.geometry.canvas(*image.shape[:2])
@@ -309,10 +340,7 @@ class Segmenter:
         """Each window's place, and what the model sees of it."""
         for top, left, height, width in self.geometry.windows(pixels.shape[2], pixels.shape[3]):
             crop = pixels[:, :, top : top + height, left : left + width]
-            below, right = -height % self.geometry.multiple, -width % self.geometry.multiple
-            if below or right:
-                crop = F.pad(crop, (0, right, 0, below))  # zero is the mean colour after normalisation
-            yield (top, left, height, width), crop
+            yield (top, left, height, width), pad(crop, self.geometry.padded(height, width))
 
     def _scores(self, crop: Float[Tensor, "1 3 height width"]) -> GridScores | GroupTable:
         if self.background.by_group and isinstance(self.model, GroupModel):
@@ -339,28 +367,6 @@ def same_size(pictures: Sequence[Float[Tensor, "1 3 _ _"]], pixels: int) -> Iter
     for size, indices in by_size.items():
         step = max(1, pixels // size[2:].numel())
         yield from (indices[start : start + step] for start in range(0, len(indices), step))
-
-
-@torch.inference_mode()
-def square_regions(
-    regions: Callable[[Tensor], Int64[Tensor, "grid_h grid_w"]],
-    image: UInt8[np.ndarray, "height width 3"],
-    side: int | None,
-    device: str,
-) -> Int64[Tensor, "height width"]:
-    """A model's hard masks of the whole image (`square_pixels`), resized (nearest) to the image's size.
-
-    One view per image: regions of sliding windows have no common identity to give an oracle label to.
-    """
-    return nearest(regions(square_pixels(image, side, device)), image.shape[:2]).cpu()
-
-
-def square_pixels(
-    image: UInt8[np.ndarray, "height width 3"], side: int | None, device: str
-) -> Float[Tensor, "1 3 new_height new_width"]:
-    """The whole image for a model, squashed to side x side; None leaves the stored size."""
-    size = image.shape[:2] if side is None else (side, side)
-    return normalise(resize_image(image, size, True), device)
 
 
 def nearest(labels: Int64[Tensor, "grid_h grid_w"], size: tuple[int, ...]) -> Int64[Tensor, "height width"]:

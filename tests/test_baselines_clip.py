@@ -10,12 +10,14 @@ from pipeline import baselines, encoders
 from pipeline.artifacts.weights import save_model
 from pipeline.baselines import LabelModel
 from pipeline.caching import features
-from pipeline.inference import GroupModel, ScoreModel, normalise
+from pipeline.evaluation import candidates
+from pipeline.inference import Geometry, GroupModel, ScoreModel, normalise
 from pipeline.machine import Machine
 from pipeline.nn.grouped_clip import GroupedClip
 from pipeline.nn.region_clip import RegionClip, average_vectors, blanked_vectors, picture
 from pipeline.project import Project
 
+GEOMETRY = Geometry(short_side=None, long_side=2048, window=None, stride=16, multiple=8, antialias=True)
 MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
 BLOCKS = {
     "clip_kmeans": {"k": 3, "iters": 20},
@@ -235,3 +237,14 @@ def test_baselines_share_the_pseudo_masks_of_a_picture(project, monkeypatch):
     assert len(calls) == 1
     project.params["pseudo_masks"]["k"] = 2
     assert len(build("oracle", project).image_regions(three_colours()).unique()) == 2 and len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["oracle", "masked_clip", "region_average"])
+def test_a_report_says_in_what_precision_pseudo_masks_are_made(project, name):
+    def said(**changes):
+        project.params.update({block: {**project.params[block], "precision": "bfloat16"} for block in changes})
+        return candidates.load(f"baseline:{name}", project, GEOMETRY).precision
+
+    assert said() == "float32" and said(pseudo_masks=True) == "float32", "a CPU clusters in float32"
+    assert said(features=True) == "float32, its regions bfloat16"
+    assert candidates.load("baseline:clip_kmeans", project, GEOMETRY).precision == "float32"

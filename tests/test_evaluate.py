@@ -149,7 +149,7 @@ def test_images_of_one_class_are_classified(project):
     wrong.encode_image = lambda pixels: ColorModel.encode_image(wrong, pixels).roll(1, 1)
     benchmark = open_benchmark("scenes", project.path("sets"), "native")
     names = wrong.encode_text(list(benchmark.foreground))
-    classified = Classification(wrong, benchmark, names, 32, "cpu")
+    classified = Classification(wrong, benchmark, names, config_of(project).geometry, "cpu")
     classified.update([benchmark.sample(image_id) for image_id in ("val_000", "val_001", "val_002")])
     assert classified.report() == {"image_accuracy": 0.0, "num_one_class_images": 2}
 
@@ -340,7 +340,10 @@ def test_the_most_special_key_holds():
 
 def test_threshold_grid_has_both_ends():
     assert thresholds(0.25) == [0, 0.25, 0.5, 0.75, 1]
-    assert len(thresholds(0.001)) == 1001
+    assert len(thresholds(0.001)) == 1001 and len(thresholds(0.01)) == 101
+    for step in (0.3, 0.4, 0.06, 0.0007):
+        grid = thresholds(step)
+        assert max(b - a for a, b in zip(grid, grid[1:], strict=False)) <= step and len(grid) <= 1 / step + 2
 
 
 def test_panels_are_drawn_alike_for_every_method():

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_evaluate import block
 from voc_root import COLORS, ColorModel, write_root
@@ -13,7 +14,10 @@ from pipeline import methods
 from pipeline.artifacts.weights import save_model
 from pipeline.cli import main as tessera
 from pipeline.evaluation.panels import class_color
+from pipeline.nn.group_scores import GroupScores, paint
 from pipeline.prediction.drawing import found, label_png, overlay
+
+WHOLE = {**block()["geometry"], "short_side": None, "window": None}
 
 
 @pytest.fixture
@@ -129,6 +133,28 @@ def test_segments_are_neighbouring_pixels_of_one_label(checkout):
         inside = labels[top:bottom, left:right] == 1 + ["red", "blue"].index(segment["label"])
         assert inside.any(0).all() and inside.any(1).all() and segment["share"] == segment["pixels"] / labels.size
         assert 1 / 3 < segment["score"] <= 1
+
+
+def test_a_segments_score_is_its_groups_confidence(checkout, monkeypatch):
+    """Not the threshold, which all of its pixels pass: the share of a rule by group that is compared."""
+
+    class Halves(ColorModel):
+        def groups(self, pixels, class_embeddings):
+            left = torch.arange(pixels.shape[3]).expand(1, *pixels.shape[2:]) < pixels.shape[3] // 2
+            rows = torch.tensor([[0.75, 0.1], [0.1, 0.625]])
+            return GroupScores(rows, torch.cat([left, ~left]).float())
+
+        def segment(self, pixels, class_embeddings):
+            return paint(self.groups(pixels, class_embeddings), tuple(pixels.shape[2:]))
+
+    monkeypatch.setattr(methods, "load", lambda folder, encoders: Halves())
+    (checkout / "params.yaml").write_text(json.dumps({"evaluate": block(geometry=WHOLE)}))
+    assert run(checkout, "--background", "group_threshold", "--threshold", "0.5") == 0
+    said = json.loads((checkout / "over_segments.json").read_text())["segments"]
+    assert {segment["label"]: segment["score"] for segment in said} == {"red": 0.75, "blue": 0.625}
+    assert run(checkout, "--background", "group_threshold", "--threshold", "0.7") == 0
+    said = json.loads((checkout / "over_segments.json").read_text())["segments"]
+    assert {segment["label"]: segment["score"] for segment in said} == {"red": 0.75}
 
 
 def test_a_folder_keeps_its_shape_and_an_unreadable_image_is_a_row(checkout, capsys):

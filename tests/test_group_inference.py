@@ -325,7 +325,7 @@ def test_models_without_groups_are_refused():
     assert isinstance(ToyGroups(), GroupModel)
     with pytest.raises(ParamsError, match="group_threshold: Plain has no groups"):
         segmenter(Plain())
-    with pytest.raises(ParamsError, match="constant_logit: ToyGroups segments by groups"):
+    with pytest.raises(ParamsError, match="constant_logit: ToyGroups scores a word by more"):
         segmenter(ToyGroups(), background="constant_logit", thresholds=())
     with pytest.raises(ValueError, match="different ones, ascending"):
         segmenter(ToyGroups(), thresholds=(0.5, 0.2))

@@ -6,18 +6,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_towers import FakeClip
 from PIL import Image
 from test_evaluate import block
 from voc_root import COLORS, ColorModel
 
-from pipeline import imagenet, methods
+from pipeline import encoders, imagenet, methods, params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import save_model
 from pipeline.cli import main as tessera
+from pipeline.evaluation import candidates
 from pipeline.imagenet import folders, probe
+from pipeline.inference import Geometry
+from pipeline.machine import Machine
+from pipeline.project import Project
 
 TENCH, GOLDFISH, SHARK, HEN = "n01440764", "n01443537", "n01484850", "n01514859"
+WINDOWED = {**block()["geometry"], "short_side": 64, "window": 64}
+GEOMETRY = params.build(Geometry, WINDOWED, "geometry")
 PAINT = {TENCH: "red", GOLDFISH: "green", SHARK: "blue"}
+
+
+# An input of 32 px, as a method's config has it: of its tower and of its views.
+TRAINED = {"method": "tiny", "config": {"patches": {"image_size": 32}, "augmentation": {"image_size": 32}}}
 
 
 class FishModel(ColorModel):
@@ -39,8 +50,9 @@ def paint(path, color, size=(60, 40)):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    save_model(tmp_path / "models" / "tiny", ColorModel().state_dict(), {"method": "tiny"})
-    monkeypatch.setattr(methods, "load", lambda folder, encoders: FishModel())
+    save_model(tmp_path / "models" / "tiny", ColorModel().state_dict(), TRAINED)
+    for name in ("load", "load_untrained"):
+        monkeypatch.setattr(methods, name, lambda folder, encoders: FishModel())
     (tmp_path / "params.yaml").write_text(json.dumps({"evaluate": block()}))
     for split, count in (("val", 3), ("train", 12)):
         for synset, color in PAINT.items():
@@ -65,6 +77,28 @@ def test_zero_shot_and_probe(checkout, capsys):
     assert found["linear_probe"]["top1"] == pytest.approx(0.9) and found["linear_probe"]["num_train_images"] == 36
     said = capsys.readouterr()
     assert "top-1 90.0 %" in said.out and "1 unreadable" in said.out and "held-out" in said.err
+
+
+def test_the_crop_has_the_size_that_the_model_was_trained_on(checkout, capsys):
+    """Whatever the windows of a segmentation: 448 px for a GroupViT that was trained on 224."""
+    (checkout / "params.yaml").write_text(json.dumps({"evaluate": block(geometry=WINDOWED)}))
+    assert run(checkout) == 0 and run(checkout, "--model", "untrained:tiny") == 0
+    assert json.loads((checkout / "found.json").read_text())["image_side"] == 32
+    assert run(checkout, "--side", "40") == 0
+    assert json.loads((checkout / "found.json").read_text())["image_side"] == 40
+    assert run(checkout, "--side", "0") == 1 and "--side: expected at least 1" in capsys.readouterr().err
+    for config in ({}, {"patches": {"image_size": 32}, "augmentation": {"image_size": 48}}):
+        save_model(checkout / "models/tiny", ColorModel().state_dict(), {"method": "tiny", "config": config})
+        assert run(checkout) == 1 and "--side: tiny does not say" in capsys.readouterr().err
+
+
+def test_a_clip_knows_its_own_size(checkout, monkeypatch):
+    project = Project(checkout, {}, Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0))
+    save_model(project.encoder("clip"), {"w": torch.zeros(1)}, {})
+    monkeypatch.setattr(encoders, "load_clip", lambda folder: FakeClip())
+    spec = "baseline:clip_patches"
+    assert imagenet.trained_side(spec, candidates.load(spec, project, GEOMETRY).model, project) == FakeClip.image_size
+    assert imagenet.trained_side("baseline:constant", object(), project) is None
 
 
 def test_the_thousand_classes_are_synsets_in_order_with_clips_names():

@@ -17,7 +17,6 @@ from pipeline.inference import (
     nearest,
     normalise,
     resize_image,
-    square_regions,
     threshold_labels,
 )
 from pipeline.nn import windows
@@ -28,6 +27,8 @@ NATIVE = Geometry(short_side=None, long_side=2048, window=None, stride=1, multip
 
 class PixelModel:
     """Scores of a patch: softmax over classes of the dot product of its mean colour with the class embedding."""
+
+    one_softmax = True
 
     def __init__(self, patch: int = 1) -> None:
         self.patch, self.seen = patch, []
@@ -281,16 +282,7 @@ def test_resize_is_opencvs_and_antialias_is_not():
     assert resize_image(image, (40, 30), True) is image
 
 
-def test_nearest_keeps_labels_and_square_regions_fill_the_image():
+def test_nearest_keeps_labels():
     grid = torch.tensor([[0, 1], [2, 300]])
     assert nearest(grid, (4, 4)).tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 300, 300]] * 2
     assert torch.equal(nearest(grid, (2, 2)), grid)
-
-    def halves(pixels):
-        assert pixels.shape == (1, 3, 8, 8)
-        return (pixels[0, 0] > 0).long()
-
-    image = np.zeros((5, 10, 3), np.uint8)
-    image[:, 5:] = 255
-    regions = square_regions(halves, image, 8, "cpu")
-    assert regions.shape == (5, 10) and regions[:, :4].eq(0).all() and regions[:, 6:].eq(1).all()

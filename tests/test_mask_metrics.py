@@ -120,6 +120,14 @@ def test_draws_equal_a_loop_over_drawn_images():
     assert len(found) == resampling.DRAWS
 
 
+def test_draws_of_void_images_alone_are_left_out():
+    one = areas_of([(blobs(0), blobs(1))], 4)
+    areas = np.concatenate([one, np.zeros_like(one)])
+    found = resampling.resampled_miou(areas)
+    assert resampling.DRAWS / 2 < len(found) < resampling.DRAWS and np.isfinite(found).all()  # a quarter is void
+    assert np.isfinite(resampling.spread(areas)).all()
+
+
 def test_the_interval_surrounds_the_score_and_narrows_with_images():
     pairs = [(blobs(seed), blobs(seed + 50)) for seed in range(12)]
     few, many = areas_of(pairs, 4), areas_of(pairs * 4, 4)

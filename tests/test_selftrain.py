@@ -39,8 +39,8 @@ REPO = Path(__file__).resolve().parent.parent
 GEOMETRY = Geometry(short_side=32, long_side=2048, window=32, stride=16, multiple=1, antialias=True)
 OPTIMISATION = yaml.safe_load("""
 {images: 480, batch_size: 8, lr: 0.01, lr_multipliers: {}, final_lr_fraction: 0.1, warmup_images: 40,
- cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.999], clip_norm: 5.0, micro_batches: 1, ema: 0.0,
- precision: fp32, checkpoint_images: 80, log_images: 40, seed: 0}
+ cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.999], clip_norm: 5.0, micro_batches: 1,
+ ema: 0.0, precision: fp32, checkpoint_images: 80, log_images: 40, seed: 0}
 """)
 SELFTRAIN = {
     "teachers": ["sseg"],

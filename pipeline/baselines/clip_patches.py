@@ -18,6 +18,8 @@ from pipeline.project import Project
 class ClipPatches(ClipReader):
     """A `ScoreModel` around a CLIP encoder."""
 
+    one_softmax = True
+
     def segment(
         self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "classes grid_h grid_w"]:

@@ -1,6 +1,7 @@
 """MaskCLIP (Zhou et al., ECCV 2022) with key smoothing and prompt denoising, which its shipped configs leave out.
 
-The paper's 25.5 on Context is this one. Source: SCG card section 11. Smoothed scores are at most 1.
+The paper's 25.5 on Context is this one. Source: SCG card section 11. Smoothed scores are at most 1, and below 0
+where the keys of two patches point apart: they are no probabilities (`constant_logit` is refused).
 """
 
 from dataclasses import dataclass

@@ -15,10 +15,13 @@ from torch import Tensor
 from pipeline import baselines, methods
 from pipeline.artifacts.files import BadInput, digest
 from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, model_digest
+from pipeline.caching import features
+from pipeline.caching import pseudo_masks as pseudo_masks_stage
 from pipeline.datasets.benchmarks import Benchmark
 from pipeline.evaluation.regions import Regions
 from pipeline.evaluation.scoring import Candidate
-from pipeline.inference import Geometry, nearest, square_pixels, square_regions
+from pipeline.evaluation.whole_images import whole_labels, whole_pixels, whole_regions
+from pipeline.inference import Geometry
 from pipeline.nn.group_stages import groups_by_stages, stage_groups
 from pipeline.project import Project
 from pipeline.selftraining import students
@@ -111,6 +114,7 @@ def load(spec: str, project: Project, geometry: Geometry, benchmark: Benchmark |
         digests=known,
         regions=_regions(model, geometry, device),
         stages=_stages(model, geometry, device),
+        precision=_precision(known, project),
     )
 
 
@@ -170,17 +174,26 @@ def _own_student(spec: str, project: Project, benchmark: Benchmark | None) -> Pa
 def _stages(
     model: object, geometry: Geometry, device: str
 ) -> Callable[[UInt8[np.ndarray, "height width 3"]], list[Int64[Tensor, "height width"]]] | None:
-    """The groups of each stage, of the whole image squashed as `square_regions` does it."""
+    """The groups of each stage, of the whole image (`whole_pixels`)."""
     regions: Callable[[Tensor], Tensor] | None = getattr(model, "regions", None)
     if regions is None or not isinstance(model, torch.nn.Module) or not groups_by_stages(model):
         return None
-    side = geometry.window or geometry.short_side
 
     def stages(image: UInt8[np.ndarray, "height width 3"]) -> list[Int64[Tensor, "height width"]]:
-        found = stage_groups(model, regions, square_pixels(image, side, device))
-        return [nearest(labels, image.shape[:2]).cpu() for labels in found]
+        found = stage_groups(model, regions, whole_pixels(image, geometry, device))
+        return [whole_labels(labels, image.shape[:2], geometry).cpu() for labels in found]
 
     return stages
+
+
+def _precision(known: dict[str, str], project: Project) -> str:
+    """Of a candidate's products: float32, but for pseudo-masks, which are made as their stages make them."""
+    used = set()
+    if "pseudo_masks" in known:
+        used.add(project.config("features", features.Config).precision)
+        if torch.device(project.machine.device).type == "cuda":  # a CPU's clustering is float32
+            used.add(project.config("pseudo_masks", pseudo_masks_stage.Config).precision)
+    return "float32, its regions bfloat16" if "bfloat16" in used else "float32"
 
 
 def _regions(model: object, geometry: Geometry, device: str) -> Regions | None:
@@ -189,4 +202,4 @@ def _regions(model: object, geometry: Geometry, device: str) -> Regions | None:
     masks: Callable[[torch.Tensor], torch.Tensor] | None = getattr(model, "regions", None)
     if masks is None:
         return None
-    return lambda image: square_regions(masks, image, geometry.window or geometry.short_side, device)
+    return lambda image: whole_regions(masks, image, geometry, device)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.datasets.benchmarks import Benchmark, Sample
 from pipeline.evaluation.rates import fraction
-from pipeline.inference import PIXELS_AT_ONCE, ScoreModel, same_size, square_pixels
+from pipeline.evaluation.whole_images import whole_pixels
+from pipeline.inference import PIXELS_AT_ONCE, Geometry, ScoreModel, same_size
 
 
 @runtime_checkable
@@ -27,7 +28,7 @@ class ImageModel(ScoreModel, Protocol):
 class Classification:
     """Share of the images of one class whose nearest class vector is that class's, and how many images these are.
 
-    Images are squashed to side x side pixels, or seen as they are stored. No share where there is no such image.
+    Images are seen whole (`whole_pixels`). No share where there is no such image.
     """
 
     def __init__(
@@ -35,10 +36,10 @@ class Classification:
         model: ImageModel,
         benchmark: Benchmark,
         embeddings: Float[Tensor, "foreground dim"],
-        side: int | None,
+        geometry: Geometry,
         device: str,
     ) -> None:
-        self._model, self._embeddings, self._side, self._device = model, embeddings.float(), side, device
+        self._model, self._embeddings, self._geometry, self._device = model, embeddings.float(), geometry, device
         self._first, self._ignore = int(benchmark.has_background), benchmark.ignore_index
         self._right = self._images = 0
 
@@ -49,7 +50,7 @@ class Classification:
         for sample in samples:
             found = np.setdiff1d(np.unique(sample.label), [self._ignore, *range(self._first)])
             if len(found) == 1:
-                pictures.append(square_pixels(sample.image, self._side, self._device))
+                pictures.append(whole_pixels(sample.image, self._geometry, self._device))
                 truths.append(int(found[0]))
         for batch in same_size(pictures, PIXELS_AT_ONCE):
             vectors = self._model.encode_image(torch.cat([pictures[index] for index in batch])).float()

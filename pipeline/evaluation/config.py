@@ -1,5 +1,6 @@
 """Params block `evaluate`: what is scored, on what, and under which protocol."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -69,7 +70,7 @@ class PanelConfig:
 
     Attributes:
         seeded: images drawn at random, the same for every method.
-        best: images with the highest mIoU of their own, and as many with the lowest under `worst`.
+        best, worst: how many of the others with the highest mIoU of their own, and with the lowest.
         side: longer side to which pictures are reduced, pixels.
     """
 
@@ -86,11 +87,14 @@ class Config:
     Attributes:
         seed: draws the panels' images.
         protocol: which of the two blocks below holds.
-        models: `<method>` (models/<method>), `untrained:<method>`, `baseline:<name>`.
+        models: `<method>` (models/<method>), `untrained:<method>`, `baseline:<name>`, `selftrained:<teacher>`,
+            `transfer:<encoder>`.
         benchmarks: what the stage scores them on.
         geometry: how an image reaches a model.
         native: the papers' own rules, thresholds per data set.
-        unified: TCL's rules, the same for every set.
+        unified: TCL's names and prompts, and one threshold for every set. Deviates: it is compared with the highest
+            softmax probability, TCL's with a sigmoid per class, which group models and mixtures do not have (see
+            `Segmenter`). How strict it is then depends on the number of classes.
         sweep_step: grid of thresholds that are tried.
         panels: pictures.
     """
@@ -126,5 +130,5 @@ def pick(values: Mapping[str, T], method: str, benchmark: str) -> T:
 
 def thresholds(step: float) -> list[float]:
     """The grid from 0 (no background) to 1, at most `step` apart."""
-    count = round(1 / step)
+    count = math.ceil(1 / step - 1e-9)  # 1 / 0.001 may lie a rounding above 1000
     return [index / count for index in range(count + 1)]

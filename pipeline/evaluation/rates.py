@@ -49,12 +49,7 @@ def figures(counts: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def uncertainty(areas: Int64[np.ndarray, "images 3 classes"]) -> dict[str, Any]:
-    """The interval around the mIoU that other images of the kind would give, and its standard error.
-
-    Null where no pixel counts.
-    """
-    if not areas.any():
-        return {"miou_error": None, "miou_interval": None}
+    """The interval around the mIoU that other images of the kind would give, and its standard error."""
     low, high, error = spread(areas)
     return {"miou_error": fraction(error), "miou_interval": [fraction(low), fraction(high)]}
 

@@ -14,7 +14,10 @@ _CHUNK = 100
 
 
 def resampled_miou(areas: Int64[np.ndarray, "images 3 classes"]) -> Float[np.ndarray, " draws"]:
-    """mIoU of as many images drawn with replacement, `DRAWS` times; the same draws for every model of a benchmark."""
+    """mIoU of as many images drawn with replacement, `DRAWS` times; the same draws for every model of a benchmark.
+
+    Draws of images without a pixel that counts have no mIoU and are left out; some image must have one.
+    """
     images, flat = len(areas), areas.reshape(len(areas), -1).astype(np.float64)
     rng, found = np.random.default_rng(SEED), []
     for start in range(0, DRAWS, _CHUNK):
@@ -22,7 +25,7 @@ def resampled_miou(areas: Int64[np.ndarray, "images 3 classes"]) -> Float[np.nda
         hit, predicted, truth = np.moveaxis((times @ flat).reshape(len(times), 3, -1), 1, 0)
         union = predicted + truth - hit
         iou = np.divide(hit, union, out=np.full_like(hit, np.nan), where=union > 0)
-        found.append(np.nanmean(iou, axis=1))
+        found.append(np.nanmean(iou[(union > 0).any(1)], axis=1))
     return np.concatenate(found)
 
 

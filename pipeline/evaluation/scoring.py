@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from pipeline.artifacts.files import BadInput
 from pipeline.baselines import ClosedVocabulary, LabelModel
 from pipeline.datasets.benchmarks import Benchmark, Sample
 from pipeline.evaluation.classification import Classification, ImageModel
@@ -51,6 +52,7 @@ class Candidate:
         digests: what its answers depend on beside code, by name.
         regions: its hard masks of an image, at the image's size; None where it has none.
         stages: where it groups in stages, the groups of each, first to last, at the image's size; for the pictures.
+        precision: of the products behind its answers, for the report.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Candidate:
     digests: dict[str, str]
     regions: Regions | None
     stages: Callable[[UInt8[np.ndarray, "height width 3"]], list[Int64[Tensor, "height width"]]] | None = None
+    precision: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +135,9 @@ def score(
     """Score a candidate on the test images; `step` is called once per image and answer (see `passes`).
 
     `watchers` are told the answers that the reported score counts, each once.
+
+    Raises:
+        BadInput: every pixel of the images is ignored.
     """
     model = candidate.model
     if isinstance(model, ScoreModel):
@@ -152,13 +158,16 @@ def score(
             names.update(samples)
     rate = len(ids) / max(time.perf_counter() - started, 1e-9)
     first, *others = runs
+    if not first.counts.total.counts.any():
+        remedy = "Are these the masks of this benchmark? Name images that hold one of its classes"
+        raise BadInput(benchmark.split_path("test"), "no pixel of these images counts", remedy)
     report = {
         "benchmark": benchmark.name,
         "class_names": list(benchmark.classes),
         "method": candidate.name,
         "num_images": len(ids),
         "num_test_images": benchmark.whole(len(ids)),
-        "precision": "float32",
+        "precision": candidate.precision,
         "protocol": benchmark.protocol,
         **first.described(),
         **figures(first.counts.total, benchmark),
@@ -312,5 +321,4 @@ def choose_thresholds(
 
 def _classification(model: ImageModel, benchmark: Benchmark, settings: Settings) -> Classification:
     embeddings, _ = class_embeddings(model, benchmark.foreground, settings.templates, settings.prompt_order)
-    side, device = settings.geometry.window or settings.geometry.short_side, settings.device
-    return Classification(model, benchmark, embeddings.to(device), side, device)
+    return Classification(model, benchmark, embeddings.to(settings.device), settings.geometry, settings.device)

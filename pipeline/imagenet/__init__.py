@@ -7,6 +7,7 @@ Source: evaluation card section 7.5; "Learning Transferable Visual Models" (CLIP
 
 import argparse
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pipeline.artifacts.files import atomic_json
+from pipeline.artifacts.weights import load_config
 from pipeline.evaluation import candidates
 from pipeline.evaluation.classification import ImageModel
 from pipeline.evaluation.config import Config
 from pipeline.imagenet import folders, probe
 from pipeline.inference import class_embeddings
+from pipeline.interfaces import ClipEncoder
 from pipeline.params import ParamsError
 from pipeline.project import Project
 from pipeline.text.prompts import templates
@@ -40,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="subset",
         help="sentences that a name is put in (default %(default)s: CLIP's 7, as GroupViT)",
     )
+    parser.add_argument(
+        "--side", type=int, metavar="PIXELS", help="of the crop, from a picture 256/224 as large (default: as trained)"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
 
@@ -56,9 +62,11 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     model = candidate.model
     if not isinstance(model, ImageModel):
         raise ParamsError(f"--model: {candidate.name} has no vector of a whole image; choose a model that has")
-    side = config.geometry.window or config.geometry.short_side
+    side = trained_side(arguments.model, model, project) if arguments.side is None else arguments.side
     if side is None:
-        raise ParamsError("evaluate.geometry: a window or a short_side says how large a model sees an image")
+        raise ParamsError(f"--side: {candidate.name} does not say on how large images it was trained; name their side")
+    if side < 1:
+        raise ParamsError(f"--side: expected at least 1, found {side}")
 
     def read(root: Path) -> folders.Encoded:
         images = folders.list_images(root)
@@ -91,6 +99,29 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     atomic_json(arguments.out, report)
     print(f"{summary(report)}. Written to {arguments.out}")
     return 0
+
+
+def trained_side(spec: str, model: object, project: Project) -> int | None:
+    """Side of the squares that the model was trained on, pixels; None where that is not one number.
+
+    A CLIP and what is built on one know it; a method's folder has it as `image_size`, of its tower and of its views.
+    """
+    clip = getattr(model, "clip", None)
+    if isinstance(clip, ClipEncoder):
+        return clip.image_size
+    if spec.startswith(candidates.BASELINE) or candidates.is_student(spec):
+        return None
+    config = load_config(candidates.model_folder(spec.removeprefix(candidates.UNTRAINED), project)).get("config", {})
+    sides = set(_sizes(config))
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _sizes(block: dict[str, Any]) -> Iterator[int]:
+    for key, value in block.items():
+        if isinstance(value, dict):
+            yield from _sizes(value)
+        elif key == "image_size":
+            yield value
 
 
 def accuracies(

@@ -96,6 +96,11 @@ class MaskClip(ClipReader):
         self.scale = clip.logit_scale if scale is None else scale
         self.last_values = bare_value_tokens if bare else value_tokens
 
+    @property
+    def one_softmax(self) -> bool:
+        """Whether nothing is refined: smoothing mixes patches, denoising drops words."""
+        return self.refinement.key_smoothing is None and self.refinement.prompt_denoising is None
+
     def segment(
         self, pixels: Float[Tensor, "1 3 height width"], class_embeddings: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "classes rows columns"]:

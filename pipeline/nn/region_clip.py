@@ -25,6 +25,8 @@ RegionVectors = Callable[
 class RegionClip(ClipReader):
     """A `ScoreModel`: every region of a window has the class probabilities of its vector."""
 
+    one_softmax = True
+
     def __init__(self, clip: ClipEncoder, image_regions: ImageRegions, vectors: RegionVectors) -> None:
         super().__init__(clip)
         self.image_regions_of, self.vectors = image_regions, vectors

@@ -43,8 +43,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """ids: 0 is background, i the i-th label. scores: of the best label, as the background rule compares them; None for
-    a model that gives labels alone."""
+    """ids: 0 is background, i the i-th label. scores: of the best label, [0, 1]; None for a model that gives labels
+    alone."""
 
     ids: Int64[np.ndarray, "height width"]
     scores: Float32[np.ndarray, "height width"] | None
@@ -107,17 +107,68 @@ class Predictor:
     ) -> None:
         if BACKGROUND in labels:
             raise ParamsError(f"--labels: {BACKGROUND!r} is what remains, not a label; leave it out")
-        self.labels = labels
-        model = candidate.model
+        self.labels, model = labels, candidate.model
         if isinstance(model, ClosedVocabulary):
-            self._closed, self.note = model, "Background: a class that it has learned"
-            self._ids = _closed_ids(candidate.name, model, labels, options)
-            return
-        if not isinstance(model, ScoreModel):
+            self._answer = _ClosedAnswer(candidate.name, model, labels, options)
+        elif isinstance(model, ScoreModel):
+            method = candidates.rules_name(spec, project)
+            self._answer = _NamedAnswer(candidate, model, method, labels, options, config, project)
+        else:
             raise ParamsError(f"--model: {candidate.name} does not read labels; choose a model that does")
-        self._closed = None
+        self.note = self._answer.note
+
+    def __call__(self, image: UInt8[np.ndarray, "height width 3"]) -> Prediction:
+        """The label of every pixel."""
+        return self._answer(image)
+
+    def segments(self, found: Prediction) -> list[Segment]:
+        """Every segment of a label, the largest first; background has none."""
+        rows = []
+        for index in np.unique(found.ids[found.ids > 0]):
+            mask = (found.ids == index).astype(np.uint8)
+            count, parts, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+            flat = parts.ravel()
+            sums = None if found.scores is None else np.bincount(flat, found.scores.ravel(), minlength=count)
+            for part in range(1, count):
+                left, top, width, height, pixels = (int(value) for value in stats[part])
+                rows.append(
+                    Segment(
+                        label=self.labels[index - 1],
+                        pixels=pixels,
+                        share=pixels / mask.size,
+                        box=(left, top, left + width, top + height),
+                        score=None if sums is None else float(sums[part] / pixels),
+                    )
+                )
+        return sorted(rows, key=lambda row: (-row.pixels, row.label, row.box))
+
+
+class _ClosedAnswer:
+    """Of a model that learned one class list."""
+
+    note = "Background: a class that it has learned"
+
+    def __init__(self, name: str, model: ClosedVocabulary, labels: tuple[str, ...], options: Options) -> None:
+        self._model, self._ids = model, _closed_ids(name, model, labels, options)
+
+    def __call__(self, image: UInt8[np.ndarray, "height width 3"]) -> Prediction:
+        return Prediction(self._ids[self._model.answer(image).numpy()], None)
+
+
+class _NamedAnswer:
+    """Of a model that reads the labels, under the rules of `method` for the first benchmark."""
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        model: ScoreModel,
+        method: str,
+        labels: tuple[str, ...],
+        options: Options,
+        config: Config,
+        project: Project,
+    ) -> None:
         rules, first = config.rules(config.protocol), config.benchmarks[0].name
-        method = candidates.rules_name(spec, project)
         name: BackgroundName = options.background or pick(rules.backgrounds, method, first)[0]
         rule = BACKGROUNDS[name]
         stuff = _stuff(options, labels, config, project) if rule.stuff_words else ()
@@ -141,33 +192,9 @@ class Predictor:
         )
 
     def __call__(self, image: UInt8[np.ndarray, "height width 3"]) -> Prediction:
-        """The label of every pixel."""
-        if self._closed is not None:
-            return Prediction(self._ids[self._closed.answer(image).numpy()], None)
-        best, ids = self._segmenter(image)
-        kept = threshold_labels(best, ids, self._threshold)
-        return Prediction(kept.cpu().numpy(), best.float().cpu().numpy())
-
-    def segments(self, found: Prediction) -> list[Segment]:
-        """Every segment of a label, the largest first; background has none."""
-        rows = []
-        for index in np.unique(found.ids[found.ids > 0]):
-            mask = (found.ids == index).astype(np.uint8)
-            count, parts, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-            flat = parts.ravel()
-            sums = None if found.scores is None else np.bincount(flat, found.scores.ravel(), minlength=count)
-            for part in range(1, count):
-                left, top, width, height, pixels = (int(value) for value in stats[part])
-                rows.append(
-                    Segment(
-                        label=self.labels[index - 1],
-                        pixels=pixels,
-                        share=pixels / mask.size,
-                        box=(left, top, left + width, top + height),
-                        score=None if sums is None else float(sums[part] / pixels),
-                    )
-                )
-        return sorted(rows, key=lambda row: (-row.pixels, row.label, row.box))
+        found = self._segmenter.with_scores(image)
+        kept = threshold_labels(found.compared, found.label_ids, self._threshold)
+        return Prediction(kept.cpu().numpy(), found.best.float().cpu().numpy())
 
 
 def _closed_ids(
