@@ -39,7 +39,7 @@ from pipeline.datasets.batches import PairCollate, PairTransform
 from pipeline.datasets.pairs import SPARE_BATCHES, PairLoader, PairShard
 from pipeline.datasets.transforms import resized
 from pipeline.text.prompts import templates
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 
 TO_REACH = 0.9
 BATCH = 64
@@ -102,7 +102,7 @@ def loader(images: Path, filtered: Path, threads: int, workers: int, *, augmente
         threads=threads,
         workers=workers,
         prepare=prepare,
-        collate=PairCollate(tokenizer("bpe", config.text.context_length)),
+        collate=PairCollate(BytePairTokenizer(config.text.context_length)),
     ).batches(0)
 
     def run(count: int) -> None:
@@ -132,7 +132,7 @@ def peer(images: Path, workers: int) -> Iterator[Run]:
         re_mode="pixel",
         interpolation="bilinear",
     )
-    tokens = tokenizer("bpe", config.text.context_length)
+    tokens = BytePairTokenizer(config.text.context_length)
     shards = [str(images / f"{SHARD}.tar")] * max(1, workers)  # one each
     dataset = webdataset.WebDataset(shards, shardshuffle=False).repeat().shuffle(4 * BATCH).decode("pil")
     both = transform, lambda text: tokens([text])[0]

@@ -17,7 +17,7 @@ from benchmarks.bench_training import CONTEXT, WORDS, batch_for
 from benchmarks.paper import paper_config
 from pipeline import methods
 from pipeline.cli.fit_batch import GIB
-from pipeline.cli.plan import parse_size
+from pipeline.cli.sizes import parse_size
 from pipeline.training import Optimisation
 from pipeline.training.compiling import recompute_blocks
 from pipeline.training.memory import Fit, Spent, count, largest_counted
@@ -41,6 +41,7 @@ SETTINGS = Optimisation(
     lr_multipliers={},
     final_lr_fraction=0.0,
     warmup_images=0,
+    cosine_from="warmup",
     weight_decay=0.05,
     decayed="weights",
     betas=(0.9, 0.999),

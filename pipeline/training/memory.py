@@ -21,7 +21,7 @@ from pipeline.training.steps import Loaded, Steps
 
 ROUNDS = 2  # steps of a batch: AdamW's moments are there from the first one on
 SPARE = 0.05  # of the memory, for what an allocator cannot fill
-UNCOUNTED = 0.2  # of the memory, for what a count misses: measured 12 % (`python -m benchmarks memory`)
+UNCOUNTED = 0.2  # of the memory, for what a count misses: 12 % (`python -m benchmarks.bench_memory --tokens 12`)
 CLOSE = 16  # a search ends within this share of the batch
 
 
