@@ -179,9 +179,12 @@ def _fused(
     metric: Metric,
     products: torch.dtype,
 ) -> tuple[Int64[Tensor, "batch tokens"], Float[Tensor, "batch clusters dim"]]:
-    """The GPU's kernel. It has no restarts: images that need one are done again by the steps."""
-    exact = products == torch.float32
-    labels, means, lost = fused_lloyd().lloyd(values, first, iters, spherical=metric == "cosine", exact=exact)
+    """The GPU's kernel, if it fits. It has no restarts: images that need one are done again by the steps."""
+    exact, fused = products == torch.float32, fused_lloyd()
+    try:
+        labels, means, lost = fused.lloyd(values, first, iters, spherical=metric == "cosine", exact=exact)
+    except fused.OutOfResources:
+        return _steps(values, first, iters, metric, products)
     if lost.any():
         labels[lost], means[lost] = _steps(values[lost], first[lost], iters, metric, products)
     return labels, means

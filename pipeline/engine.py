@@ -32,6 +32,8 @@ from pipeline.runners import WorkerLost, runner
 from pipeline.store import Store
 
 BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0  # seconds before another attempt after an I/O error, doubled each time
+# Of RuntimeErrors: torch's allocator on a CPU; CUDA; cuBLAS and cuDNN, which allocate on their own.
+NO_MEMORY = ("not enough memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED")
 SIGNAL_EXIT = 128  # a shell's exit status for a death by signal is 128 + its number
 
 
@@ -189,7 +191,7 @@ class _Work:
         I/O errors, lost workers and payloads that do not read back may pass; out of memory, a smaller batch may fit; a
         full disk, bad input and our own mistakes stay.
         """
-        if _out_of_memory(error):
+        if out_of_memory(error):
             smaller = self.stage.shrink(self.task) if self.stage.shrink else None
             return replace(self, task=smaller) if smaller else None
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -237,15 +239,11 @@ def _compute_one(work: _Work) -> None:
     store.publish(folder, stage.name, work.key, description)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """On the CPU (numpy, torch) or the GPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (
-            isinstance(error, RuntimeError) and "not enough memory" in str(error)  # torch's allocator on a CPU
-        )
-    )
+def out_of_memory(error: Exception) -> bool:
+    """On the CPU (numpy, torch) or the GPU (torch, cuBLAS, cuDNN)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def _first_line(error: Exception) -> str:

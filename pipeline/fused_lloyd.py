@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 TILES = (64, 32)  # tokens that a program holds at a time; more are faster (measured on an H200: 64 by a half)
 WARPS = 8
@@ -61,30 +62,26 @@ def lloyd(
     The latter are not to be used: this kernel restarts no cluster. `values` are finite, of any float type; `spherical`
     scales centroids to unit length and leaves their lengths out of the scores. `exact`: scores to about 16 bits of the
     factors' mantissas instead of 8. `factors`: the products' type; Triton's interpreter multiplies no bfloat16.
+
+    Raises:
+        OutOfResources: the compiler asks for more shared memory than there is, with the smallest tile too.
     """
     batch, tokens, dim = values.shape
     k = first.shape[1]
     labels = torch.full((batch, tokens), -1, dtype=torch.int32, device=values.device)
     centroids = first.float().clone(memory_format=torch.contiguous_format)
     lost = torch.zeros(batch, dtype=torch.int32, device=values.device)
-    size = tile(k, dim, _shared(values.device)) if values.is_cuda else TILES[0]
-    _lloyd[(batch,)](
-        values.contiguous(),
-        centroids,
-        labels,
-        lost,
-        tokens,
-        dim,
-        k,
-        iters,
-        SPHERICAL=spherical,
-        EXACT=exact,
-        FACTORS=factors,
-        TILE=size,
-        DIM=_padded(dim),
-        CLUSTERS=_padded(k),
-        num_warps=WARPS,  # type: ignore
-    )
+    tensors = (values.contiguous(), centroids, labels, lost)
+    options = {"SPHERICAL": spherical, "EXACT": exact, "FACTORS": factors, "DIM": _padded(dim), "CLUSTERS": _padded(k)}
+    largest = tile(k, dim, _shared(values.device)) if values.is_cuda else TILES[0]
+    with torch.cuda.device_of(values):
+        for size in (size for size in TILES if size <= largest):
+            try:
+                _lloyd[(batch,)](*tensors, tokens, dim, k, iters, TILE=size, **options, num_warps=WARPS)  # type: ignore
+                break
+            except OutOfResources:  # another GPU's compiler adds more than was measured: a B200's at 64, 16 and 384
+                if size == TILES[-1]:
+                    raise
     return labels.long(), centroids, lost.bool()
 
 

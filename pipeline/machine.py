@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ruamel.yaml.error import YAMLError
+
 from pipeline import params
 from pipeline.params import Range
 
@@ -92,6 +94,17 @@ def find_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def use_device(device: str) -> None:
+    """Make the GPU of that number this thread's own; nothing for `cpu` and `cuda`.
+
+    What names no device is then on it: streams, events, random states, the launch of a kernel of our own.
+    """
+    if device.startswith("cuda:"):
+        import torch
+
+        torch.cuda.set_device(device)
+
+
 def load(path: Path, environ: Mapping[str, str]) -> Machine:
     """Settings from the file, overridden by `TESSERA_RUNNER`, `TESSERA_WORKERS`, ...; both are optional.
 
@@ -108,7 +121,10 @@ def load(path: Path, environ: Mapping[str, str]) -> Machine:
     for name, default in defaults().items():
         text = environ.get(f"TESSERA_{name.upper()}")
         if text is not None:
-            value = text if isinstance(default, str) else params.parse(text)
+            try:
+                value = text if isinstance(default, str) else params.parse(text)
+            except YAMLError:
+                value = None
             if type(value) is not type(default):
                 wanted = "true or false" if isinstance(default, bool) else "a number"
                 raise params.ParamsError(f"TESSERA_{name.upper()}: expected {wanted}, found {text!r}")

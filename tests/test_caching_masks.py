@@ -1,5 +1,6 @@
 """Pseudo-masks: regions follow the tokens, depend on the sample alone, and their parameters rerun nothing before."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,26 @@ def test_k_reruns_masks_only_and_back_again_nothing(made, monkeypatch):
     monkeypatch.setattr(pseudo_masks, "regions", None)
     payloads(project)
     assert project.manifest_path("pseudo_masks").read_bytes() == before
+
+
+def test_a_key_has_every_parameter_under_its_name(made, monkeypatch):
+    (first, _) = STAGE.tasks(made.project())
+    assert first.fields["params"] == {
+        "k": 3,
+        "iters": 10,
+        "metric": "cosine",
+        "init": "k-means++",
+        "precision": "float32",
+        "chunk_rows": 4,
+    }
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Later(Config):
+        added: int
+
+    monkeypatch.setattr(pseudo_masks, "Config", Later)
+    (changed, _) = STAGE.tasks(made.project(pseudo_masks={"added": 1}))
+    assert changed.fields["params"] == {**first.fields["params"], "added": 1}
 
 
 def test_reading_order():

@@ -68,6 +68,29 @@ print("equal")
 """
 
 
+LENGTHS = """
+import torch
+from torch._dynamo.utils import counters
+from pipeline.nn.bert import Bert
+from pipeline.training.compiling import compile_blocks
+
+bert = Bert(vocab_size=50, positions=40, width=16, layers=3, heads=4, dropout=0.1, end_token=3)
+assert compile_blocks(bert, backend="aot_eager") == 3
+for rows in (4, 6):
+    for length in range(5, 20):
+        ids = torch.full((rows, length), 7)
+        ids[:, -1] = 3
+        bert.states(ids).sum().backward()
+assert counters["stats"]["unique_graphs"] <= 4, counters["stats"]
+assert not counters["graph_break"] and not counters["unimplemented"]
+print("equal")
+"""
+
+
+def test_a_tower_of_texts_of_any_length_is_compiled_a_few_times_in_all():
+    run(LENGTHS)
+
+
 def test_blocks_that_differ_in_their_chance_to_be_skipped_share_one_compilation():
     """More compilations of one function than torch allows, eight, would leave the others as they are."""
     run(SHARED)

@@ -38,6 +38,37 @@ assert tile(27, 768, 232_448) == 0, "Triton asked for 264,192 bytes"
 assert tile(33, 16, 10**9) == tile(2, 1025, 10**9) == 0
 print("equal")
 """
+GREEDY = """
+import torch
+from triton.runtime.errors import OutOfResources
+from pipeline import clustering, fused_lloyd
+
+tried = []
+
+
+class Kernel:
+    def __init__(self, most):
+        self.most = most
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, values, centroids, labels, lost, *sizes, TILE, **options):
+        tried.append(TILE)
+        if TILE > self.most:
+            raise OutOfResources(281_616, 232_448, "shared memory")
+        labels.zero_()
+
+
+x, first = torch.randn(2, 30, 8), torch.randn(2, 4, 8)
+fused_lloyd._lloyd = Kernel(32)
+assert not fused_lloyd.lloyd(x, first, 3, spherical=False, exact=True)[0].any() and tried == [64, 32]
+fused_lloyd._lloyd = Kernel(0)
+found = clustering._fused(x, first, 3, "euclidean", torch.float32)
+expected = clustering._steps(x, first, 3, "euclidean", torch.float32)
+assert tried[2:] == [64, 32] and all(map(torch.equal, found, expected))
+print("equal")
+"""
 COMPILED = """
 import torch
 from pipeline import clustering
@@ -73,6 +104,11 @@ def test_its_steps_are_those_of_the_cpu():
 def test_what_does_not_fit_is_known_before_it_is_compiled():
     pytest.importorskip("triton", reason="torch has Triton on Linux alone")
     run(FITS)
+
+
+def test_what_a_compiler_cannot_place_is_tried_with_a_smaller_tile_then_in_steps():
+    pytest.importorskip("triton", reason="torch has Triton on Linux alone")
+    run(GREEDY)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_a_swin_backbone_has_maskformers_norms():
     assert [norm.normalized_shape for norm in tower.maskformer.backbone.norms] == [(96,), (192,), (384,), (768,)]
 
 
-def test_diverged_masks_name_the_samples(monkeypatch):
+def test_diverged_masks_name_the_samples(monkeypatch, tmp_path):
     tower = model()
     data = batch(tower, size=4)
     forward = tower.maskformer.forward
@@ -165,8 +166,11 @@ def test_diverged_masks_name_the_samples(monkeypatch):
         return masks
 
     monkeypatch.setattr(tower.maskformer, "forward", diverged)
-    with pytest.raises(NonFiniteLoss, match="on the samples uid1, uid3$"):
-        tower.loss(data)
+    loader = SimpleNamespace(batches=lambda position: (Loaded(data, position + 4) for _ in range(1)))
+    settings = replace(config().optimisation, batch_size=4)
+    run = Run(name="t", key="k", checkpoints=tmp_path, curve=tmp_path / "c.csv", log=tmp_path / "l.jsonl", live=None)
+    with pytest.raises(NonFiniteLoss, match="^step 1: .* on the samples uid1, uid3$"):
+        fit(tower, lambda rows, _: tower.loss(rows), loader, settings, run=run)
 
 
 def test_total_is_equation_4():

@@ -2,6 +2,8 @@
 
 import gc
 from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import test_groupvit
@@ -9,13 +11,16 @@ import torch
 from test_training_stage import make_project
 from torch import nn
 
-from pipeline.cli import main
+from pipeline import methods
+from pipeline.cli import fit_batch, main
+from pipeline.methods import sseg
 from pipeline.nn.attention import Attention, one_kernel
 from pipeline.training import Loaded
 from pipeline.training.compiling import recompute_blocks
-from pipeline.training.memory import Alive, Spent, count, largest_counted, largest_tried
+from pipeline.training.memory import Alive, Spent, allocate, count, largest_counted, largest_tried
 from pipeline.training.optimiser import adamw, parameter_groups
 from pipeline.training.steps import Steps
+from stages import open_project, train
 
 
 def test_alive_counts_a_storage_once_and_forgets_what_is_freed():
@@ -76,6 +81,36 @@ def test_a_tried_batch_is_within_a_sixteenth_of_the_largest(largest):
     assert largest * 15 / 16 - 1 <= found.images <= largest and len(asked) < 20
 
 
+@pytest.mark.parametrize(("wanted", "images"), [(250, 250), (245, 245), (251, 240), (100, 240), (2000, 240)])
+def test_a_wanted_batch_between_the_tried_ones_is_tried(wanted, images):
+    def spend(images: int) -> Spent | None:
+        return Spent(images, images, 1.0) if images <= 250 else None
+
+    found = largest_tried(spend, 1000, start=4, wanted=wanted)
+    assert found.images == images and found.bytes_of(500) == 500
+
+
+@pytest.mark.parametrize("where", ["make", "step"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+def test_too_little_memory_for_anything_is_a_batch_that_does_not_fit(monkeypatch, where, error):
+    """The optimiser, the average of the weights and the scratch of cuBLAS are allocated, too."""
+    for name in ("empty_cache", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 5)
+
+    def fail(*_) -> None:
+        model.weight.grad = torch.ones_like(model.weight)
+        raise error
+
+    model, device = nn.Linear(2, 2), torch.device("cuda")
+    loaded = Loaded(test_groupvit.batch(test_groupvit.model(), 3), 3)
+    make = fail if where == "make" else lambda: SimpleNamespace(step=fail)
+    assert allocate(model, make, loaded, device) is None and model.weight.grad is None
+    assert allocate(model, lambda: SimpleNamespace(step=lambda *_: None), loaded, device).images == 3
+    error = RuntimeError("device-side assert")
+    with pytest.raises(RuntimeError, match="assert"):
+        allocate(model, make, loaded, device)
+
+
 def counted(model: nn.Module, images: int) -> Spent:
     batch = test_groupvit.batch(model, images)
     settings = test_groupvit.config().optimisation
@@ -116,6 +151,21 @@ def test_recomputed_blocks_give_the_same_bits_for_less_memory():
         assert one.grad is None or torch.equal(one.grad, other.grad)
     slopes = [counted(model, 24).bytes - counted(model, 8).bytes for model in (plain, recomputed)]
     assert slopes[1] < 0.9 * slopes[0]
+
+
+def test_every_size_is_compiled_anew_and_starts_no_processes(tmp_path, monkeypatch):
+    resets, loaders, pair_loader = [], [], train.pair_loader
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(0))
+    monkeypatch.setattr(train, "pair_loader", lambda *given: loaders.append(given[3].loaders) or pair_loader(*given))
+    project = open_project(make_project(tmp_path))
+    project = replace(project, machine=replace(project.machine, compile=True, workers=3, device="cuda:1"))
+    monkeypatch.setattr(fit_batch, "allocate", lambda model, make, loaded, device: by_line(loaded.position))
+    config = project.config("train.sseg", sseg.Config)
+    data = train.read_data(project, sseg.TARGETS)
+    model = methods.fresh(sseg, config, sseg.vocabulary(config, data), project.encoder("dino").parent)
+    [phase] = sseg.phases(model, config, data)
+    found = fit_batch._largest(project, model, config, data, phase, 2000)
+    assert found.images and len(resets) == len(loaders) == len(found.tried) and not any(loaders)
 
 
 def test_the_command_says_what_fits(tmp_path, monkeypatch, capsys):

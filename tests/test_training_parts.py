@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveTerms, info_nce, multi_label
 from pipeline.losses.parts import Parts, over_parts
+from pipeline.nn.matching import assign
 from pipeline.nn.projector import SharedBatchNorm
 from pipeline.training.memory import Alive
 from pipeline.training.optimiser import optimiser_of
-from pipeline.training.steps import Loaded, Steps
+from pipeline.training.steps import Loaded, NonFiniteLoss, Steps
 
 
 def steps_of(model: Any, **settings: Any) -> Steps:
@@ -183,6 +184,38 @@ def test_the_first_pass_leaves_no_trace(shared):
         assert len(model.draws) == 8
     else:
         assert torch.equal(model.draws[0], model.draws[1]) and len(model.draws) == 5
+
+
+@pytest.mark.parametrize("where", ["alone", "a part", "all parts"])
+def test_a_matching_that_cannot_be_names_the_samples(where):
+    """In a step of one part, in a part of several, and where rows of all parts are matched together."""
+
+    class Batch(list):
+        def to(self, device: torch.device) -> "Batch":
+            return self
+
+        @property
+        def uids(self) -> list[str]:
+            return [f"uid{number}" for number in self]
+
+    class Matched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def loss(self, batch: Batch) -> dict[str, Tensor]:
+            return {"total": matched(self.weight * torch.tensor([float("nan") if row == 3 else 1.0 for row in batch]))}
+
+    @over_parts
+    def matched(rows: Tensor) -> Tensor:
+        if where != "all parts" or len(rows) > 2:
+            assign(rows[:, None, None], torch.ones(len(rows), 1, dtype=torch.bool))
+        return rows.mean()
+
+    parts = [Batch([2, 3])] if where == "alone" else [Batch([0, 1]), Batch([2, 3])]
+    steps = steps_of(Matched(), micro_batches=len(parts), batch_size=2 * len(parts))
+    with pytest.raises(NonFiniteLoss, match="^step 6: .* samples uid3$"):
+        steps.step((Loaded(part, 0) for part in parts), 5)
 
 
 class Deep(nn.Module):

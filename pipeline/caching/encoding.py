@@ -216,7 +216,7 @@ def _to_host(rows: Tensor) -> Callable[[], np.ndarray]:
     host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
     host.copy_(rows, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(rows.device))
 
     def wait() -> np.ndarray:
         copied.synchronize()

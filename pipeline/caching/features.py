@@ -28,7 +28,7 @@ from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, half
 from pipeline.caching.payloads import FEATURES, Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import Facet, PatchEncoder
-from pipeline.machine import Machine
+from pipeline.machine import Machine, use_device
 from pipeline.params import Range
 from pipeline.project import Project
 
@@ -136,6 +136,7 @@ def stream(args: Args[Config], shard: str, device: str) -> Stream:
 
 
 def _compute(task: Task, out: Path, machine: Machine) -> Counts:
+    use_device(machine.device)
     args: Args[Config] = task.args
     codec: Any = args.config.store
     return encode_shard(stream(args, task.shard, machine.device), out, FEATURES, codec, args.config.chunk_rows, machine)

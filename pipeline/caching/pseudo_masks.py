@@ -31,7 +31,7 @@ from pipeline.clustering import Init, Metric, kmeans
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import OUTSIDE
 from pipeline.machine import Machine
-from pipeline.params import Range
+from pipeline.params import Range, plain
 from pipeline.project import Project
 
 CENTROIDS = "centroids.zarr"
@@ -105,19 +105,11 @@ class _Args:
 
 def _tasks(project: Project) -> list[Task]:
     config = project.config("pseudo_masks", Config)
-    settings = {
-        "k": config.k,
-        "iters": config.iters,
-        "metric": config.metric,
-        "init": config.init,
-        "precision": config.precision,
-        "chunk_rows": config.chunk_rows,
-    }
     numerics = f"{torch.device(project.machine.device).type}-{config.precision}"
     return [
         Task(
             shard=source.shard,
-            fields={"features": source.out, "params": settings, "numerics": numerics},
+            fields={"features": source.out, "params": plain(config), "numerics": numerics},
             args=_Args(source, config),
             rows=source.rows,
         )

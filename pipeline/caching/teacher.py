@@ -31,7 +31,7 @@ from pipeline.caching.encoding import Args, Encoding, Stream, encode_shard, half
 from pipeline.caching.payloads import Precision, check_rows
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.interfaces import ClipEncoder
-from pipeline.machine import Machine
+from pipeline.machine import Machine, use_device
 from pipeline.params import ParamsError, Range
 from pipeline.project import Project
 
@@ -126,6 +126,7 @@ def _tasks(project: Project) -> list[Task]:
 
 
 def _compute(task: Task, out: Path, machine: Machine) -> Counts:
+    use_device(machine.device)
     args: Args[Config] = task.args
     config = args.config
     encoder = _encoder(args.encoder, args.encoder_digest, machine.device)

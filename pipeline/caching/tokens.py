@@ -20,7 +20,7 @@ from pipeline.caching import features
 from pipeline.caching.encoding import Args, Named, Stream
 from pipeline.caching.payloads import FEATURES
 from pipeline.engine import Counts
-from pipeline.machine import Machine
+from pipeline.machine import Machine, use_device
 from pipeline.project import Project
 
 STEP_BYTES = 64 << 20  # of features read at a time; decides memory, not results
@@ -68,6 +68,7 @@ class Tokens:
         Raises:
             BadInput: a payload that is not whole, or whose tables do not fit.
         """
+        use_device(machine.device)
         self._source, self._machine = source, machine
         self._stream: Stream | None = None
         self._done: list[Named] = []

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline import methods
-from pipeline.cli.plan import parse_size
+from pipeline.cli.sizes import parse_size
+from pipeline.machine import use_device
 from pipeline.project import Project
 from pipeline.training.memory import Fit, allocate, count, largest_counted, largest_tried, tensors
 from pipeline.training.optimiser import optimiser_of
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     method = methods.get(arguments.method)
     config = project.config(f"train.{arguments.method}", method.Config)
     data = read_data(project, method.TARGETS)
+    use_device(project.machine.device)
     device = torch.device(project.machine.device)
     memory, model, fits = arguments.memory or _memory(device), start(project, method, config, data), True
     model.to(device).train()
@@ -79,7 +81,7 @@ def _largest(project: Project, model: Any, config: Any, data: TrainingData, phas
     device = torch.device(project.machine.device)
     spend = partial(_spend, project, model, config, data, phase)
     if device.type == "cuda":
-        return largest_tried(spend, memory, start=min(COUNTED))
+        return largest_tried(spend, memory, start=min(COUNTED), wanted=phase.optimisation.micro_batch)
     return largest_counted(spend, memory, COUNTED)
 
 
@@ -87,20 +89,28 @@ def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase:
     from stages.train import pair_loader
 
     settings = replace(phase.optimisation, batch_size=images, micro_batches=1)
-    batches = pair_loader(data, config, replace(phase, optimisation=settings), project.machine).batches(0)
+    alone = replace(project.machine, workers=0)  # processes would take longer to start than to make a batch
+    batches = pair_loader(data, config, replace(phase, optimisation=settings), alone).batches(0)
     loaded = next(batches)
     batches.close()  # type: ignore[attr-defined]
     device = torch.device(project.machine.device)
-    steps = Steps(
-        model=model,
-        loss=phase.loss,
-        optimiser=optimiser_of(model, settings),
-        optimisation=settings,
-        precision=settings.precision,
-        device=device,
-        after_step=phase.after_step,
-    )
-    return allocate(steps, loaded) if device.type == "cuda" else count(steps, loaded, held(model, steps))
+    if project.machine.compile:
+        torch.compiler.reset()  # after eight sizes the next would run as without it
+
+    def make() -> Steps:
+        return Steps(
+            model=model,
+            loss=phase.loss,
+            optimiser=optimiser_of(model, settings),
+            optimisation=settings,
+            precision=settings.precision,
+            device=device,
+            after_step=phase.after_step,
+        )
+
+    if device.type == "cuda":
+        return allocate(model, make, loaded, device)
+    return count(steps := make(), loaded, held(model, steps))
 
 
 def held(model: Any, steps: Steps) -> list[Tensor]:

@@ -3,10 +3,10 @@
 import argparse
 import json
 import os
-import re
 import sys
 from dataclasses import asdict
 
+from pipeline.cli.sizes import parse_size
 from pipeline.params import ParamsError
 from pipeline.planning import amounts, record
 from pipeline.planning.disk import Budget, budget
@@ -18,7 +18,6 @@ from pipeline.project import Project
 SECONDS = 20.0
 # Source: 20 % of an H100's dense bf16 peak of 989 TFLOP/s (NVIDIA's data sheet): what such models keep up, roughly.
 TFLOPS = 200.0
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,10 +126,3 @@ def _bytes(size: float) -> str:
 
 def _hours(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
-
-
-def parse_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 500G")
-    return round(float(match[1]) * UNITS[match[2]])

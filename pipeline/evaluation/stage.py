@@ -22,6 +22,7 @@ from pipeline.engine import StageFailed
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config
 from pipeline.evaluation.pairs import Pair, benchmark_root, data_digest, draw, evaluate, open_pair
+from pipeline.machine import use_device
 from pipeline.params import plain
 from pipeline.project import Project
 from pipeline.runners import WorkerLost, run_inline, run_process
@@ -110,6 +111,7 @@ def _compute(config: Config, project: Project, alone: bool, item: tuple[Path, Pa
 
     `alone` shows its progress; of several at once the bars would overwrite one another.
     """
+    use_device(project.machine.device)
     folder, pair = item
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -30,13 +30,13 @@ from pipeline.interfaces import OUTSIDE, TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss
 from pipeline.losses.masks import Targets, matched_losses, matching_cost, split_regions
 from pipeline.nn.maskformer import MaskFormer, Masks
-from pipeline.nn.matching import BadCost, assign
+from pipeline.nn.matching import assign
 from pipeline.nn.pyramid import ConvPyramid, TimmPyramid
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.text.tokenizers import BytePairTokenizer
-from pipeline.training import NonFiniteLoss, Optimisation
+from pipeline.training import Optimisation
 from pipeline.training.distributed import balanced, gather_rows, summed
 from pipeline.training.phases import Phase, TrainingData
 
@@ -213,17 +213,13 @@ class SSeg(ReadingModule):
         (exponential of the entropy) that share the batch's matches.
 
         Raises:
-            NonFiniteLoss: masks have diverged, so that they match nothing; names the samples.
+            BadCost: masks have diverged, so that they match nothing.
         """
         settings = self.settings
         masks = self.maskformer(batch.pixels, all_layers=settings.deep_supervision)
         contrast = self.contrast(self._pool(masks.features[-1]), self._embed_text(batch.token_ids))
         with torch.autocast(batch.pixels.device.type, enabled=False):
-            try:
-                focal, dice, winners = self._mask_losses(masks, batch)
-            except BadCost as error:
-                uids = ", ".join(batch.uids[image] for image in error.images)
-                raise NonFiniteLoss(f"the matching cost is not finite on the samples {uids}") from error
+            focal, dice, winners = self._mask_losses(masks, batch)
         mask = settings.focal * focal + settings.dice * dice
         total = settings.mask * mask + settings.contrastive * (contrast.image_to_text + contrast.text_to_image)
         return {

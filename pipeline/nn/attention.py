@@ -54,14 +54,18 @@ class Attention(nn.Module):
         return self.proj(F.linear(x, self.qkv.weight[2 * dim :], self.qkv.bias[2 * dim :]))
 
     def forward(
-        self, x: Float[Tensor, "batch length dim"], mask: Float[Tensor, "..."] | None = None
+        self, x: Float[Tensor, "batch length dim"], mask: Float[Tensor, "..."] | None = None, causal: bool = False
     ) -> Float[Tensor, "batch length dim"]:
-        """Attention over `length`; `mask` broadcasts to [batch, heads, length, length]."""
+        """Attention over `length`; `mask` broadcasts to [batch, heads, length, length].
+
+        `causal`: the mask is `causal_mask`, which a kernel need not read.
+        """
         batch, length, dim = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if in_one_kernel(x):
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            mask = None if causal else mask
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         else:
             scores = (query * (dim // self.heads) ** -0.5) @ key.transpose(-2, -1)
             if mask is not None:
@@ -149,10 +153,10 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def forward(
-        self, x: Float[Tensor, "batch length dim"], mask: Float[Tensor, "..."] | None = None
+        self, x: Float[Tensor, "batch length dim"], mask: Float[Tensor, "..."] | None = None, causal: bool = False
     ) -> Float[Tensor, "batch length dim"]:
-        """One residual block."""
-        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        """One residual block; see `Attention`."""
+        x = x + self.drop_path(self.attn(self.norm1(x), mask, causal))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

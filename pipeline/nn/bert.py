@@ -7,6 +7,7 @@ first `end_token`; attention sees nothing behind it.
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from pipeline.nn.attention import in_one_kernel
 from pipeline.nn.text import Vocabulary, inside_text
 
 
@@ -16,6 +17,8 @@ class Bert(nn.Module):
     `vocabulary` shrinks the embedding table; None gives every id its own row.
     Source: BERT (post-norm encoder, GELU, LayerNorm eps 1e-12), transformers' `BertModel`.
     """
+
+    sizes_vary = True  # of its batches, in length where padding is to the longest; see `compile_blocks`
 
     def __init__(
         self,
@@ -43,14 +46,15 @@ class Bert(nn.Module):
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
         )
-        # Written out: on a CPU the fused kernel's bf16 backward is slower.
-        config._attn_implementation = "eager"
         self.model = BertModel(config, add_pooling_layer=False)
 
     def states(self, token_ids: Int64[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
         """A vector per token, those of the padding included."""
         inside = inside_text(token_ids, self.end_token)
         ids = token_ids if self.vocabulary is None else self.vocabulary(token_ids)
-        return self.model(input_ids=ids, attention_mask=inside.long()).last_hidden_state
+        kernel = in_one_kernel(token_ids)
+        self.model.config._attn_implementation = "sdpa" if kernel else "eager"
+        mask = inside[:, None, None] if kernel else inside.long()  # transformers would wait for the GPU to look at it
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     forward = states

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pipeline.nn.attention import in_one_kernel
+
 # Source: DETR's and MaskFormer's sine code: temperature, and positions normalised to 2 pi.
 SINE_TEMPERATURE, SINE_SCALE = 10_000.0, 2 * math.pi
 # Source: MaskFormer release (GroupNorm 32); a narrower decoder has groups of at least four channels.
@@ -96,9 +98,12 @@ class QueryAttention(nn.Module):
     ) -> Float[Tensor, "batch queries dim"]:
         """Each query's mixture of the values."""
         q, k, v = (self._split(x) for x in (self.query(query), self.key(key), self.value(value)))
-        # Written out: on a CPU the fused kernel's bf16 backward is slower than two matrix products and a softmax.
-        weights = self.dropout(((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype))
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
+        if in_one_kernel(q):
+            chance = self.dropout.p if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=chance)
+        else:
+            mixed = self.dropout(((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype)) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch heads n per_head"]:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

@@ -167,7 +167,7 @@ class TextTransformer(nn.Module):
             x = x + self.position[:length]
         mask = self._mask(inside)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, mask, self.pooling == "eos")
         x = self.norm(x)
         if self.pooling == "eos":
             last = inside.sum(dim=1) - 1

@@ -30,7 +30,7 @@ from torch import nn
 
 from pipeline.artifacts.weights import save_model
 from pipeline.engine import SIGNAL_EXIT, Interrupted
-from pipeline.machine import WandbMode
+from pipeline.machine import WandbMode, use_device
 from pipeline.project import Project
 from pipeline.training import distributed
 from pipeline.training.curve import Clock, Curve
@@ -136,6 +136,7 @@ def fit(
         NonFiniteLoss: names the samples of the batch.
         Interrupted: a signal came; the checkpoint is written.
     """
+    use_device(str(device))
     device = torch.device(device)
     model.to(device).train()
     torch.manual_seed(optimisation.seed + distributed.rank())

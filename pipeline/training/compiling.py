@@ -1,6 +1,7 @@
 """A model's repeated parts, its transformer blocks, compiled or computed twice; in place, names and state stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,14 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     """Compile, in place, what stands in the model's `ModuleList`s: its transformer blocks, one by one; their number.
 
     Blocks of one kind share one compilation, and what is not traceable (matching, logging) stays outside. Names and
-    state stay as they were.
+    state stay as they were. A compilation is for one size of batch and text, but for towers with `sizes_vary`, whose
+    second size is compiled for all: torch leaves blocks as they are that it would compile a ninth time.
     """
     blocks = listed(model)
+    towers = [module for module in model.modules() if getattr(module, "sizes_vary", False)]
+    varying = {block for tower in towers for block in listed(tower)}
     for block in blocks:
-        block.compile(dynamic=False, backend=backend)
+        block.compile(dynamic=None if block in varying else False, backend=backend)
     return len(blocks)
 
 
@@ -34,6 +38,25 @@ def recompute_blocks(model: nn.Module) -> int:
     for block in blocks:
         block.forward = partial(_recomputed, block.forward)
     return len(blocks) + len(towers)
+
+
+@contextmanager
+def computed_once(model: nn.Module) -> Iterator[None]:
+    """Without what `recompute_blocks` did."""
+    own = [(module, module.__dict__.get("forward")) for module in model.modules()]
+    twice = [(block, run) for block, run in own if isinstance(run, partial) and run.func is _recomputed]
+    towers: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
+    for block, run in twice:
+        block.forward = run.args[0]
+    for tower in towers:
+        tower.grad_checkpointing = False
+    try:
+        yield
+    finally:
+        for block, run in twice:
+            block.forward = run
+        for tower in towers:
+            tower.grad_checkpointing = True
 
 
 def listed(model: nn.Module) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.losses.parts import counted
+from pipeline.machine import use_device
 from pipeline.nn.projector import SharedBatchNorm
 
 # torch's backend by kind of tensor: counts are exchanged between hosts, without waiting for a GPU.
@@ -30,11 +31,12 @@ def process_group(device: str) -> Iterator[str]:
     Under torchrun every process of a host takes the GPU of its number, where `device` is a GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        use_device(device)
         yield device
         return
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    use_device(device)
     dist.init_process_group(BACKENDS if device.startswith("cuda") else "gloo")
     try:
         yield device

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline.engine import out_of_memory
 from pipeline.nn.attention import one_kernel
 from pipeline.training.steps import Loaded, Steps
 
@@ -105,20 +106,23 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def allocate(steps: Steps, loaded: Loaded) -> Spent | None:
-    """Steps on the GPU; None where its memory is too small."""
+def allocate(model: nn.Module, make: Callable[[], Steps], loaded: Loaded, device: torch.device) -> Spent | None:
+    """Steps of the model on the GPU, which `make` builds; None where its memory is too small."""
     started, images = 0.0, len(loaded.batch.to("cpu").uids)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(steps.device)
+    torch.cuda.reset_peak_memory_stats(device)
     try:
+        steps = make()
         for number in range(ROUNDS):
             started = time.perf_counter()
             steps.step(iter([loaded]), number)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return None
     finally:
-        steps.optimiser.zero_grad(set_to_none=True)
-    peak = torch.cuda.max_memory_allocated(steps.device)
+        model.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_allocated(device)
     return Spent(images, peak, time.perf_counter() - started)
 
 
@@ -129,8 +133,8 @@ def largest_counted(spend: Callable[[int], Spent], memory: float, images: tuple[
     return Fit(max(int(((1 - UNCOUNTED) * memory - found.bytes_of(0)) / max(each, 1)), 0), found.tried)
 
 
-def largest_tried(spend: Callable[[int], Spent | None], memory: float, start: int) -> Fit:
-    """The batch that fits, tried: doubled until one does not fit, then halved in between."""
+def largest_tried(spend: Callable[[int], Spent | None], memory: float, start: int, wanted: int = 0) -> Fit:
+    """The batch that fits, tried: doubled until one does not fit, then halved in between, then the one `wanted`."""
     tried: list[Spent] = []
 
     def fits(images: int) -> bool:
@@ -145,6 +149,8 @@ def largest_tried(spend: Callable[[int], Spent | None], memory: float, start: in
     while high - low > max(1, high // CLOSE):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
+    if low < wanted < high and fits(wanted):
+        low = wanted
     return Fit(low, tuple(tried))
 
 

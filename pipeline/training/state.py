@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts.files import atomic_json, atomic_write, read_json, sha256_file
+from pipeline.artifacts.files import BadInput, atomic_json, atomic_write, read_json, sha256_file
 from pipeline.training.curve import Means
 from pipeline.training.distributed import leads, rank, ranks
 from pipeline.training.steps import Steps
@@ -56,7 +56,7 @@ def save_state(folder: Path, state: RunState, steps: Steps, keep: int) -> None:
     """
     from safetensors.torch import save
 
-    random = _random_states()
+    random = _random_states(steps.device)
     if not leads():
         return
     state.scaler = steps.scaler.state_dict()
@@ -84,7 +84,7 @@ def save_state(folder: Path, state: RunState, steps: Steps, keep: int) -> None:
 def restore_state(folder: Path, key: str, steps: Steps) -> RunState | None:
     """The saved run with all that `steps` holds and the random states put back; None when there is nothing to continue.
 
-    A checkpoint of another key, or one whose tensors are absent or damaged, is no start: an older one is, or training
+    A checkpoint of another key, or one that is damaged or has no tensors, is no start: an older one is, or training
     begins anew.
     """
     found = (_intact(path, key) for path in sorted(folder.glob("state-*.json"), reverse=True))
@@ -109,14 +109,19 @@ def restore_state(folder: Path, key: str, steps: Steps) -> RunState | None:
         value.copy_(tensors[f"average.{name}"])
     if saved["scaler"]:  # idle where this machine falls back to fp32
         steps.scaler.load_state_dict(saved["scaler"])
-    _set_random_states(tensors)
+    _set_random_states(tensors, steps.device)
     saved |= {name: Means.of_json(saved[name]) for name in ("means", "recent")}
     return RunState(**{field.name: saved[field.name] for field in fields(RunState)})
 
 
 def _intact(path: Path, key: str) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint's tensors and the rest, where they are whole and of this key."""
-    saved, tensors = read_json(path, REMEDY), path.with_suffix(".safetensors")
+    try:
+        saved, tensors = read_json(path, REMEDY), path.with_suffix(".safetensors")
+    except BadInput:
+        return None
+    if not isinstance(saved, dict) or not saved.keys() >= {field.name for field in fields(RunState)} | {"sha256"}:
+        return None
     if saved["key"] != key or not tensors.is_file() or sha256_file(tensors) != saved["sha256"]:
         return None
     return tensors, saved
@@ -130,11 +135,11 @@ def _named(optimiser: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
     return [pair for group in optimiser.param_groups for pair in zip(group["names"], group["params"], strict=True)]
 
 
-def _random_states() -> dict[str, Tensor]:
+def _random_states(device: torch.device) -> dict[str, Tensor]:
     """Of every process: its CPU's generator, and its GPU's where it uses one."""
     own = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
     states = {}
     for name, value in own.items():
         for number, state in enumerate(_of_every_process(value)):
@@ -150,9 +155,9 @@ def _of_every_process(state: Tensor) -> list[Tensor]:
     return found
 
 
-def _set_random_states(tensors: dict[str, Tensor]) -> None:
+def _set_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
     """A process that was not there when the state was saved keeps its own."""
     if f"random.cpu.{rank()}" in tensors:
         torch.set_rng_state(tensors[f"random.cpu.{rank()}"])
-    if f"random.cuda.{rank()}" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors[f"random.cuda.{rank()}"])
+    if f"random.cuda.{rank()}" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"random.cuda.{rank()}"], device)

@@ -1,8 +1,8 @@
 """One optimiser step at a time: forward and backward over the parts of a batch, clipping, update, and the measures."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.losses.parts import Parts
+from pipeline.nn.matching import BadCost
 from pipeline.training import distributed
 from pipeline.training.average import Average
+from pipeline.training.compiling import computed_once
 from pipeline.training.optimiser import Optimisation, Precision, lr_factor
 
 
@@ -96,7 +98,8 @@ class Steps:
         The device is waited for once, after everything was asked of it (by fp16's scaler too, before it updates).
 
         Raises:
-            NonFiniteLoss: the weights are spoiled; the last checkpoint is not. Also where gradients overflow unscaled.
+            NonFiniteLoss: the weights are spoiled; the last checkpoint is not. Also where gradients overflow unscaled,
+                and where masks have diverged, so that they match nothing.
         """
         settings, scale = self.optimisation, self.scaler.get_scale()
         self.optimiser.zero_grad(set_to_none=True)
@@ -134,25 +137,50 @@ class Steps:
 
         Random draws and running statistics are as if the features had not been computed before.
         """
-        parts = Parts(len(every))
+        parts, uids = Parts(len(every)), []
         if len(every) == 1 or not self.shares:
             return parts
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), distributed.averaging(self.loss, False):
+        with self._unseen(), torch.no_grad(), distributed.averaging(self.loss, False):
             for number, loaded in enumerate(every):
+                batch = loaded.batch.to(self.device)
+                uids += batch.uids
                 with parts.of(number):
-                    self._forward(loaded.batch.to(self.device), done, loaded.position)
+                    self._forward(batch, done, loaded.position)
                 self.shares = parts.asked
                 if not self.shares:
                     break
-            parts.solve()
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            with _naming(uids, done):
+                parts.solve()
         return parts
 
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Inside, random draws and running statistics are as if there had been none."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            yield
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def operations(self, loaded: Loaded, done: int) -> float:
+        """Of the matrix products and convolutions of this part, forward and backward, on this process.
+
+        Nothing is counted twice: blocks run uncompiled, since a compiler hides their operations, and are computed once;
+        what that keeps for the backward pass waits on the host, in case recomputed blocks were needed. A pass for its
+        own sake: it changes nothing but drops the gradients of the step before.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        kept = torch.autograd.graph.save_on_cpu() if self.device.type == "cuda" else nullcontext()
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            with self._unseen(), computed_once(self.model), distributed.averaging(self.loss, False), kept:
+                self._forward(loaded.batch.to(self.device), done, loaded.position)["total"].backward()
+        self.optimiser.zero_grad(set_to_none=True)
+        return float(counter.get_total_flops())
+
     def _forward(self, batch: Any, done: int, position: int) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
+        autocast = torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
+        with autocast, _naming(batch.uids, done):
             return self.loss(batch, Progress(done, position, self.optimisation.images))
 
     def _update(self, position: int) -> tuple[float, Tensor]:
@@ -178,15 +206,25 @@ class Steps:
 def counted_step(
     steps: Steps, batches: Iterator[Loaded], done: int, *, count: bool
 ) -> tuple[dict[str, float], Loaded, float]:
-    """A step and, where wanted, the operations of its matrix products and convolutions on this process, else 0.
+    """A step and, where wanted, the operations that it takes at least on this process (`Steps.operations`), else 0.
 
-    Compiled blocks run uncompiled in a counted step, since a compiler hides their operations.
+    They are counted after the step: what a model computes once and keeps is there, and is not counted.
     """
     if not count:
         return *steps.step(batches, done), 0.0
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        values, loaded = steps.step(batches, done)
-    return values, loaded, float(counter.get_total_flops())
+    every = [next(batches) for _ in range(steps.optimisation.micro_batches)]
+    values, loaded = steps.step(iter(every), done)
+    return values, loaded, len(every) * steps.operations(every[-1], done)
+
+
+@contextmanager
+def _naming(uids: Sequence[str], done: int) -> Iterator[None]:
+    """Turns a matching that cannot be into an error that names the samples."""
+    try:
+        yield
+    except BadCost as error:
+        bad = ", ".join(uids[image] for image in error.images)
+        raise NonFiniteLoss(f"step {done + 1}: the matching cost is not finite on the samples {bad}") from error
 
 
 def _demand_finite(values: dict[str, float], uids: list[str], done: int) -> None:
