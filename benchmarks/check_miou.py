@@ -1,4 +1,4 @@
-"""The mIoU that `tessera evaluate` writes beside one counted here, from the label maps and the masks on disk.
+"""The rates that `tessera evaluate` writes beside those counted here, from the label maps and the masks on disk.
 
     python -m benchmarks.check_miou --root ../shared/data               every image of the root, every baseline
     python -m benchmarks.check_miou --root ../shared/data --limit 8 --models models/imported/groupvit baseline:oracle
@@ -6,8 +6,9 @@
 The root holds VOC and COCO in their official layouts; COCO's masks are converted from its instances into a temporary
 folder. Nothing can be downloaded for this, so GroupViT is transformers' with random weights, read by `tessera import`,
 and the baselines' encoders have random weights too: the scores mean nothing, their equality does. What is counted here
-shares no code with the pipeline: masks are read as bytes, classes are compared one at a time. Exit status 1 where a
-score differs by more than 1e-9.
+shares no code with the pipeline: masks are read as bytes, classes are compared one at a time. Compared are the mIoU,
+the IoU of every class, and the accuracies over all pixels (`aacc`) and over classes (`macc`). Exit status 1 where one
+differs by more than 1e-9, or stands on one side only.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from pipeline.cli.profile import write
 from pipeline.encoders import small_clip, small_vit
 from pipeline.nn.text import Vocabulary
 from pipeline.source_code import REPO
+from pipeline.text.tokenizers import BytePairTokenizer
 
 TOLERANCE = 1e-9
 GROUPVIT = "models/imported/groupvit"
@@ -51,15 +53,20 @@ MASKS: dict[str, tuple[str, int | None, int, int]] = {
 }
 
 
-def plain_miou(pairs: Sequence[tuple[UInt8[np.ndarray, "h w"], UInt8[np.ndarray, "h w"]]], name: str) -> float:
-    """Mean over the classes that occur of the intersection over union of all (answer, mask file) pairs, in [0, 1].
+def plain_rates(
+    pairs: Sequence[tuple[UInt8[np.ndarray, "h w"], UInt8[np.ndarray, "h w"]]], name: str
+) -> dict[str, float]:
+    """Rates of all (answer, mask file) pairs together, in [0, 1]; nan where a rate is of nothing.
 
-    Masks hold the file's own values. Source: evaluation card section 7.1.
+    IoU by class number, `miou` their mean over the classes that occur, `aacc` the share of pixels that are right,
+    `macc` that share's mean over the classes of the masks. Masks hold the file's own values. Source: evaluation card
+    section 7.1.
     """
     _, ignored, shift, classes = MASKS[name]
-    rates = []
+    rates: dict[str, float] = {}
+    right, every, recalls = 0, 0, []
     for number in range(classes):
-        both, either = 0, 0
+        both, either, there = 0, 0, 0
         for answer, mask in pairs:
             counts = np.ones(mask.shape, bool)
             if ignored is not None:
@@ -69,9 +76,36 @@ def plain_miou(pairs: Sequence[tuple[UInt8[np.ndarray, "h w"], UInt8[np.ndarray,
             answered, true = (answer == number) & counts, (mask == number + shift) & counts
             both += int(np.count_nonzero(answered & true))
             either += int(np.count_nonzero(answered | true))
-        if either:
-            rates.append(both / either)
-    return math.fsum(rates) / len(rates) if rates else math.nan
+            there += int(np.count_nonzero(true))
+        rates[str(number)] = both / either if either else math.nan
+        right, every = right + both, every + there
+        recalls += [both / there] if there else []
+    found = [rate for rate in rates.values() if not math.isnan(rate)]
+    rates["miou"] = math.fsum(found) / len(found) if found else math.nan
+    rates["aacc"] = right / every if every else math.nan
+    rates["macc"] = math.fsum(recalls) / len(recalls) if recalls else math.nan
+    return rates
+
+
+def reported_rates(report: dict[str, Any]) -> dict[str, float]:
+    """The same rates as a report has them, its classes by their place in it; null is nan."""
+    rates = {str(number): report["per_class"][name] for number, name in enumerate(report["class_names"])}
+    rates |= {name: report[name] for name in ("miou", "aacc", "macc")}
+    return {name: math.nan if rate is None else rate for name, rate in rates.items()}
+
+
+def difference(one: dict[str, float], other: dict[str, float]) -> tuple[float, str]:
+    """The largest one and its rate's name; infinite where a rate is of nothing on one side only, or missing there."""
+    apart = {name: _apart(one.get(name, math.nan), other.get(name, math.nan)) for name in {**one, **other}}
+    apart |= dict.fromkeys(one.keys() ^ other.keys(), math.inf)
+    name = max(apart, key=lambda name: apart[name])
+    return apart[name], name
+
+
+def _apart(one: float, other: float) -> float:
+    if math.isnan(one) or math.isnan(other):
+        return 0.0 if math.isnan(one) and math.isnan(other) else math.inf
+    return abs(one - other)
 
 
 def random_groupvit(folder: Path) -> Path:
@@ -100,7 +134,7 @@ def random_encoders(checkout: Path) -> None:
     card: dict[str, Any] = {"family": small_vit.FAMILY, "architecture": params.plain(tower)}
     save_model(checkout / "models/encoders/dino", dino.state_dict(), card)
     known = params.build(small_clip.ClipArchitecture, values["clip"]["train"]["architecture"], "architecture")
-    ids = small_clip.tokenizer("bpe", known.text.context_length).vocab_size
+    ids = BytePairTokenizer(known.text.context_length).vocab_size
     clip = small_clip.SmallClip(known, Vocabulary(torch.arange(ids)), None)
     for weights in (*clip.text.parameters(), *clip.text_head.parameters()):
         if weights.ndim > 1:
@@ -139,8 +173,10 @@ def run(*arguments: str) -> str:
     return said.getvalue()
 
 
-def check(checkout: Path, data: Path, spec: str, name: str, limit: int | None) -> tuple[float, float, int, int]:
-    """The reported mIoU, the one counted here, the images, and how many different labels the answers have."""
+def check(
+    checkout: Path, data: Path, spec: str, name: str, limit: int | None
+) -> tuple[dict[str, float], dict[str, float], int, int]:
+    """The reported rates, those counted here, the images, and how many different labels the answers have."""
     out, maps = checkout / "out.json", checkout / "maps" / spec.replace(":", "-") / name
     words = ["--root", str(checkout), "evaluate", "--model", spec, "--benchmark", name, "--root", str(data)]
     words += ["--limit", str(limit)] if limit else []
@@ -154,7 +190,7 @@ def check(checkout: Path, data: Path, spec: str, name: str, limit: int | None) -
     report = json.loads(out.read_text(encoding="utf-8"))
     if len(pairs) != report["num_images"]:
         raise RuntimeError(f"{spec} on {name}: {len(pairs)} label maps for {report['num_images']} images")
-    return report["miou"], plain_miou(pairs, name), len(pairs), len(labels)
+    return reported_rates(report), plain_rates(pairs, name), len(pairs), len(labels)
 
 
 @contextmanager
@@ -170,7 +206,7 @@ def place(kept: Path | None) -> Iterator[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print a row per model and benchmark; 1 where one differs."""
-    parser = argparse.ArgumentParser(description="tessera evaluate's mIoU beside an independent count")
+    parser = argparse.ArgumentParser(description="tessera evaluate's rates beside an independent count")
     parser.add_argument("--root", type=Path, required=True, help="folder that holds VOCdevkit and coco")
     parser.add_argument("--limit", type=int, help="first N images of each benchmark (default: all)")
     parser.add_argument("--profile", default="photos", help="whose parameters: windows, thresholds (default: photos)")
@@ -185,11 +221,11 @@ def main(argv: list[str] | None = None) -> int:
         for name in options.benchmarks:
             for spec in options.models:
                 reported, counted, images, labels = check(checkout, data, spec, name, options.limit)
-                difference = abs(reported - counted)
-                wrong += not difference <= TOLERANCE
+                apart, rate = difference(reported, counted)
+                wrong += apart > TOLERANCE
                 print(
-                    f"{name:12} {spec:32} {images:4d} images {labels:3d} labels  reported {reported:.10f}  "
-                    f"counted {counted:.10f}  difference {difference:.1e}",
+                    f"{name:12} {spec:32} {images:4d} images {labels:3d} labels  reported {reported['miou']:.10f}  "
+                    f"counted {counted['miou']:.10f}  largest difference of {len(counted)} rates {apart:.1e} ({rate})",
                     flush=True,
                 )
     print(f"{wrong} of {len(options.benchmarks) * len(options.models)} differ by more than {TOLERANCE:g}")

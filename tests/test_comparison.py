@@ -90,6 +90,13 @@ def test_what_cannot_be_compared_is_said(checkout, capsys, arguments, problem):
     assert problem in capsys.readouterr().err and not list(checkout.glob("page*"))
 
 
+@pytest.mark.parametrize("named", [[], ["--benchmark", "scenes", "--root", "sets"]])
+def test_parameters_without_benchmarks_have_no_rules(checkout, capsys, named):
+    (checkout / "params.yaml").write_text(json.dumps({"evaluate": block(benchmarks=[])}))
+    assert make(checkout, *named) == 1
+    assert "evaluate.benchmarks: expected one or more" in capsys.readouterr().err
+
+
 def test_votes_go_to_the_model_on_that_side():
     total = votes.count(KEY, [{"1": "left", "2": "left", "3": "right"}, {"1": "tie", "2": "right"}])
     # Image 1: a left. Images 2 and 3: b left.
@@ -138,6 +145,31 @@ def test_bad_votes_name_the_file(tmp_path, content, problem):
     with pytest.raises(BadInput, match=problem) as caught:
         votes.read_votes(path, KEY)
     assert "v.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"models": ["a"]}, "expected two names"),
+        ({"models": ["a", "b", "c"]}, "expected two names"),
+        ({"models": 5}, "models is 5"),
+        ({"models": "ab"}, "models is 'ab'"),
+        ({"models": ["a", None]}, "expected two names"),
+        ({"models": ["a", "a"]}, "both models are 'a'"),
+        ({"left": {"1": "c"}}, "left of '1' is 'c': expected a or b"),
+        ({"left": {"1": ["a"]}}, "left of '1'"),
+        ({"left": {"1": None}}, "left of '1'"),
+        ({"left": [1]}, "no mapping"),
+        ({"left": None}, "no mapping"),
+        ({"page": 3}, "page is no name"),
+    ],
+)
+def test_a_bad_key_names_the_file(tmp_path, changes, problem):
+    (tmp_path / "k.json").write_text(json.dumps({**KEY, **changes}))
+    (tmp_path / "v.json").write_text(json.dumps({"page": changes.get("page", "abc"), "votes": {"1": "left"}}))
+    with pytest.raises(BadInput, match=problem) as caught:
+        votes.tally(tmp_path / "k.json", [tmp_path / "v.json"])
+    assert "k.json" in str(caught.value) and "written beside the page" in str(caught.value)
 
 
 def test_a_file_of_votes_counts_once(tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline import params
 from pipeline.artifacts import shards
 from pipeline.artifacts.files import BadInput, CorruptPayload
-from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, make_uid, read_rows, read_stats
+from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, make_uid, read_rows
 from pipeline.artifacts.tars import write_tar
 from pipeline.engine import Interrupted, StageFailed, run
 from pipeline.project import Project
@@ -59,7 +59,7 @@ def test_faults_end_as_failed_rows(downloaded: Project) -> None:
     ]
     assert all(row["url"] == f"http://scenes.localhost/00000/{index:09d}.jpg" for index, row in enumerate(rows))
     assert all(row["uid"] == make_uid("scenes", row["url"], row["caption"]) for row in rows)
-    stats = read_stats(payload(downloaded), "00000")
+    stats = json.loads((payload(downloaded) / "00000_stats.json").read_text())
     assert (stats["count"], stats["successes"]) == (12, 8)
     assert (stats["failed_to_download"], stats["failed_to_resize"]) == (2, 2)
     counts = json.loads((payload(downloaded) / "payload.json").read_text())["counts"]
@@ -281,11 +281,14 @@ def test_the_same_link_twice_is_two_rows(web_host: str, tmp_path: Path) -> None:
 
 
 def test_a_dead_network_is_no_result() -> None:
-    dead = {"error_message": "<urlopen error [Errno -3] Temporary failure in name resolution>"}
+    message = "<urlopen error [Errno -3] Temporary failure in name resolution>"
+    dead = [{"url": f"http://{number}.test/", "error_message": message} for number in range(2)]
     with pytest.raises(OSError, match="none of 2 links could be reached"):
-        download._require_network([dead, dead])
-    download._require_network([dead, {"error_message": "HTTP Error 404: Not Found"}])
-    download._require_network([dead, {"error_message": None}])
+        download._require_network(dead, 2)
+    download._require_network(dead, 3)
+    download._require_network([], 1)
+    download._require_network([*dead, {"url": "http://2.test/", "error_message": "HTTP Error 404: Not Found"}], 2)
+    download._require_network([*dead, {"url": "http://2.test/", "error_message": None}], 2)
 
 
 def test_an_interrupt_ends_a_slow_download_at_once(web_host: str, tmp_path: Path) -> None:

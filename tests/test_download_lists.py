@@ -12,7 +12,7 @@ from download_project import DOWNLOAD, encode, payload, picture, project, public
 from pipeline import params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.manifest import Manifest
-from pipeline.artifacts.shards import SUCCESS, make_uid, read_rows, read_stats
+from pipeline.artifacts.shards import SUCCESS, make_uid, read_rows
 from pipeline.engine import run
 from pipeline.machine import Machine
 from pipeline.params import ParamsError
@@ -71,7 +71,8 @@ def test_a_rejected_row_is_recorded_and_its_image_not_asked_for(web_host: str, t
     assert [row["status"] for row in rows] == [SUCCESS, REJECTED, SUCCESS]
     assert rows[1]["error_message"] == "an annotation without url and caption"
     assert rows[1]["url"] == f"http://{web_host}/2.jpg" and sorted(Web.asked) == ["/1.jpg", "/3.jpg"]
-    assert read_stats(payload(chain), "00000")["status_dict"][rows[1]["error_message"]] == 1
+    stats = json.loads((payload(chain) / "00000_stats.json").read_text())
+    assert stats["status_dict"][rows[1]["error_message"]] == 1
     counts = json.loads((payload(chain) / "payload.json").read_text())["counts"]
     assert counts["detail"] == {"rejected: an annotation without url and caption": 1}
 

@@ -8,9 +8,9 @@ from torchvision.transforms import functional as vision
 
 from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform
 from pipeline.datasets.pairs import Sample
-from pipeline.datasets.transforms import WHOLE, View, move_labels, normalise, random_view, render
+from pipeline.datasets.transforms import View, move_labels, normalise, random_view, render
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 
 
 @pytest.fixture
@@ -46,8 +46,9 @@ def test_normalise_rounds_as_numpy_does(image):
 
 def test_whole_view_at_its_own_resolution_is_the_label_map():
     labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    np.testing.assert_array_equal(move_labels(labels, WHOLE, (3, 4)), labels)
-    np.testing.assert_array_equal(move_labels(labels, WHOLE, (6, 8)), labels.repeat(2, 0).repeat(2, 1))
+    whole = View(left=0.0, top=0.0, width=1.0, height=1.0, flip=False)
+    np.testing.assert_array_equal(move_labels(labels, whole, (3, 4)), labels)
+    np.testing.assert_array_equal(move_labels(labels, whole, (6, 8)), labels.repeat(2, 0).repeat(2, 1))
 
 
 def test_labels_by_hand():
@@ -119,7 +120,7 @@ def test_caption_form():
 
 
 def test_collate():
-    transform, collate = PairTransform(views=augmentation(), grid=4), PairCollate(tokenizer("bpe", 8))
+    transform, collate = PairTransform(views=augmentation(), grid=4), PairCollate(BytePairTokenizer(8))
     prepared = [transform(sample(["a dog"]), np.random.default_rng(i)) for i in range(3)]
     batch = collate(prepared, ["x", "y", "z"]).to("cpu")
     assert batch.pixels.shape == (3, 3, 16, 16) and batch.pixels.dtype == torch.float32

@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_evaluate import block
+from voc_root import ColorModel, write_root
 
-from pipeline import chain, engine, params
+from pipeline import chain, engine, methods, params
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.weights import save_model
 from pipeline.cli import plan
 from pipeline.cli.profile import write
+from pipeline.datasets.preparing import SampleFailed
 from pipeline.engine import run
+from pipeline.evaluation import Config, candidates
+from pipeline.evaluation.pairs import draw, evaluate, open_pair
 from pipeline.evaluation.stage import evaluate_all
 from pipeline.machine import Machine
 from pipeline.nn.bert import Bert
@@ -27,6 +33,7 @@ from pipeline.planning.samples import Measured, Sample, by_kind
 from pipeline.planning.scoring import Scoring
 from pipeline.planning.taken import taken
 from pipeline.project import Project
+from pipeline.training.steps import NonFiniteLoss
 from stages.selftrain import selftrain
 
 REPO = Path(__file__).resolve().parent.parent
@@ -205,6 +212,75 @@ def test_a_benchmark_that_is_not_here_is_one_note(tmp_path):
     scoring.pairs()
     (note,) = scoring.notes
     assert note.startswith("evaluate.voc: not rehearsed") and not scoring.measured
+
+
+def failing(tmp_path, error: Exception) -> Rehearsal:
+    """A rehearsal whose only training raises."""
+    chosen = project(tmp_path / "real", "tiny")
+    rehearsal = Rehearsal(chosen, tmp_path / "rehearsal", 0.1)
+
+    def train(_: Project) -> None:
+        raise error
+
+    rehearsal._paced("train.sseg", rehearsal._checkout(0, 4), train)
+    return rehearsal
+
+
+def allocation() -> RuntimeError:
+    """What torch's allocator raises."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**17)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BadInput("weights", "are not here", "Fetch them"),
+        params.ParamsError("train.sseg: no"),
+        NonFiniteLoss("step 1"),
+        MemoryError(),
+        torch.OutOfMemoryError("of the GPU"),
+        SampleFailed("a loader's worker process ended"),
+        allocation(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_training_lacks_is_a_note(tmp_path, error):
+    rehearsal = failing(tmp_path, error)
+    (note,) = rehearsal.notes
+    assert note.startswith(f"train.sseg: not rehearsed ({type(error).__name__}") and not rehearsal.measured
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), RuntimeError("shapes cannot be multiplied"), ValueError("x")])
+def test_a_mistake_in_a_training_is_none_of_the_plan_s_notes(tmp_path, error):
+    with pytest.raises(type(error)):
+        failing(tmp_path, error)
+    wrapped = SampleFailed("cannot be prepared")
+    wrapped.__cause__ = error
+    with pytest.raises(SampleFailed):
+        failing(tmp_path, wrapped)
+
+
+@pytest.mark.parametrize(("protocol", "images"), [("native", 9 + 5), ("unified", 9)])
+def test_a_pair_reads_what_the_plan_says(tmp_path, monkeypatch, protocol, images):
+    """Every image to be answered and for the digest, the tune images too where they choose; the drawn once more."""
+    write_root(tmp_path / "sets", {"train": 7, "val": 9})
+    save_model(tmp_path / "models" / "tiny", ColorModel().state_dict(), {"method": "tiny"})
+    monkeypatch.setattr(methods, "load", lambda folder, encoders: ColorModel())
+    chosen = project(tmp_path, "tiny")
+    entry = {"name": "scenes", "root": "sets", "limit": None, "tune_limit": 5}
+    chosen.params["evaluate"] = block(protocol=protocol, models=["tiny"], benchmarks=[entry])
+    config, read = chosen.config("evaluate", Config), []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append((path, len(real(path)))) or real(path))
+    pair = open_pair("tiny", config.benchmarks[0], tmp_path / "sets", protocol, config, chosen)
+    candidate = candidates.load("tiny", chosen, config.geometry, pair.benchmark)
+    draw(tmp_path / "figures", pair, candidate, evaluate(pair, candidate, bar=False), config, None)
+    measured = {"evaluate.scenes.tiny": Measured((sample(9, 1.0),))}
+    planned = estimates(chosen, measured, amounts.of_download(chosen))["evaluate.scenes"].read
+    sizes = [size for path, size in read if path.suffix in (".jpg", ".png")]
+    assert len(sizes) == 2 * (2 * images + 4) and planned == pytest.approx(sum(sizes), rel=0.05)
 
 
 def estimate(name: str, written: dict[str, int], images: int = 10) -> Estimate:

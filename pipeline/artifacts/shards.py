@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8, UInt64
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.artifacts.files import BadInput, atomic_json, read_json
+from pipeline.artifacts.files import BadInput, atomic_json
 from pipeline.artifacts.tars import index_tar, write_tar
 
 __all__ = ["SCHEMA", "SUCCESS", "Shard", "decode_rgb", "decode_stored", "index_tar", "make_uid", "open_rgb"]
@@ -168,11 +168,6 @@ def _stats(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "failed_to_resize": statuses["failed_to_resize"],
         "status_dict": dict(sorted(reasons.items())),
     }
-
-
-def read_stats(folder: Path, name: str) -> dict[str, Any]:
-    """A shard's `_stats.json`."""
-    return read_json(folder / f"{name}_stats.json", _REPAIR)
 
 
 def decode_rgb(data: bytes, name: str = "image") -> UInt8[np.ndarray, "height width 3"]:

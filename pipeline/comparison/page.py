@@ -76,6 +76,8 @@ def make(arguments: argparse.Namespace, project: Project) -> str:
 
 def _benchmark(arguments: argparse.Namespace, config: Config, project: Project) -> Benchmark:
     known = {entry.name: entry.root for entry in config.benchmarks}
+    if not known:  # the first one's rules hold for any photograph, see `Predictor`
+        raise ParamsError("evaluate.benchmarks: expected one or more, found none")
     name = arguments.benchmark or config.benchmarks[0].name
     if arguments.layout_root:
         return open_benchmark(name, Path(arguments.layout_root), config.protocol)

@@ -11,10 +11,33 @@ from pipeline.artifacts.files import BadInput, read_json
 
 CHOICES = ("left", "right", "tie")
 _REMEDY = "Ask the voter for the file that the page saved"
+_KEY_REMEDY = "Give the .key.json that was written beside the page"
+
+
+def read_key(path: Path) -> dict[str, Any]:
+    """The key of a page: its name, the two models, and which of them stands left of each image.
+
+    Raises:
+        BadInput: absent, not a page's key, or with names that are none of its models'.
+    """
+    key = read_json(path, "Run `tessera compare make` again with the same arguments")
+    if not isinstance(key, dict) or not {"page", "models", "left"} <= set(key):
+        raise BadInput(path, "not a page's key", _KEY_REMEDY)
+    models, left = key["models"], key["left"]
+    if not isinstance(models, list) or len(models) != 2 or not all(isinstance(name, str) for name in models):
+        raise BadInput(path, f"models is {models!r}: expected two names", _KEY_REMEDY)
+    if models[0] == models[1]:
+        raise BadInput(path, f"both models are {models[0]!r}", _KEY_REMEDY)
+    if not isinstance(key["page"], str) or not isinstance(left, dict):
+        raise BadInput(path, "page is no name, or left no mapping of images to models", _KEY_REMEDY)
+    for image, name in left.items():
+        if name not in models:
+            raise BadInput(path, f"left of {image!r} is {name!r}: expected {' or '.join(models)}", _KEY_REMEDY)
+    return key
 
 
 def read_votes(path: Path, key: dict[str, Any]) -> dict[str, str]:
-    """The choice by image of one voter.
+    """The choice by image of one voter on the page of that key (see `read_key`).
 
     Raises:
         BadInput: not a file of votes, of another page, with an image that the page has not, or without any vote.
@@ -52,11 +75,9 @@ def tally(key_path: Path, paths: Sequence[Path]) -> str:
     several images, and several voters' on one, for independent.
 
     Raises:
-        BadInput: see `read_votes`; a key that is none; the same file twice.
+        BadInput: see `read_key` and `read_votes`; the same file twice.
     """
-    key = read_json(key_path, "Run `tessera compare make` again with the same arguments")
-    if not isinstance(key, dict) or not {"page", "models", "left"} <= set(key):
-        raise BadInput(key_path, "not a page's key", "Give the .key.json that was written beside the page")
+    key = read_key(key_path)
     if len({path.resolve() for path in paths}) < len(paths):
         raise BadInput(key_path, "a file of votes is given twice", "Give each once")
     total = count(key, [read_votes(path, key) for path in paths])

@@ -8,6 +8,7 @@ visible on larger ones, and by `id` where areas are equal; the area is the annot
 so that they are background, as in COCO-Stuff's rendering. The papers do not do this, and scores differ slightly.
 """
 
+import math
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,10 @@ import numpy as np
 from jaxtyping import Int16, UInt8
 
 from pipeline.artifacts.files import BadInput, digest, read_json, sha256_file
-from pipeline.conversion.shapes import segmentation_mask
+from pipeline.conversion.shapes import image_size, is_finite, segmentation_mask
 from pipeline.conversion.writing import MaskJob, write_masks
 from pipeline.datasets.benchmarks import read_layout
-from pipeline.datasets.label_ids import UNKNOWN, label_table, read_indices, to_labels
+from pipeline.datasets.label_ids import label_table, read_indices, to_labels
 from pipeline.datasets.splits import is_image_id
 
 NAME = "coco_object"
@@ -78,25 +79,28 @@ def _read_map(path: Path) -> UInt8[np.ndarray, "height width"]:
 def _from_instances(folder: Path, layout: dict[str, Any], split: str) -> tuple[list[MaskJob], str]:
     path = folder / "annotations" / f"instances_{split}.json"
     data = read_json(path, JSON_REMEDY)
-    found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
     jobs: list[MaskJob] = []
-    crowds = 0
+    crowds, table = 0, raw_table()
     try:
         for annotation in data["annotations"]:
-            crowds += bool(annotation["iscrowd"])
+            _check_owner(annotation, path)
+            crowds += annotation["iscrowd"]
             if not annotation["iscrowd"]:
                 found[annotation["image_id"]].append(annotation)
         for image in data["images"]:
             name = image["file_name"].removesuffix(".jpg")
             if not is_image_id(name) or "/" in name:
                 raise BadInput(path, f"{image['file_name']!r} is no file name of an image", JSON_REMEDY)
-            size = int(image["height"]), int(image["width"])
+            size = _size(image, path)
+            for annotation in found[image["id"]]:
+                _check_part(annotation, table, path)
             ordered = sorted(found[image["id"]], key=lambda annotation: (-annotation["area"], annotation["id"]))
             parts = [(part["id"], part["category_id"], part["segmentation"]) for part in ordered]
             jobs.append(
                 MaskJob(
                     path=_mask_path(folder, layout, f"{split}/{name}"),
-                    key=partial(_key, "instances", (*size, parts)),
+                    key=partial(_parts_key, parts, size, path),
                     make=partial(_paint, parts, size, path),
                 )
             )
@@ -107,14 +111,39 @@ def _from_instances(folder: Path, layout: dict[str, Any], split: str) -> tuple[l
     return jobs, f" from instances ({crowds:,} crowd regions left as background)"
 
 
+def _size(image: dict[str, Any], path: Path) -> tuple[int, int]:
+    try:
+        if type(image["id"]) is not int:
+            raise ValueError(f"the id {image['id']!r}")
+        return image_size(image)
+    except ValueError as error:
+        raise BadInput(path, f"image {image['file_name']} has {error}", JSON_REMEDY) from error
+
+
+def _check_owner(annotation: dict[str, Any], path: Path) -> None:
+    """Refuse what cannot be counted, found again or put in order."""
+    for name in ("id", "image_id"):
+        if type(annotation[name]) is not int:
+            raise BadInput(path, f"annotation {annotation['id']!r} has {name} {annotation[name]!r}", JSON_REMEDY)
+    if type(annotation["iscrowd"]) is not int or annotation["iscrowd"] not in (0, 1):
+        problem = f"annotation {annotation['id']} has iscrowd {annotation['iscrowd']!r}: expected 0 or 1"
+        raise BadInput(path, problem, JSON_REMEDY)
+
+
+def _check_part(annotation: dict[str, Any], table: Int16[np.ndarray, " raw"], path: Path) -> None:
+    """Refuse a category that is no object, and an area that is no number."""
+    number, category, area = annotation["id"], annotation["category_id"], annotation["area"]
+    if type(category) is not int or not 1 <= category <= len(table) or table[category - 1] < 1:
+        raise BadInput(path, f"annotation {number} has category {category!r}, which is no object", JSON_REMEDY)
+    if type(area) not in (int, float) or not 0 <= area < math.inf:
+        raise BadInput(path, f"annotation {number} has area {area!r}", JSON_REMEDY)
+
+
 def _paint(parts: list[tuple[int, int, Any]], size: tuple[int, int], path: Path) -> UInt8[np.ndarray, "height width"]:
     table, label = raw_table(), np.zeros(size, np.uint8)
     for number, category, segmentation in parts:
-        value = table[category - 1] if 1 <= category <= len(table) else UNKNOWN
-        if value < 1:
-            raise BadInput(path, f"annotation {number} has category {category}, which is no object", JSON_REMEDY)
         try:
-            label[segmentation_mask(segmentation, *size)] = value
+            label[segmentation_mask(segmentation, *size)] = table[category - 1]
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(path, f"annotation {number} is broken ({error})", JSON_REMEDY) from error
     return label
@@ -122,6 +151,14 @@ def _paint(parts: list[tuple[int, int, Any]], size: tuple[int, int], path: Path)
 
 def _key(source: str, value: Any) -> str:
     return digest([NAME, source, VERSION, value])
+
+
+def _parts_key(parts: list[tuple[int, int, Any]], size: tuple[int, int], path: Path) -> str:
+    try:
+        return _key("instances", (*size, parts))
+    except ValueError as error:
+        number = next(number for number, _, segmentation in parts if not is_finite(segmentation))
+        raise BadInput(path, f"annotation {number} is broken ({error})", JSON_REMEDY) from error
 
 
 def _file_key(path: Path) -> str:

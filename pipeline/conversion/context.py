@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int16, UInt8
 
 from pipeline.artifacts.files import BadInput, atomic_write, digest, read_json, sha256_file
-from pipeline.conversion.shapes import rle_mask
+from pipeline.conversion.shapes import image_size, is_finite, rle_mask
 from pipeline.conversion.writing import MaskJob, Written, write_masks
 from pipeline.datasets.benchmarks import read_layout
 from pipeline.datasets.label_ids import label_table, to_labels
@@ -69,11 +69,11 @@ def _from_detail(folder: Path, layout: dict[str, Any]) -> tuple[dict[str, list[s
     jobs: list[MaskJob] = []
     try:
         for annotation in data["annos_segmentation"]:
-            annotations[annotation["image_id"]].append(annotation)
+            annotations[_owner(annotation, path)].append(annotation)
         for image in data["images"]:
             if image["phase"] in ids:
                 ids[image["phase"]].append(_image_id(image["file_name"], path))
-                jobs.append(_detail_job(image, annotations[image["image_id"]], path, folder, layout))
+                jobs.append(_detail_job(image, annotations[_owner(image, path)], path, folder, layout))
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(path, f"not a file of PASCAL in Detail ({error!r})", JSON_REMEDY) from error
     if not jobs:
@@ -84,14 +84,34 @@ def _from_detail(folder: Path, layout: dict[str, Any]) -> tuple[dict[str, list[s
 def _detail_job(
     image: dict[str, Any], annotations: list[dict[str, Any]], path: Path, folder: Path, layout: dict[str, Any]
 ) -> MaskJob:
-    size = int(image["height"]), int(image["width"])
-    parts = [(annotation["category_id"], annotation["segmentation"]) for annotation in annotations]
     name = _image_id(image["file_name"], path)
+    try:
+        size = image_size(image)
+    except ValueError as error:
+        raise BadInput(path, f"image {name} has {error}", JSON_REMEDY) from error
+    parts = [(_category(annotation, name, path), annotation["segmentation"]) for annotation in annotations]
     return MaskJob(
         path=folder / layout["masks"].format(id=name),
-        key=partial(_key, "detail", (*size, parts)),
+        key=partial(_parts_key, parts, size, path, name),
         make=partial(_paint, parts, size, path, name),
     )
+
+
+def _owner(entry: dict[str, Any], path: Path) -> int | str:
+    """The id of the image that it is, or belongs to."""
+    owner = entry["image_id"]
+    if type(owner) not in (int, str):
+        what = entry.get("file_name", f"annotation {entry.get('id')!r}")
+        raise BadInput(path, f"{what} has image_id {owner!r}", JSON_REMEDY)
+    return owner
+
+
+def _category(annotation: dict[str, Any], name: str, path: Path) -> int:
+    category = annotation["category_id"]
+    if type(category) is not int or not 0 <= category < RAW_IDS:
+        what = f"annotation {annotation.get('id')!r} of {name} has category {category!r}"
+        raise BadInput(path, f"{what}: expected a whole number from 0 to {RAW_IDS - 1}", JSON_REMEDY)
+    return category
 
 
 def _paint(
@@ -102,8 +122,12 @@ def _paint(
         try:
             raw[rle_mask(segmentation, *size)] = category
         except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(path, f"a mask of {name}, class {category}, is broken ({error})", JSON_REMEDY) from error
+            raise _broken(path, name, category, error) from error
     return to_labels(raw, raw_table(), f"{path}, image {name}")
+
+
+def _broken(path: Path, name: str, category: int, error: Exception) -> BadInput:
+    return BadInput(path, f"a mask of {name}, class {category}, is broken ({error})", JSON_REMEDY)
 
 
 def _from_maps(folder: Path, layout: dict[str, Any], maps: Path) -> tuple[dict[str, list[str]], list[MaskJob]]:
@@ -133,6 +157,14 @@ def _read_map(path: Path) -> UInt8[np.ndarray, "height width"]:
 
 def _key(source: str, value: Any) -> str:
     return digest([NAME, source, VERSION, value])
+
+
+def _parts_key(parts: Iterable[tuple[int, dict[str, Any]]], size: tuple[int, int], path: Path, name: str) -> str:
+    try:
+        return _key("detail", (*size, parts))
+    except ValueError as error:
+        category = next(category for category, segmentation in parts if not is_finite(segmentation))
+        raise _broken(path, name, category, error) from error
 
 
 def _file_key(path: Path) -> str:

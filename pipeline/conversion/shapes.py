@@ -3,13 +3,39 @@
 Axes: height and width in pixels. A mask is True inside.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from pipeline.artifacts.shards import MAX_PIXELS
+
+FAR = 1e9  # pixels; a corner beyond is a mistake, and its edges would leave float64
 _ZERO, _BITS, _MORE, _SIGN = 48, 5, 0x20, 0x10  # of a character of compressed counts
+
+
+def image_size(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width that an image's entry states, in pixels.
+
+    Raises:
+        ValueError: not whole numbers above 0, or more than MAX_PIXELS pixels.
+        KeyError: not stated.
+    """
+    height, width = image["height"], image["width"]
+    if not (type(height) is type(width) is int and height > 0 < width and height * width <= MAX_PIXELS):
+        raise ValueError(f"a size of {height!r} x {width!r} pixels")
+    return height, width
+
+
+def is_finite(segmentation: Any) -> bool:
+    """Whether no number in it is infinite or NaN."""
+    try:
+        json.dumps(segmentation, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def rle_mask(rle: Mapping[str, Any], height: int, width: int) -> Bool[np.ndarray, "height width"]:
@@ -20,10 +46,13 @@ def rle_mask(rle: Mapping[str, Any], height: int, width: int) -> Bool[np.ndarray
     """
     if list(rle["size"]) != [height, width]:
         raise ValueError(f"a mask of {rle['size']} for an image of {[height, width]}")
-    counts = rle["counts"]
+    counts, pixels = rle["counts"], height * width
+    wrong = f"run lengths that do not add up to {height} x {width} pixels"
+    if not isinstance(counts, str) and not all(type(run) is int and 0 <= run <= pixels for run in counts):
+        raise ValueError(wrong)
     runs = decode_counts(counts) if isinstance(counts, str) else np.array(counts, np.int64)
-    if (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError(f"run lengths that do not add up to {height} x {width} pixels")
+    if (runs < 0).any() or (runs > pixels).any() or runs.sum() != pixels:
+        raise ValueError(wrong)
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
@@ -53,17 +82,19 @@ def decode_counts(text: str) -> Int64[np.ndarray, " runs"]:
     return runs
 
 
-def polygon_mask(corners: Sequence[float], height: int, width: int) -> Bool[np.ndarray, "height width"]:
+def polygon_mask(corners: Sequence[Any], height: int, width: int) -> Bool[np.ndarray, "height width"]:
     """True where a pixel's centre lies inside the polygon x0, y0, x1, y1, ... by the even-odd rule.
 
     Deviates: COCO's own tool rounds the corners to fifths of a pixel first, so that pixels at the outline can differ.
 
     Raises:
-        ValueError: fewer than three corners, or a corner that is no number.
+        ValueError: fewer than three corners, or a corner that is no number or beyond `FAR`.
     """
-    points = np.array(corners, np.float64)
-    if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
+    if len(corners) < 6 or len(corners) % 2:
         raise ValueError("a polygon without three corners")
+    if not all(type(corner) in (int, float) and abs(corner) <= FAR for corner in corners):
+        raise ValueError(f"a polygon with a corner that is no number up to {FAR:g}")
+    points = np.array(corners, np.float64)
     # Below a crossing of a column's centre line the side changes; an edge owns its left end and not its right one.
     toggles = np.zeros((height + 1, width), bool)
     points = points.reshape(-1, 2)

@@ -63,9 +63,6 @@ class View:
     flip: bool
 
 
-WHOLE = View(left=0.0, top=0.0, width=1.0, height=1.0, flip=False)
-
-
 def random_view(
     rng: np.random.Generator,
     *,

@@ -1,6 +1,6 @@
 """DINO's multi-crop: a few large and a few small random views of an image, with random colours.
 
-Geometry is drawn and cut per image in the loader's threads; colours are one matrix per view, applied to whole batches.
+Geometry is drawn and cut per image in the loader's threads; colours are three factors a view, applied to whole batches.
 Axes: views, batch, points (places of the image that both global views show), side (pixels).
 """
 
@@ -61,7 +61,7 @@ class CropConfig:
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """One image's views, before they are stacked; `colours` [views, 3], see `_colour_matrix`."""
+    """One image's views, before they are stacked; `colours` [views, 3], see `recolour`."""
 
     global_views: UInt8[ndarray, "2 side side 3"]
     local_views: UInt8[ndarray, "locals local_side local_side 3"]

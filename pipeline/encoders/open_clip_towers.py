@@ -19,7 +19,7 @@ from pipeline.encoders.files import find_weights, first_line, fit_weights, read_
 from pipeline.interfaces import Projected, Triple, VisualTower
 from pipeline.nn.visual_tower import value_tokens, whole_patches
 from pipeline.nn.vit import resize_position
-from pipeline.text.tokenizers import tokenizer
+from pipeline.text.tokenizers import BytePairTokenizer
 
 FAMILY = "open_clip"
 WEIGHT_NAMES = (
@@ -43,7 +43,7 @@ class OpenClipEncoder(nn.Module):
         self.embed_dim: int = visual.output_dim
         self.mean, self.std = mean, std
         self.logit_scale = float(self.model.logit_scale.detach().exp())
-        self.tokenizer = tokenizer("bpe", self.model.context_length)
+        self.tokenizer = BytePairTokenizer(self.model.context_length)
 
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """The image tower as released; `pixels` at `image_size`."""

@@ -9,7 +9,7 @@ A method module exposes
 - `start(model, config, encoders)`: puts in weights of the frozen towers where the config asks for it;
 - `attach(model, encoders)`, if it has one: lends it a frozen tower that is not saved with it, whenever it is used;
 - `GIVEN`, if it has one: names of the state that `phases` takes from the data and training leaves as it is;
-- `phases(model, config, data)`: its trainings, one after the other (`pipeline.training.Phase`).
+- `phases(model, config, data)`: its trainings, one after the other (`pipeline.training.phases.Phase`).
 The model has `encode_image`, `encode_text`, `segment` and `regions` (`pipeline.inference`), and `loss(batch)`; and
 `watch()`, if it has one: counts of what the loss last saw, by name, each [numbers], for those who watch a training.
 """

@@ -44,11 +44,13 @@ class Scored:
     """What a benchmark of the evaluation has.
 
     Attributes:
-        test, learned: images that count, and those from which self-training learns.
+        test, tuned, learned: images that count, those that choose the threshold, and those from which self-training
+            learns.
         size: bytes of an image with its mask, on average.
     """
 
     test: int
+    tuned: int
     learned: int
     size: float
 
@@ -57,15 +59,18 @@ def of_benchmarks(project: Project) -> dict[str, Scored]:
     """By name, those that are here; generated ones have no size before they are."""
     config, learning = project.config("evaluate", Evaluation), project.config("selftrain", SelfTraining)
     found: dict[str, Scored] = {}
+    tunes = config.rules(config.protocol).tune
     for entry in config.benchmarks:
         if entry.root == SCENES:
             block = project.params["scenes"]
             test = min(entry.limit or block["num_val"], block["num_val"])
-            found[entry.name] = Scored(test=test, learned=block["num_tune"], size=0.0)
+            tuned = min(entry.tune_limit or block["num_tune"], block["num_tune"]) if tunes else 0
+            found[entry.name] = Scored(test=test, tuned=tuned, learned=block["num_tune"], size=0.0)
             continue
         try:
             benchmark = open_benchmark(entry.name, project.path(entry.root), config.protocol)
             ids = benchmark.ids("test", entry.limit)
+            tuned = len(benchmark.ids("tune", entry.tune_limit)) if tunes and benchmark.has_background else 0
         except BadInput:
             continue
         try:
@@ -74,7 +79,7 @@ def of_benchmarks(project: Project) -> dict[str, Scored]:
         except BadInput:
             learned = 0
         sizes = [file(i).stat().st_size for i in ids for file in (benchmark.image_path, benchmark.mask_path)]
-        found[entry.name] = Scored(test=len(ids), learned=learned, size=sum(sizes) / len(ids))
+        found[entry.name] = Scored(test=len(ids), tuned=tuned, learned=learned, size=sum(sizes) / len(ids))
     return found
 
 

@@ -120,12 +120,13 @@ def _of_labels(name: str, measured: Measured, scored: Mapping[str, Scored]) -> E
 
 
 def _of_evaluation(benchmark: str, project: Project, pairs: Sequence[Measured], amounts: Scored) -> Estimate:
-    """All pairs of a benchmark, as many at once as the machine has threads; a drawn image is answered once more.
+    """All pairs of a benchmark, as many at once as the machine has threads.
 
-    The longest pair alone is the least that it takes.
+    Every image is read to be answered and for the data's digest; a drawn one is read and answered once more. The
+    longest pair alone is the least that it takes.
     """
-    config = project.config(EVALUATE, Evaluation)
-    answered = amounts.test + pictures(config, amounts.test)
+    drawn = pictures(project.config(EVALUATE, Evaluation), amounts.test)
+    answered, read = amounts.test + drawn, 2 * (amounts.test + amounts.tuned) + drawn
     written = Counter[str]()
     for one in pairs:
         written.update(one.largest.bytes)
@@ -137,7 +138,7 @@ def _of_evaluation(benchmark: str, project: Project, pairs: Sequence[Measured], 
         images=amounts.test * len(pairs),
         out=amounts.test * len(pairs),
         shards=len(pairs),
-        read=round(amounts.size * answered * len(pairs)),
+        read=round(amounts.size * read * len(pairs)),
         written=sum(written.values()),
         by_kind=dict(written),
         files=sum(one.largest.files for one in pairs),

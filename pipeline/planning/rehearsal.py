@@ -14,17 +14,22 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
 from pipeline import chain
 from pipeline.artifacts.files import BadInput, list_files
+from pipeline.datasets.preparing import SampleFailed
 from pipeline.encoders.released import TRAIN
 from pipeline.engine import Counts, ShardStage, StageFailed, Task, run
 from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
+from pipeline.params import ParamsError
 from pipeline.planning import amounts, scoring, standins, vocabulary
 from pipeline.planning.launching import LAUNCH, SINGLE, launch_sample
 from pipeline.planning.samples import Measured, Sample, Watch, by_kind, counting
 from pipeline.project import Project
 from pipeline.selftraining.runner import Job, obtain
+from pipeline.training.steps import NonFiniteLoss
 
 SMALL, MIDDLE, LARGE = 4, 64, 1000  # images of a checkout
 VAL_IMAGES = 8  # of a checkout's generated val set and tune set; more in the largest
@@ -185,8 +190,11 @@ class Rehearsal:
                     watch = Watch()
                     train(project)
                     spent = watch.read()
-            except Exception as error:  # weights to fetch, too few rows with entities: the rest of the plan holds
-                self._note(f"{name}: not rehearsed ({type(error).__name__}: {str(error).splitlines()[0][:160]})")
+            except Exception as error:
+                if not _foreseen(error):
+                    raise
+                said = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+                self._note(f"{name}: not rehearsed ({said[:180]})")
                 break
             files = self._files(places(project, name)[1])
             samples.append(_training_sample(project, self.real.params, name, spent, sum(flops), batch, files))
@@ -235,6 +243,14 @@ class Rehearsal:
         needed = ("filter", *(methods.get(method).TARGETS if kind == "train" else ()))
         whole = [p for p in checkouts if all(p.manifest_path(stage).exists() for stage in needed)]
         return whole[-1] if whole else None
+
+
+def _foreseen(error: Exception) -> bool:
+    """Whether inputs, parameters, numbers or memory are to blame: then the rest of the plan holds. Else it is a bug."""
+    if isinstance(error, SampleFailed):  # from nothing where the system ended the loader's worker
+        return error.__cause__ is None
+    foreseen = BadInput | ParamsError | StageFailed | NonFiniteLoss | OSError | MemoryError | torch.OutOfMemoryError
+    return isinstance(error, foreseen) or isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def rows_of(project: Project) -> int:

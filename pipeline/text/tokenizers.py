@@ -3,7 +3,7 @@
 Axis legend: batch = texts, length = context length in tokens.
 
 Layout of a row: SOT, the pieces, EOT, zeros. Too long texts keep EOT as the last token. EOT has the largest id
-of the vocabulary, so its position is `ids.argmax(-1)` (`eot_positions`), as CLIP and GroupViT read it.
+of the vocabulary, so its position is `ids.argmax(-1)`, as CLIP and GroupViT read it.
 Source: GroupViT card section 6; CLIP (open_clip's SimpleTokenizer).
 """
 
@@ -96,18 +96,3 @@ class BytePairTokenizer:
             ids = [self.sot, *self.encode(text)[: self.context_length - 2], self.eot]
             row[: len(ids)] = ids
         return torch.from_numpy(rows)
-
-
-def eot_positions(ids: Int64[Tensor, "batch length"]) -> Int64[Tensor, " batch"]:
-    """Index of the first EOT in each row: the token whose state stands for the sentence (CLIP, GroupViT)."""
-    return ids.argmax(dim=-1)
-
-
-_TOKENIZERS = {"bpe": BytePairTokenizer}
-
-
-def tokenizer(name: str, context_length: int) -> BytePairTokenizer:
-    """The tokenizer called `name` ("bpe"). Raises ValueError on another name."""
-    if name not in _TOKENIZERS:
-        raise ValueError(f"unknown tokenizer {name!r}: choose from {sorted(_TOKENIZERS)}")
-    return _TOKENIZERS[name](context_length)

@@ -25,7 +25,6 @@ from pipeline.sources.scenes.scene import SceneConfig
 from pipeline.sources.scenes.voc import check_voc, write_voc
 
 HOST = "scenes.localhost"
-FAULTS = ("dead", "html", "truncated")
 VAL = "val"
 Share = Annotated[float, Range(0, 1)]
 ROWS_SCHEMA = pa.schema([("url", pa.string()), ("caption", pa.string()), ("fault", pa.string())])
