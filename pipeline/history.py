@@ -1,4 +1,4 @@
-"""Which payloads the commits of this repository name: those of any manifest that a branch or tag reaches.
+"""Which payloads and tables the commits of this repository name: those of any manifest that a branch or tag reaches.
 
 Manifests are read from git's own object store, so nothing is checked out. Uncommitted manifests count as well.
 """
@@ -8,24 +8,28 @@ import subprocess
 from pathlib import Path
 
 from pipeline.artifacts.files import BadInput
-from pipeline.remote import Name
+from pipeline.remote import MANIFESTS, NO_MANIFEST, TABLES, Named, named
 
-MANIFESTS = "data/manifests"
+_REMEDY = "Take the file from git again (`git checkout -- FILE`), or run `dvc repro` if it names a stage"
 
 
-def current(root: Path) -> list[Name]:
-    """Payloads of the manifests in the working tree, sorted."""
-    found: set[Name] = set()
+def current(root: Path) -> list[Named]:
+    """Payloads and tables that the working tree's manifests name, sorted.
+
+    Raises:
+        BadInput: a file is not JSON, says nothing, or lacks parts of a manifest.
+    """
+    found: set[Named] = set()
     for path in sorted((root / MANIFESTS).glob("*.json")):
-        found |= _names(path.read_bytes())
+        found |= _read(path)
     return sorted(found, key=lambda name: name.path)
 
 
-def reachable(root: Path) -> set[Name]:
-    """Payloads of every manifest in every commit that a branch (local or of a remote) or tag reaches, and the current.
+def reachable(root: Path) -> set[Named]:
+    """What every manifest names in every commit that a branch (local or of a remote) or tag reaches, and the current.
 
     Raises:
-        BadInput: not a git repository, or a shallow one, whose history is not all here.
+        BadInput: not a git repository, or a shallow one, whose history is not all here; or see `current`.
     """
     if _git(root, "rev-parse", "--is-shallow-repository").strip() == b"true":
         raise BadInput(root, "is a shallow clone: older commits may name payloads", "Run `git fetch --unshallow`")
@@ -38,7 +42,10 @@ def reachable(root: Path) -> set[Name]:
     }
     found = set(current(root))
     for data in _contents(root, sorted(blobs)):
-        found |= _names(data)
+        try:
+            found |= named(json.loads(data))
+        except (ValueError, *NO_MANIFEST):
+            continue  # what was committed by mistake, once, names nothing
     return found
 
 
@@ -54,13 +61,19 @@ def _contents(root: Path, blobs: list[bytes]) -> list[bytes]:
     return contents
 
 
-def _names(data: bytes) -> set[Name]:
-    """Payloads of a manifest; none of a file that is no manifest."""
+def _read(path: Path) -> set[Named]:
+    """What a file of the working tree names; nothing where it says other things than a manifest does."""
     try:
-        values = json.loads(data)
-        return {Name(values["stage"], shard["key"]) for shard in values["shards"]}
-    except (ValueError, KeyError, TypeError):
-        return set()
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BadInput(path, f"not JSON ({error})", _REMEDY) from error
+    try:
+        return named(values)
+    except NO_MANIFEST as error:
+        other = isinstance(values, dict) and values and not values.keys() & {"stage", "shards"}
+        if other and path.stem not in TABLES:
+            return set()
+        raise BadInput(path, f"not a manifest ({error!r})", _REMEDY) from error
 
 
 def _git(root: Path, *arguments: str, given: bytes = b"") -> bytes:

@@ -1,48 +1,132 @@
 """Payloads in a second place: any fsspec URL (`s3://bucket/store`, `file:///mnt/store`), laid out like data/store.
 
     <url>/<stage>/<kk>/<key>/...files, and payload.json last
+    <url>/retries/<name>.parquet, <url>/decisions/<name>.parquet     tables that retries.json and decisions.json name
 
 A remote payload is whole when its payload.json is there: it is written after the files that it names, and removed
 before them. So an interrupted push is continued by the next, and nobody pulls half a payload. What is pulled is checked
-against its digests before it is published here. Payloads come by `tessera store pull`, or by themselves: with `remote`
-in machine.yaml, those that a stage would read or compute and that the remote has (`Project.broken`).
+against its digests, and those against the manifest's, before it is published here. Payloads come by `tessera store
+pull`, or by themselves: with `remote` in machine.yaml, those that a stage would read or compute and that the remote has
+(`Project.broken`).
 """
 
 import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.files import BadInput, fsync_folder, fsync_tree, sha256_file
-from pipeline.store import PAYLOAD, Store
+from pipeline.artifacts.files import BadInput, CorruptPayload, fsync_folder, fsync_tree, sha256_file
+from pipeline.store import NO_DESCRIPTION, OTHER_CONTENTS, PAYLOAD, Store, contents_digest, described
 
+MANIFESTS = "data/manifests"
+NO_MANIFEST = (KeyError, TypeError, AttributeError)  # what `named` raises of a file that is none
 THREADS = 8  # payloads under way at a time
 KEY_LENGTH = 64
 PULLED = "pulled"  # the store's scratch folder for what is on its way
+TABLES = {"retries": "download", "decisions": "filter"}  # the store's folders of tables: the stage that reads them
+_AGAIN = "Remove it there, then push it from a store that `tessera verify --deep` finds whole"
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A payload: its stage and key."""
+    """A payload: its stage and key, and the digest of its contents where a manifest gives one."""
 
     stage: str
     key: str
+    out: str = field(default="", compare=False)
 
     @property
     def path(self) -> str:
         """Below a store's root."""
         return f"{self.stage}/{self.key[:2]}/{self.key}"
 
+    @property
+    def proof(self) -> str:
+        """The file that is written last."""
+        return f"{self.path}/{PAYLOAD}"
+
+    def problem(self, store: Store) -> CorruptPayload | None:
+        """What is wrong with it here."""
+        return store.problem(self.stage, self.key, out=self.out)
+
+    def files(self, store: Store) -> dict[str, int]:
+        """Bytes by path below a store's root, payload.json last."""
+        found = (store.describe(self.stage, self.key) or {})["files"]
+        sizes = {f"{self.path}/{file}": entry["bytes"] for file, entry in found.items()}
+        return sizes | {self.proof: 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table in the store that a small file in git names: its folder (see `TABLES`), its name in it, its digest."""
+
+    folder: str
+    key: str
+    sha256: str = field(default="", compare=False)
+
+    @property
+    def stage(self) -> str:
+        """The stage that reads it."""
+        return TABLES[self.folder]
+
+    @property
+    def path(self) -> str:
+        """Below a store's root."""
+        return f"{self.folder}/{self.key}.parquet"
+
+    @property
+    def proof(self) -> str:
+        """The file itself."""
+        return self.path
+
+    def problem(self, store: Store) -> CorruptPayload | None:
+        """What is wrong with it here."""
+        path = store.root / self.path
+        if not path.is_file():
+            return CorruptPayload(path, "no such table")
+        return None if sha256_file(path) == self.sha256 else CorruptPayload(path, "not the table that was written")
+
+    def files(self, store: Store) -> dict[str, int]:
+        """Its bytes by its path below a store's root."""
+        return {self.path: (store.root / self.path).stat().st_size}
+
+
+Named = Name | Table
+
+
+def named(values: Any) -> set[Named]:
+    """Payloads of a manifest; the lists of retries.json, the table of decisions.json.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is none of them.
+    """
+    if "rounds" in values:
+        return {Table("retries", each["list"], each["sha256"]) for each in values["rounds"]}
+    if "table" in values:
+        return {Table("decisions", values["table"], values["table"])} if values["table"] else set()
+    return {Name(values["stage"], shard["key"], shard.get("out", "")) for shard in values["shards"]}
+
+
+def tables(root: Path) -> list[Table]:
+    """Tables that the working tree names; of a file that cannot be read, none: the stage that reads it will say so."""
+    found: set[Named] = set()
+    for folder in TABLES:
+        try:
+            found |= named(json.loads((root / MANIFESTS / f"{folder}.json").read_bytes()))
+        except (FileNotFoundError, ValueError, *NO_MANIFEST):
+            continue
+    return sorted((table for table in found if isinstance(table, Table)), key=lambda table: table.path)
+
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What a push or pull did, or would do: payloads and bytes moved, payloads that were there already."""
+    """What a push or pull did, or would do: payloads (and tables) and bytes moved, those that were there already."""
 
     payloads: int
     bytes: int
@@ -71,48 +155,82 @@ class Remote:
         self.files, self.root = open_url(url)
         self.url = url
 
-    def has(self, name: Name) -> bool:
-        """Whether the payload is there, whole."""
-        return self.files.exists(f"{self.root}/{name.path}/{PAYLOAD}")
+    def has(self, name: Named) -> bool:
+        """Whether it is there, whole; a table may be cut off (see `push`)."""
+        return self.files.exists(f"{self.root}/{name.proof}")
 
-    def names(self) -> Iterator[tuple[Name, int]]:
-        """Every payload that is there, whole or not, with its bytes."""
-        sizes: dict[Name, int] = {}
+    def names(self) -> Iterator[tuple[Named, int]]:
+        """Every payload and table that is there, whole or not, with its bytes."""
+        sizes: dict[Named, int] = {}
         if self.files.exists(self.root):
             for path, entry in self.files.find(self.root, detail=True).items():
                 parts = path.removeprefix(self.root).strip("/").split("/")
                 if len(parts) > 3 and len(parts[2]) == KEY_LENGTH and parts[2].startswith(parts[1]):
                     name = Name(parts[0], parts[2])
                     sizes[name] = sizes.get(name, 0) + int(entry["size"] or 0)
+                elif len(parts) == 2 and parts[0] in TABLES and parts[1].endswith(".parquet"):
+                    sizes[Table(parts[0], parts[1].removesuffix(".parquet"))] = int(entry["size"] or 0)
         yield from sorted(sizes.items(), key=lambda item: item[0].path)
 
-    def describe(self, name: Name) -> dict[str, Any]:
-        """The payload's payload.json."""
-        return json.loads(self.files.cat_file(f"{self.root}/{name.path}/{PAYLOAD}"))
+    def size(self, name: Named) -> int:
+        """Bytes of what is there."""
+        if isinstance(name, Table):
+            return self.files.size(f"{self.root}/{name.path}")
+        return sum(entry["bytes"] for entry in self._describe(name)[1].values())
 
-    def push(self, name: Name, folder: Path, files: dict[str, Any]) -> None:
-        """Copy a payload there, payload.json last."""
-        for file in (*files, PAYLOAD):
-            target = f"{self.root}/{name.path}/{file}"
+    def push(self, name: Named, store: Store) -> None:
+        """Copy a payload there, payload.json last, or a table."""
+        for file in name.files(store):
+            target = f"{self.root}/{file}"
             self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self.files.put_file(str(folder / file), target)
+            self.files.put_file(str(store.root / file), target)
 
-    def pull(self, name: Name, store: Store) -> None:
-        """Fetch a payload and publish it here.
+    def pull(self, name: Named, store: Store) -> None:
+        """Fetch a payload or table and publish it here.
 
         Raises:
-            BadInput: what arrived is not what was pushed; nothing is published.
+            BadInput: what arrived is not what was pushed, or not what the manifest names; nothing is published.
         """
-        described = self.describe(name)
+        if isinstance(name, Table):
+            self._pull_table(name, store)
+        else:
+            self._pull_payload(name, store)
+
+    def _describe(self, name: Name) -> tuple[bytes, dict[str, Any]]:
+        """A payload's payload.json, and what it says of the files."""
+        data = self.files.cat_file(f"{self.root}/{name.proof}")
+        found = described(data)
+        if found is None:
+            raise BadInput(f"{self.url}/{name.proof}", NO_DESCRIPTION, _AGAIN)
+        if name.out and contents_digest(found["files"]) != name.out:
+            raise BadInput(f"{self.url}/{name.proof}", OTHER_CONTENTS, _AGAIN)
+        return data, found["files"]
+
+    def _fetch(self, path: str, target: Path, sha256: str) -> None:
+        self.files.get_file(f"{self.root}/{path}", str(target))
+        if sha256_file(target) != sha256:
+            raise BadInput(f"{self.url}/{path}", "its bytes are not those that were pushed", _AGAIN)
+
+    def _pull_table(self, name: Table, store: Store) -> None:
         made = store.temporary(PULLED, name.key)
         try:
-            for file, expected in described["files"].items():
+            self._fetch(name.path, made / PULLED, name.sha256)
+            fsync_tree(made)
+            final = store.root / name.path
+            final.parent.mkdir(parents=True, exist_ok=True)
+            (made / PULLED).replace(final)
+            fsync_folder(final.parent)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def _pull_payload(self, name: Name, store: Store) -> None:
+        data, files = self._describe(name)
+        made = store.temporary(PULLED, name.key)
+        try:
+            for file, expected in files.items():
                 (made / file).parent.mkdir(parents=True, exist_ok=True)
-                self.files.get_file(f"{self.root}/{name.path}/{file}", str(made / file))
-                if sha256_file(made / file) != expected["sha256"]:
-                    problem, remedy = "its bytes are not those that were pushed", "Push it again from a store that "
-                    raise BadInput(f"{self.url}/{name.path}/{file}", problem, remedy + "`tessera verify` finds whole")
-            self.files.get_file(f"{self.root}/{name.path}/{PAYLOAD}", str(made / PAYLOAD))
+                self._fetch(f"{name.path}/{file}", made / file, expected["sha256"])
+            (made / PAYLOAD).write_bytes(data)
             fsync_tree(made)
             final = store.folder(name.stage, name.key)
             if final.exists():
@@ -123,49 +241,53 @@ class Remote:
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
-    def remove(self, name: Name) -> None:
-        """Delete a payload, payload.json first."""
-        described = f"{self.root}/{name.path}/{PAYLOAD}"
-        if self.files.exists(described):
-            self.files.rm_file(described)
-        self.files.rm(f"{self.root}/{name.path}", recursive=True)
+    def remove(self, name: Named) -> None:
+        """Delete a payload, payload.json first, or a table."""
+        if self.has(name):
+            self.files.rm_file(f"{self.root}/{name.proof}")
+        if isinstance(name, Name):
+            self.files.rm(f"{self.root}/{name.path}", recursive=True)
 
 
-def push(store: Store, remote: Remote, names: list[Name], *, dry_run: bool) -> Moved:
-    """Copy payloads that the remote lacks; those that are not whole here are an error before anything is copied.
+def push(store: Store, remote: Remote, names: Sequence[Named], *, dry_run: bool) -> Moved:
+    """Copy what the remote lacks, and tables that were cut off; what is not whole here is an error before all else.
 
     Raises:
-        BadInput: a payload is not here.
+        BadInput: a payload or table is not here.
     """
     for name in names:
-        if problem := store.problem(name.stage, name.key):
+        if problem := name.problem(store):
             raise BadInput(problem.file, problem.problem, "Run `dvc repro`, or `tessera store pull` first")
-    absent = _where(names, lambda name: not remote.has(name))
-    described = {name: (store.describe(name.stage, name.key) or {})["files"] for name in absent}
+    sizes = {name: sum(name.files(store).values()) for name in names}
+
+    def lacks(name: Named) -> bool:
+        return not remote.has(name) or (isinstance(name, Table) and remote.size(name) != sizes[name])
+
+    absent = _where(names, lacks)
     if not dry_run:
-        _each(absent, lambda name: remote.push(name, store.folder(name.stage, name.key), described[name]))
-    return Moved(len(absent), sum(_size(files) for files in described.values()), len(names) - len(absent))
+        _each(absent, lambda name: remote.push(name, store))
+    return Moved(len(absent), sum(sizes[name] for name in absent), len(names) - len(absent))
 
 
-def pull(store: Store, remote: Remote, names: list[Name], *, dry_run: bool) -> Moved:
-    """Fetch payloads that are not whole here.
+def pull(store: Store, remote: Remote, names: Sequence[Named], *, dry_run: bool) -> Moved:
+    """Fetch payloads and tables that are not whole here, or not those that the manifests name.
 
     Raises:
         BadInput: the remote lacks one, before anything is fetched; or see `Remote.pull`.
     """
-    absent = [name for name in names if store.problem(name.stage, name.key)]
+    absent = [name for name in names if name.problem(store)]
     lacking = _where(absent, lambda name: not remote.has(name))
     if lacking:
-        problem = f"has not {lacking[0].path} ({len(lacking)} of {len(absent)} wanted payloads are not there)"
+        problem = f"has not {lacking[0].path} ({len(lacking)} of {len(absent)} wanted are not there)"
         raise BadInput(remote.url, problem, "Push them from where they are, or run `dvc repro`")
-    sizes = _each(absent, lambda name: _size(remote.describe(name)["files"]))
+    sizes = _each(absent, remote.size)
     if not dry_run:
         _fetch(store, remote, absent)
     return Moved(len(absent), sum(sizes), len(names) - len(absent))
 
 
-def pull_through(store: Store, url: str, names: list[Name]) -> None:
-    """Fetch those of the payloads that the remote at `url` has.
+def pull_through(store: Store, url: str, names: Sequence[Named]) -> None:
+    """Fetch those of the payloads, or tables, of a stage that the remote at `url` has.
 
     Raises:
         BadInput: the URL cannot be opened, or see `Remote.pull`.
@@ -176,11 +298,11 @@ def pull_through(store: Store, url: str, names: list[Name]) -> None:
         _fetch(store, remote, there)
 
 
-def _fetch(store: Store, remote: Remote, names: list[Name]) -> None:
-    """Pull payloads that are not whole here, unless another process has done that meanwhile."""
+def _fetch(store: Store, remote: Remote, names: Sequence[Named]) -> None:
+    """Pull what is not whole here, unless another process has done that meanwhile."""
     with _one_at_a_time(store):
         store.sweep(PULLED)
-        _each([name for name in names if store.problem(name.stage, name.key)], lambda name: remote.pull(name, store))
+        _each([name for name in names if name.problem(store)], lambda name: remote.pull(name, store))
 
 
 @contextmanager
@@ -193,8 +315,8 @@ def _one_at_a_time(store: Store) -> Iterator[None]:
         yield
 
 
-def gc(remote: Remote, kept: set[Name], *, dry_run: bool) -> Moved:
-    """Remove every payload of the remote that is not among the `kept`; `there` counts those that stay."""
+def gc(remote: Remote, kept: set[Named], *, dry_run: bool) -> Moved:
+    """Remove every payload and table of the remote that is not among the `kept`; `there` counts those that stay."""
     found = list(remote.names())
     gone = [(name, size) for name, size in found if name not in kept]
     if not dry_run:
@@ -202,14 +324,10 @@ def gc(remote: Remote, kept: set[Name], *, dry_run: bool) -> Moved:
     return Moved(len(gone), sum(size for _, size in gone), len(found) - len(gone))
 
 
-def _size(files: dict[str, Any]) -> int:
-    return sum(entry["bytes"] for entry in files.values())
-
-
-def _where(names: list[Name], wanted: Any) -> list[Name]:
+def _where(names: Sequence[Named], wanted: Any) -> list[Named]:
     return [name for name, found in zip(names, _each(names, wanted), strict=True) if found]
 
 
-def _each(names: list[Name], work: Any) -> list[Any]:
+def _each(names: Sequence[Named], work: Any) -> list[Any]:
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(work, names))

@@ -7,26 +7,29 @@
 `key` is the sha256 of what decides the bytes (see `pipeline.engine`), `out` the digest of the bytes that came of it.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.artifacts.files import (
+    BadInput,
     CorruptPayload,
     atomic_json,
     digest,
     fsync_folder,
     fsync_tree,
     list_files,
-    read_json,
     sha256_file,
 )
 from pipeline.artifacts.manifest import Row
 
 PAYLOAD = "payload.json"
+NO_DESCRIPTION = "not a payload's description"
+OTHER_CONTENTS = "describes other contents than those that the manifest names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,7 @@ class Store:
             name: {"bytes": (made / name).stat().st_size, "sha256": sha256_file(made / name)}
             for name in list_files(made)
         }
-        out = digest({name: entry["sha256"] for name, entry in files.items()})
-        atomic_json(made / PAYLOAD, {**description, "files": files, "out": out})
+        atomic_json(made / PAYLOAD, {**description, "files": files, "out": contents_digest(files)})
         fsync_tree(made)
         final = self.folder(stage, key)
         if final.exists():
@@ -77,17 +79,33 @@ class Store:
         fsync_folder(final.parent)
 
     def describe(self, stage: str, key: str) -> dict[str, Any] | None:
-        """The payload's payload.json, or None where there is no such payload."""
-        path = self.folder(stage, key) / PAYLOAD
-        return read_json(path, repair_command(stage)) if path.exists() else None
+        """The payload's payload.json, or None where there is no such payload.
 
-    def problem(self, stage: str, key: str, *, deep: bool = False) -> CorruptPayload | None:
-        """What is wrong with a payload: a file that is absent or of another size; with `deep`, of other bytes."""
+        Raises:
+            BadInput: it is damaged.
+        """
+        path = self.folder(stage, key) / PAYLOAD
+        if not path.exists():
+            return None
+        found = described(path.read_bytes())
+        if found is None:
+            raise BadInput(path, NO_DESCRIPTION, repair_command(stage))
+        return found
+
+    def problem(self, stage: str, key: str, *, deep: bool = False, out: str = "") -> CorruptPayload | None:
+        """What is wrong with a payload: a file that is absent or of another size; with `deep`, of other bytes.
+
+        `out` is the digest of its contents that a manifest gives; without one, payload.json is taken at its word.
+        """
         folder = self.folder(stage, key)
         if not (folder / PAYLOAD).is_file():
             return CorruptPayload(folder, "no such payload")
-        files = read_json(folder / PAYLOAD, repair_command(stage))["files"]
-        for name, expected in files.items():
+        description = described((folder / PAYLOAD).read_bytes())
+        if description is None:
+            return CorruptPayload(folder / PAYLOAD, NO_DESCRIPTION)
+        if out and contents_digest(description["files"]) != out:
+            return CorruptPayload(folder / PAYLOAD, OTHER_CONTENTS)
+        for name, expected in description["files"].items():
             path = folder / name
             if not path.is_file():
                 return CorruptPayload(path, "missing")
@@ -116,6 +134,25 @@ class Store:
         self.marker(stage).unlink(missing_ok=True)
         if self.folder(stage, key).exists():
             shutil.rmtree(self.folder(stage, key))
+
+
+def described(data: bytes) -> dict[str, Any] | None:
+    """What a payload.json says, or None where it is none: not JSON, parts missing, or files outside the payload."""
+    try:
+        found = json.loads(data)
+        whole = isinstance(found["out"], str) and isinstance(found["counts"], dict)
+        for name, entry in found["files"].items():
+            path = PurePosixPath(name)
+            inside = path.parts and not path.is_absolute() and ".." not in path.parts
+            whole = whole and inside and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if whole else None
+
+
+def contents_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Digest of a payload's contents (`out`), from what its payload.json says of its files."""
+    return digest({name: entry["sha256"] for name, entry in files.items()})
 
 
 def repair_command(stage: str, *, deep: bool = False) -> str:

@@ -1,11 +1,13 @@
 """`tessera`: the command line. Each command is a module with `add_arguments(parser)` and `run(arguments, project)`."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
 
 from pipeline.artifacts.files import BadInput
+from pipeline.engine import StageFailed
 from pipeline.params import ParamsError
 
 COMMANDS = {
@@ -42,7 +44,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    from stages import open_project  # the composition root: stages know argv, environment and paths
+    from stages import file_error, open_project  # the composition root: stages know argv, environment and paths
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--root", type=Path, default=Path.cwd(), help="folder with params.yaml (default: here)")
@@ -58,7 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         project = None if arguments.command in ("profile", "import", "convert") else open_project(arguments.root)
-        return arguments.run(arguments, project) or 0
-    except (BadInput, ParamsError) as error:
+        status = arguments.run(arguments, project) or 0
+        sys.stdout.flush()
+        return status
+    except (BadInput, ParamsError, StageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except BrokenPipeError:  # such as `| head`; what is left in the buffer is to fail nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: {file_error(error)}", file=sys.stderr)
+    return 1

@@ -5,6 +5,7 @@ A server that PREFECT_API_URL names, or a cluster that `address` in machine.yaml
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -24,11 +25,14 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     """Run the command; its exit status.
 
     Raises:
-        ParamsError: no command. BadInput: the server did not start, or the cluster's packages are not installed.
+        ParamsError: no command, or none of that name.
+        BadInput: the server did not start, or the cluster's packages are not installed.
     """
     line = arguments.line[1:] if arguments.line[:1] == ["--"] else arguments.line
     if not line:
         raise ParamsError(f"tessera cluster {arguments.runner}: nothing to run; end it with `-- dvc repro`")
+    if shutil.which(line[0]) is None:
+        raise ParamsError(f"tessera cluster {arguments.runner}: no command {line[0]!r} that can be run")
     with ExitStack() as stack:
         server = stack.enter_context(found_server(project.logs / "prefect", os.environ))
         address = stack.enter_context(cluster(arguments.runner, project.machine))

@@ -4,9 +4,9 @@ import argparse
 import importlib.metadata
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from pipeline import chain
 from pipeline.artifacts.files import BadInput
 from pipeline.project import Project
 
@@ -30,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, project: Project) -> int:
-    """Print one line per check; exit 1 when something that the parameters need is missing."""
+    """Print one line per check; exit 1 when something that the parameters need is missing.
+
+    Raises:
+        ParamsError: a parameter is none.
+    """
+    chain.validate(project.params)
     missing = 0
     for state, name, text in checks(project, offline=arguments.offline):
         missing += state == "missing"
@@ -94,7 +99,7 @@ def _encoder(project: Project, name: str, *, offline: bool) -> tuple[str, str, s
     if source == "train":
         return "ok", f"encoders.{name}", "will be trained here by the encoders stage"
     if source.startswith("file:"):
-        path = Path(source.removeprefix("file:"))
+        path = project.path(source.removeprefix("file:").partition("#")[0])
         return "ok" if path.exists() else "missing", f"encoders.{name}", str(path)
     advice = "downloads on first use; without a network set source to file:<path of the weights>"
     return "missing" if offline else "fetch", f"encoders.{name}", f"{source}: {advice}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline import chain, params
 from pipeline.artifacts.files import atomic_write
@@ -50,7 +51,11 @@ def write(folder: Path, name: str, settings: list[str], target: Path) -> None:
         key, separator, text = setting.partition("=")
         if not separator:
             raise params.ParamsError(f"-S {setting}: expected key=value")
-        change: Any = params.parse(text)
+        try:
+            change: Any = params.parse(text)
+        except YAMLError as error:
+            problem = getattr(error, "problem", None) or "not readable"
+            raise params.ParamsError(f"-S {setting}: the value is not YAML ({problem})") from error
         for part in reversed(key.split(".")):
             change = {part: change}
         _overlay(values, change, "")

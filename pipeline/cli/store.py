@@ -1,7 +1,7 @@
 """`tessera store push|pull|gc URL [--dry-run]`: payloads by manifest to and from any fsspec URL.
 
-push and pull move what the manifests in the working tree name; gc removes from URL what no manifest in any commit that
-a branch or tag reaches names, the working tree's included.
+push and pull move what the manifests in the working tree name, tables of retries and decisions too; gc removes from URL
+what no manifest in any commit that a branch or tag reaches names, the working tree's included.
 """
 
 import argparse
@@ -23,8 +23,11 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     """Do it, and print payloads and bytes.
 
     Raises:
-        BadInput: a payload is absent where it is to be taken from, or the URL or repository cannot be read.
+        BadInput: no such stage, a payload is absent where it is to be taken from, or the URL, a manifest or the
+            repository cannot be read.
     """
+    if arguments.stages:
+        _check(arguments.stages)
     place, dry = remote.Remote(arguments.url), arguments.dry_run
     if arguments.action == "gc":
         if arguments.stages:
@@ -39,3 +42,12 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     said = f"would be {verb}" if dry else verb
     print(f"{moved.payloads:,} payloads, {moved.bytes:,} bytes {said}; {moved.there:,} {rest}")
     return 0
+
+
+def _check(stages: list[str]) -> None:
+    """Refuse a stage that has no payloads; argparse's own choices refuse an empty list as well."""
+    from pipeline.chain import SHARD_STAGES  # with torch, which takes seconds
+
+    for stage in stages:
+        if stage not in SHARD_STAGES:
+            raise BadInput(f"STAGE {stage}", "no such stage", f"Choose from {', '.join(SHARD_STAGES)}")

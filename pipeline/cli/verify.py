@@ -13,7 +13,7 @@ from pipeline.store import repair_command
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("stage", nargs="?", choices=list(chain.SHARD_STAGES), help="default: every stage")
-    parser.add_argument("--deep", action="store_true", help="read every byte and compare checksums")
+    parser.add_argument("--deep", action="store_true", help="read every byte; compare checksums and the manifest's")
     parser.add_argument(
         "--repair", action="store_true", help="remove what is broken, so that `dvc repro` makes it again"
     )
@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
         rows = project.manifest(stage).rows
         found = 0
         for row in tqdm(rows, desc=f"verify {stage}", unit="shard", disable=len(rows) < 2):
-            problem = project.store.problem(stage, row.key, deep=arguments.deep)
+            out = row.out if arguments.deep else ""
+            problem = project.store.problem(stage, row.key, deep=arguments.deep, out=out)
             if problem is None:
                 continue
             found += 1
