@@ -12,7 +12,7 @@ from test_filter import BLOCK
 from pipeline import cli
 from pipeline.artifacts import decisions
 from pipeline.artifacts.files import BadInput
-from pipeline.engine import run
+from pipeline.engine import StageFailed, run
 from pipeline.machine import Machine
 from pipeline.project import Project
 from pipeline.reporting import card
@@ -117,6 +117,20 @@ def test_rows_are_marked_and_rejected_only_where_asked(chain: Project, capsys) -
     decisions.find(chain.root, chain.store.root)[1].unlink()
     with pytest.raises(BadInput, match="gone or changed"):
         STAGE.tasks(strict)
+
+
+def test_decisions_on_other_samples_are_not_applied(chain: Project) -> None:
+    block = chain.params["filter"] | {"reject": ["image"]}
+    strict = Project(chain.root, chain.params | {"filter": block}, MACHINE)
+    assert cli.main(["duplicates"]) == 0
+    assert run(STAGE, strict).totals["rows"] == 5
+    lines = (chain.root / "captions.txt").read_text().splitlines()
+    (chain.root / "captions.txt").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    run(DOWNLOAD_STAGE, chain)
+    with pytest.raises(StageFailed, match=r"row 000000002 of shard 00000 was another sample.*Run `tessera duplicates`"):
+        run(STAGE, strict)
+    assert cli.main(["duplicates"]) == 0
+    assert run(STAGE, strict).totals["rows"] == 5
 
 
 def test_the_card_counts_every_row(chain: Project, capsys, monkeypatch) -> None:

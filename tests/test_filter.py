@@ -17,6 +17,7 @@ from pipeline.artifacts.files import BadInput, CorruptPayload
 from pipeline.artifacts.shards import SCHEMA, make_uid, write_shard
 from pipeline.engine import Counts, ShardStage, Task, run
 from pipeline.machine import Machine
+from pipeline.params import ParamsError
 from pipeline.project import MissingPayload, Project
 from pipeline.text import filtering, index
 from pipeline.text.entities import vocabulary
@@ -112,6 +113,12 @@ def test_every_row_has_a_verdict_and_stays(tmp_path) -> None:
         key for key, reason in zip(found["key"].to_pylist(), REASONS, strict=True) if not reason
     ]
     assert kept(project.inputs("filter")[0][1]).column_names == ["key", "uid", "nouns", "entities"]
+
+
+def test_an_unknown_vocabulary_is_named_by_its_key(tmp_path) -> None:
+    project = download(tmp_path, {"00000": shard_of(["a dog"])}, vocabulary="foo")
+    with pytest.raises(ParamsError, match="filter.vocabulary: unknown vocabulary 'foo': choose 'cc4m'"):
+        STAGE.tasks(project)
 
 
 def test_reasons_and_the_tagger_are_counted(tmp_path) -> None:

@@ -1,6 +1,8 @@
 """Manners towards hosts, classes of failures, and rounds of trying again, all against a server on loopback."""
 
+import argparse
 import json
+import re
 import socket
 import threading
 import time
@@ -20,9 +22,10 @@ from download_project import FETCH, STORED, encode, payload, picture, project, p
 from pipeline import cli, params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS, read_rows
-from pipeline.engine import run
+from pipeline.cli import retry_failed
+from pipeline.engine import StageFailed, run
 from pipeline.project import Project
-from pipeline.sources import polite, retries
+from pipeline.sources import download, polite, retries
 from pipeline.sources.download import STAGE
 from pipeline.sources.fetching import Fetch, Fetched, Link, Stored, fetch
 
@@ -151,6 +154,9 @@ def test_noml_is_an_opt_out(web_host: str, tmp_path: Path) -> None:
         (urllib.error.URLError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"), False, "tls"),
         (polite.Refused("refused: a.test is a private address"), False, "private"),
         (polite.Refused("refused: a.test has no address"), False, "dns"),
+        (ValueError("unknown url type: ''"), False, "no_link"),
+        (urllib.error.URLError("unknown url type: ftp"), False, "no_link"),
+        (urllib.error.URLError("no host given"), False, "no_link"),
         (polite.Refused("too slow"), False, "timeout"),
         (polite.Refused("more than 5 bytes"), False, "too_large"),
         (polite.CutOff("cut off at 3 of 5 bytes"), True, "connection"),
@@ -253,3 +259,75 @@ def test_what_cannot_be_asked_for_is_refused(web_host: str, tmp_path: Path, monk
     monkeypatch.setattr("stages.open_project", lambda root: project(tmp_path / "scenes"))
     assert cli.main(["retry-failed"]) == 1
     assert "do not lie on the web" in capsys.readouterr().err
+
+
+def test_a_round_that_did_not_finish_is_run_and_not_named_again(
+    web_host: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    chain = web_project(tmp_path, web_host, monkeypatch)
+    Web.well = True
+    with monkeypatch.context() as broken:
+        broken.setattr(retry_failed, "run_stage", _stage_fails)
+        for _ in range(2):
+            with pytest.raises(StageFailed):
+                retry_failed.run(argparse.Namespace(only="5xx", list=False), chain)
+    assert download.unfinished_rounds(chain) == ["90000"]
+    Web.asked = Counter()
+    assert cli.main(["retry-failed", "--list"]) == 0
+    assert not Web.asked and len(chain.manifest("download").rows) == 1
+    capsys.readouterr()
+    assert cli.main(["retry-failed", "--only", "5xx"]) == 0
+    said = capsys.readouterr().err
+    assert "first what was begun before: 90000" in said and "nothing to download again" in said
+    assert [row.shard for row in chain.manifest("download").rows] == ["00000", "90000"]
+    assert Web.asked == {"busy1": 1, "busy2": 1}
+    assert len(json.loads((tmp_path / retries.FILE).read_text())["rounds"]) == 1
+
+
+def _stage_fails(*_: object) -> None:
+    raise StageFailed("download: 1 of 2 shards failed")
+
+
+@pytest.fixture
+def no_such_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names below .invalid are unknown."""
+    resolve = socket.getaddrinfo
+
+    def look_up(host: str, *rest, **options):
+        if host.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+
+@pytest.mark.usefixtures("no_such_domains")
+def test_a_slice_of_dead_links_is_a_shard_of_failures(web_host: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    links = [f"http://{web_host}/a.jpg", *(f"http://gone.invalid/{n}.jpg" for n in range(3))]
+    (tmp_path / "list.tsv").write_text("".join(f"a dog\t{link}\n" for link in links))
+    chain = project(tmp_path, source="urls", annotations="list.tsv", layout="cc3m", rows_per_shard=2)
+    monkeypatch.setattr("stages.open_project", lambda root: chain)
+    assert [(row.rows_in, row.rows) for row in run(STAGE, chain).rows] == [(2, 1), (2, 0)]
+    assert cli.main(["retry-failed", "--only", "timeout,5xx,dns"]) == 0
+    assert "0 of 3 rows came this time" in capsys.readouterr().out
+    assert [row.shard for row in chain.manifest("download").rows] == ["00000", "00001", "90000", "90001"]
+
+
+@pytest.mark.usefixtures("no_such_domains")
+def test_many_dead_domains_are_a_dead_network_but_in_a_round(
+    web_host: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    names = [f"http://{web_host}/a.jpg", *(f"http://gone{n}.invalid/" for n in range(download.MANY_DOMAINS)), ""]
+    (tmp_path / "list.tsv").write_text("".join(f"a dog\t{link}\n" for link in names[1:]))
+    chain = project(tmp_path, source="urls", annotations="list.tsv", layout="cc3m")
+    monkeypatch.setattr("stages.open_project", lambda root: chain)
+    with pytest.raises(StageFailed, match="none of 8 links could be reached"):
+        run(STAGE, chain)
+    (tmp_path / "list.tsv").write_text("".join(f"a dog\t{link}\n" for link in names))
+    run(STAGE, chain)
+    assert cli.main(["retry-failed", "--only", "dns"]) == 0
+    said = capsys.readouterr()
+    assert "0 of 8 rows came this time" in said.out and re.search(r"no_link +1\n", said.err)
+    assert "no_link" in retries.CLASSES and "no_link" not in retries.TRANSIENT
+    assert cli.main(["retry-failed", "--only", "no_link"]) == 0
+    assert "nothing to download again" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import nltk
 import numpy as np
@@ -196,4 +197,26 @@ def test_other_vocabularies(tmp_path, textblob) -> None:
         entities.vocabulary("../cc4m")
     path.write_text("[]")
     with pytest.raises(BadInput, match="not a vocabulary"):
+        Vocabulary.read(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"words": "dog"}, "`words` is 'dog', and should be a list of words"),
+        ({"words": []}, "and should be a list of words"),
+        ({"words": {"dog": 1}}, "and should be a list of words"),
+        ({"words": ["dog", "dog number"]}, "'dog number' is not one word"),
+        ({"words": ["dog", ""]}, "'' is not one word"),
+        ({"words": [1, 2]}, "`words` is [1, 2], and should be a list of words"),
+        ({"merge": None}, "`merge` is None, and should say for words which other they stand for"),
+        ({"merge": ["dog"]}, "`merge` is"),
+        ({"merge": {"dog": ["cat"]}}, "`merge` is"),
+        ({"merge": {"dog": "cat", "cat": "puppy"}}, "`merge` has words that mean 'cat', which means another"),
+    ],
+)
+def test_what_is_no_vocabulary_is_named(tmp_path, values, message) -> None:
+    path = tmp_path / "pets.json"
+    path.write_text(json.dumps({"name": "pets", "words": ["dog", "puppy", "cat"], "merge": {}} | values))
+    with pytest.raises(BadInput, match="pets.json: not a vocabulary .*" + re.escape(message)):
         Vocabulary.read(path)

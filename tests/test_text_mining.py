@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import test_sources_yfcc15m as yfcc
 from test_filter import download, shard_of
 
 from pipeline import cli
@@ -162,3 +163,19 @@ def test_downloaded_captions_are_the_default(tmp_path, monkeypatch, capsys) -> N
     assert cli.main(["mine", str(tmp_path / "x.txt"), *options]) == 1
     assert cli.main(["mine", str(out), "--list", str(tmp_path / "none.csv"), *options]) == 1
     assert "none.csv: no such list" in capsys.readouterr().err
+
+
+def test_yfcc15m_is_mined_and_nothing_from_nothing(tmp_path, monkeypatch, capsys) -> None:
+    project = download(tmp_path, {"00000": shard_of(["a dog and a bench"])})
+    monkeypatch.setattr("stages.open_project", lambda root: project)
+    out, options = tmp_path / "mined.json", ["--tagger", "textblob", "--rule", "shipped", "--min-count", "1"]
+    yfcc.write(tmp_path / "yfcc", "bz2")
+    assert cli.main(["mine", str(out), "--list", str(tmp_path / "yfcc"), "--source", "yfcc15m", *options]) == 0
+    assert json.loads(out.read_text())["captions"]["dog"] == 1
+    out.unlink()
+    (tmp_path / "list.tsv").touch()
+    assert cli.main(["mine", str(out), "--list", str(tmp_path / "list.tsv"), "--layout", "cc3m", *options]) == 1
+    assert "list.tsv: no captions in it" in capsys.readouterr().err
+    assert cli.main(["mine", str(out), *options[:-1], "2"]) == 1
+    assert "no noun that names a thing in 2 of 1 captions" in capsys.readouterr().err
+    assert not out.exists()

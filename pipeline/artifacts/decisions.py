@@ -4,7 +4,7 @@ data/manifests/decisions.json is `{"table": digest or null, "counts": {...}}`; s
 with a decision are in the table, sorted by shard and key.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -55,13 +55,24 @@ def counts(root: Path) -> dict[str, int]:
     return dict(read_json(path, REMEDY).get("counts") or {}) if path.exists() else {}
 
 
-def of_shard(path: Path, shard: str) -> dict[str, str]:
-    """Decision by key of a shard's rows. Raises BadInput on a torn table."""
+def of_shard(path: Path, shard: str, uids: Mapping[str, str]) -> dict[str, str]:
+    """Decision by key of a shard's rows.
+
+    Args:
+        uids: the sample that is now at each key.
+    Raises:
+        BadInput: the table is torn, or was made of other samples.
+    """
     try:
-        table = pq.read_table(path, columns=["key", "decision"], filters=[("shard", "==", shard)])
+        table = pq.read_table(path, columns=["key", "uid", "decision"], filters=[("shard", "==", shard)])
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(path, f"not a whole Parquet file ({error})", REMEDY) from error
-    return dict(zip(table["key"].to_pylist(), table["decision"].to_pylist(), strict=True))
+    rows = table.to_pylist()
+    for row in rows:
+        if uids.get(row["key"], row["uid"]) != row["uid"]:
+            problem = f"row {row['key']} of shard {shard} was another sample when these decisions were made"
+            raise BadInput(path, problem, REMEDY)
+    return {row["key"]: row["decision"] for row in rows}
 
 
 def read(path: Path) -> pa.Table:

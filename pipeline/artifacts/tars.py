@@ -34,8 +34,8 @@ def index_tar(path: Path) -> dict[str, tuple[int, int]]:
     """Offset and size in bytes of every member, in the archive's order.
 
     Raises:
-        BadInput: absent; cut off before its end mark; a damaged header; a link, folder, device or sparse member; a name
-            with a folder in it or twice; a kind of member that no shard has, such as a pickle.
+        BadInput: absent or a folder; cut off before its end mark; a damaged header; a link, folder, device or sparse
+            member; a name with a folder in it or twice; a kind of member that no shard has, such as a pickle.
     """
     try:
         size = path.stat().st_size
@@ -45,6 +45,8 @@ def index_tar(path: Path) -> dict[str, tuple[int, int]]:
             return _walk(path, data, size)
     except FileNotFoundError:
         raise BadInput(path, "no such file", _REMEDY) from None
+    except IsADirectoryError:
+        raise BadInput(path, "a folder, no tar", _REMEDY) from None
 
 
 def _walk(path: Path, data: mmap.mmap, size: int) -> dict[str, tuple[int, int]]:

@@ -11,7 +11,7 @@ from typing import get_args
 from pipeline.artifacts.files import BadInput, atomic_write, json_bytes
 from pipeline.artifacts.shards import SUCCESS, read_rows
 from pipeline.project import Project
-from pipeline.sources import annotations
+from pipeline.sources import annotations, yfcc15m
 from pipeline.sources.annotations import Annotations
 from pipeline.text import abstract, mining, tagging
 from pipeline.text.verdicts import where
@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", type=Path, help="a list of captions; default: the shards that were downloaded")
     parser.add_argument("--source", default="urls", choices=get_args(annotations.Kind), help="what the list is")
     parser.add_argument("--layout", default="named", choices=get_args(annotations.Layout))
-    parser.add_argument("--url-column", default="url")
-    parser.add_argument("--caption-column", default="caption")
+    parser.add_argument("--url-column", help="default: url; of yfcc15m, s3")
+    parser.add_argument("--caption-column", help="default: caption; of yfcc15m, description")
     parser.add_argument("--top", type=int, default=500, help="words, synonyms not counted (default: 500)")
     parser.add_argument("--min-count", type=int, default=20, help="captions that mention a word (default: 20)")
     parser.add_argument(
@@ -40,7 +40,12 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     paths = [] if arguments.rule == "shipped" else tagging.nltk_paths()
     rule, source = abstract.find(arguments.rule, paths), tagging.resolve(arguments.tagger)
     counts = mining.count(_captions(arguments, project), tagging.load(source))
+    if not counts.captions:
+        raise BadInput(arguments.list or "data/manifests/download.json", "no captions in it", "Name another --list")
     words, merge, excluded = mining.choose(counts, rule, top=arguments.top, min_count=arguments.min_count)
+    if not words:
+        problem = f"no noun that names a thing in {arguments.min_count} of {counts.captions:,} captions"
+        raise BadInput(arguments.out, problem, "Lower --min-count, or name another --list")
     about = {
         "name": arguments.out.stem,
         "source": f"mined from {counts.captions} captions: tagger {source.name}, rule {rule.name}, "
@@ -63,12 +68,16 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
 
 def _captions(arguments: argparse.Namespace, project: Project) -> Iterator[str]:
     if arguments.list is not None:
+        path, usual = arguments.list, ("s3", "description") if arguments.source == "yfcc15m" else ("url", "caption")
+        columns = (arguments.url_column or usual[0], arguments.caption_column or usual[1])
+        if arguments.source == "yfcc15m":
+            path = yfcc15m.joined(path, *columns, project.store.root / "lists")
         wanted = Annotations(
-            path=arguments.list,
+            path=path,
             kind=arguments.source,
             layout=arguments.layout,
-            url_column=arguments.url_column,
-            caption_column=arguments.caption_column,
+            url_column=columns[0],
+            caption_column=columns[1],
             images=arguments.list.parent,
             weight=1.0,
         )

@@ -10,7 +10,7 @@ from pipeline.artifacts.files import BadInput
 from pipeline.engine import run as run_stage
 from pipeline.project import Project
 from pipeline.sources import retries
-from pipeline.sources.download import LINKS, STAGE, Config
+from pipeline.sources.download import LINKS, STAGE, Config, unfinished_rounds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, project: Project) -> int:
-    """Print failures by class, write logs/download.failed.parquet, download the chosen ones again."""
+    """Print failures by class, write logs/download.failed.parquet, download the chosen ones again.
+
+    A round that an earlier run has named and not finished comes first: its rows are no failures that are left.
+    """
     wanted = [name for name in arguments.only.split(",") if name]
     unknown = sorted(set(wanted) - set(retries.CLASSES))
     if unknown or not wanted:
@@ -30,6 +33,9 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     if not arguments.list and not any(listed["source"] in LINKS for listed in lists):
         problem = "its images do not lie on the web"
         raise BadInput("download.source", problem, "Mend the folder and run `dvc repro`; scenes fail on purpose")
+    if not arguments.list and (unfinished := unfinished_rounds(project)):
+        print(f"first what was begun before: {', '.join(unfinished)}", file=sys.stderr)
+        run_stage(STAGE, project)
     failed = _failures(project)
     _report(project, failed)
     chosen = failed.of(wanted)

@@ -5,6 +5,7 @@ twelve. Formats of one file are in `tables`, those of many in `redcaps`, `prebui
 is, in `rows`.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def cut(annotations: Annotations, rows_per_slice: int, limit: int | None) -> Ite
     """Slices of at most that many rows, in the list's order, of its first `limit` rows.
 
     Raises:
-        BadInput: the list, its columns or the folder of images are not there.
+        BadInput: the list, its columns or the folder of images are not there; or no row is.
     """
     if annotations.images is not None and not annotations.images.is_dir():
         raise BadInput(annotations.images, "no such folder of images", "Set download.images to the folder")
@@ -75,6 +76,9 @@ def cut(annotations: Annotations, rows_per_slice: int, limit: int | None) -> Ite
         for row in islice(rows, rows_per_slice):
             digest.update(json.dumps(_identity(annotations, row), ensure_ascii=True).encode() + b"\n")
             count, after = count + 1, row.position
+        if not count and not start:
+            problem = "no rows in it" if annotations.weight == 1 else f"no rows in the share {annotations.weight} of it"
+            raise BadInput(annotations.path, problem, REMEDY)
         if not count:
             return
         yield Slice(start, count, digest.hexdigest())
@@ -108,11 +112,11 @@ def read(annotations: Annotations, start: int = 0) -> Rows:
         return tables.parquet_rows(path, wanted, start)
     if path.suffix == ".jsonl":
         return tables.jsonl_rows(path, wanted, start)
+    if path.suffix not in {".csv", ".tsv", ".txt"}:
+        raise BadInput(path, f"lists of kind {path.suffix!r} are not read", "Use .parquet, .csv, .tsv, .txt or .jsonl")
     if annotations.layout != "named":
         return tables.pair_rows(path, _URL_FIRST[annotations.layout], start)
-    if path.suffix in {".csv", ".tsv", ".txt"}:
-        return tables.csv_rows(path, wanted, start)
-    raise BadInput(path, f"lists of kind {path.suffix!r} are not read", "Use .parquet, .csv, .tsv, .txt or .jsonl")
+    return tables.csv_rows(path, wanted, start)
 
 
 def _taken(rows: Rows, weight: float) -> Rows:
@@ -133,7 +137,12 @@ def _size(annotations: Annotations, name: str) -> int:
     if annotations.images is None:
         return -1
     path = annotations.images / name
-    return path.stat().st_size if path.is_file() else -1
+    try:
+        return path.stat().st_size if path.is_file() else -1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return -1
 
 
 def _flickr_pairs(path: Path) -> Iterator[tuple[str, str]]:
@@ -149,6 +158,8 @@ def _coco_pairs(path: Path) -> Iterator[tuple[str, str]]:
     try:
         names = {image["id"]: image["file_name"] for image in values["images"]}
         pairs = [(names[note["image_id"]], note["caption"]) for note in values["annotations"]]
+        if strange := [name for name, _ in pairs if not isinstance(name, str)]:
+            raise TypeError(f"file_name {strange[0]!r}")
     except (KeyError, TypeError) as error:
         raise BadInput(path, f"not COCO's captions ({error!r})", REMEDY) from error
     yield from pairs

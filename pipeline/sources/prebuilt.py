@@ -20,6 +20,7 @@ from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS
 from pipeline.artifacts.tars import index_tar
 from pipeline.sources.rows import Row, Rows, chained, clean, one_line
+from pipeline.sources.tables import readable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _REMEDY = (
@@ -51,11 +52,15 @@ def names(path: Path) -> list[str]:
     """What a text file names, a tar a line.
 
     Raises:
-        BadInput: it is not there.
+        BadInput: it is not there, or is no text.
     """
     if not path.is_file():
         raise BadInput(path, "no such folder or list of shards", _REMEDY)
-    return [name for line in path.read_text(encoding="utf-8").splitlines() if (name := line.strip())]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(path, f"not a list of shards ({error})", _REMEDY) from error
+    return [name for line in lines if (name := line.strip())]
 
 
 def _tars(path: Path, folder: Path) -> list[Path]:
@@ -137,11 +142,12 @@ def _records(path: Path, wanted: tuple[str, str]) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            if "key" not in schema.names or not pa.types.is_string(schema.field("key").type):
+            kind = schema.field("key").type if "key" in schema.names else pa.null()
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise BadInput(path, "no column 'key' of text", remedy)
             names = [name for name in ("key", *wanted, "status", "error_message", "uid") if name in schema.names]
             for batch in file.read(names).sort_by("key").to_batches(max_chunksize=4096):
-                yield from batch.to_pylist()
+                yield from readable(batch).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
         raise BadInput(path, f"not a whole Parquet file ({error})", remedy) from error
 

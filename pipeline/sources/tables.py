@@ -13,6 +13,7 @@ from pipeline.sources.rows import REMEDY, Row, Rows, clean, one_line
 
 _FIELD_LIMIT = 1 << 24  # characters of a CSV field; more is a quote that never closes
 _BATCH = 4096  # rows of a Parquet file that are in memory
+_BLOCK = 1 << 20  # bytes in which lines are counted
 
 
 def _lines(path: Path, start: int) -> Iterator[tuple[str, int]]:
@@ -50,17 +51,49 @@ class _CountedLines:
 
 
 def csv_records(path: Path, start: int) -> Iterator[tuple[list[str], int]]:
-    """Records that are not empty, each with the offset of the next; .tsv has tabs for commas."""
+    """Records that are not empty, each with the offset of the next; .tsv has tabs for commas.
+
+    A .tsv may have no quoting at all: there, a quote that opens and does not close as CSV has it is text of its line.
+
+    Raises:
+        BadInput: in another file, a quote is left open, or something stands behind one that closes.
+    """
     csv.field_size_limit(_FIELD_LIMIT)
-    lines = _CountedLines(path, start)
-    records = csv.reader(lines, delimiter="," if path.suffix != ".tsv" else "\t")
+    tabs = path.suffix == ".tsv"
+    while True:
+        lines = _CountedLines(path, start)
+        try:
+            for record in csv.reader(lines, delimiter="\t" if tabs else ",", strict=True):
+                start = lines.position
+                if record:
+                    yield record, start
+            return
+        except csv.Error as error:
+            if not tabs:
+                problem = f"line {_line_number(path, start)}: not CSV ({error}): a quote is left open, or not doubled"
+                remedy = 'Mend the line: a field with quotes stands in quotes, and its own are doubled ("")'
+                raise BadInput(path, problem, remedy) from error
+            line, start = next(_lines(path, start))
+            yield _unquoted(line), start
+
+
+def _unquoted(line: str) -> list[str]:
+    """Fields between the tabs of a line; where every quote that opens closes, without those quotes."""
     try:
-        for record in records:
-            if record:
-                yield record, lines.position
-    except csv.Error as error:
-        problem = f"not CSV near byte {lines.position} ({error})"
-        raise BadInput(path, problem, "Mend the file: a quote is left open") from error
+        fields, *rest = csv.reader([line + "\n", "next"], delimiter="\t")
+    except csv.Error:
+        rest = []
+    return fields if rest else line.split("\t")
+
+
+def _line_number(path: Path, position: int) -> int:
+    """The number, from 1, of the line that starts at an offset."""
+    found = 1
+    with path.open("rb") as file:
+        while position > 0 and (block := file.read(min(_BLOCK, position))):
+            position -= len(block)
+            found += block.count(b"\n")
+    return found
 
 
 def columns(path: Path, known: list[str], wanted: tuple[str, str]) -> tuple[int, int]:
@@ -108,7 +141,7 @@ def parquet_rows(path: Path, wanted: tuple[str, str], start: int, rejected: str 
         while groups and position + file.metadata.row_group(groups[0]).num_rows <= start:
             position += file.metadata.row_group(groups.pop(0)).num_rows
         names = [*wanted, *([rejected] if rejected else [])]
-        for batch in _batches(path, file, groups, names):
+        for batch in map(readable, _batches(path, file, groups, names)):
             skipped = min(max(start - position, 0), batch.num_rows)
             position += skipped
             for url, caption, *reason in zip(*(batch.column(name)[skipped:] for name in names), strict=True):
@@ -127,6 +160,24 @@ def _batches(path: Path, file: pq.ParquetFile, groups: list[int], names: list[st
             yield from file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=names)
     except (pa.ArrowException, OSError) as error:
         raise BadInput(path, f"damaged inside ({error})", "Get the file again, and compare its checksum") from error
+
+
+def readable(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with U+FFFD for what is not UTF-8 in its columns of text."""
+    return pa.RecordBatch.from_arrays(list(map(_readable, batch.columns)), names=batch.schema.names)
+
+
+def _readable(column: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()  # type: ignore[attr-defined]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    try:
+        column.validate(full=True)
+        return column
+    except pa.ArrowInvalid:
+        values = column.cast(pa.large_binary()).to_pylist()
+        return pa.array([None if data is None else data.decode("utf-8", "replace") for data in values], pa.string())
 
 
 def _text(value: pa.Scalar) -> str:

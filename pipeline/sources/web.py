@@ -1,7 +1,8 @@
 """What a request to an untrusted address may do: an opener for urllib, which img2dataset downloads with.
 
 Only http and https are spoken, and only with public addresses: a link or a redirect into the private network is refused
-once the name is resolved. A body has a limit in bytes and a deadline in seconds; the user agent says who is asking.
+once the name is resolved. A body has a limit in bytes, an answer a deadline in seconds from its request on, however
+slowly its headers come; the user agent says who is asking.
 """
 
 import http.client
@@ -15,6 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def build_opener(
 
     Args:
         max_bytes: of a body.
-        deadline: seconds for a body to arrive.
+        deadline: seconds from a request to the end of its answer's body.
         local: the one `host:port` that is allowed though it is private; then no proxy is used.
         folder: where addresses `folder:///<name>` are looked up.
         manners: None asks once, at once.
@@ -91,9 +93,9 @@ class _PublicHTTP(urllib.request.HTTPHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         if request.has_proxy():
             _refuse_private_name(request.full_url)
-            return self.do_open(http.client.HTTPConnection, request)
+            return self.do_open(_timed(http.client.HTTPConnection, request), request)
         allowed = bool(self._local) and request.host == self._local
-        return self.do_open(http.client.HTTPConnection if allowed else _PublicConnection, request)
+        return self.do_open(_timed(http.client.HTTPConnection if allowed else _PublicConnection, request), request)
 
 
 class _PublicHTTPS(urllib.request.HTTPSHandler):
@@ -108,8 +110,64 @@ class _PublicHTTPS(urllib.request.HTTPSHandler):
             return self._open(http.client.HTTPSConnection, request)
         return self._open(_PublicSecureConnection, request)
 
-    def _open(self, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(kind, request, context=self._certificates)
+    def _open(
+        self, kind: type[http.client.HTTPConnection], request: urllib.request.Request
+    ) -> http.client.HTTPResponse:
+        return self.do_open(_timed(kind, request), request, context=self._certificates)
+
+
+def _timed(kind: type[http.client.HTTPConnection], request: urllib.request.Request) -> Any:
+    """What makes a connection of that kind, whose answers must have come when the request's deadline is over."""
+
+    def make(*place: Any, **options: Any) -> http.client.HTTPConnection:
+        connection = kind(*place, **options)
+        connection.response_class = partial(_TimedResponse, until=_until(request))  # type: ignore[assignment]
+        return connection
+
+    return make
+
+
+def _until(request: urllib.request.Request) -> float:
+    """When its deadline is over, on the monotonic clock."""
+    return getattr(request, "until", float("inf"))
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """An answer of which every byte, those of status, headers and chunk sizes too, is read before a time."""
+
+    def __init__(self, sock: socket.socket, *rest: Any, until: float, **options: Any) -> None:
+        super().__init__(sock, *rest, **options)
+        self.fp = io.BufferedReader(_TimedSocket(sock, self.fp, until))
+
+
+class _TimedSocket(io.RawIOBase):
+    """A socket's file; no read of it waits longer than its time. A socket's own limit starts anew with every byte."""
+
+    def __init__(self, sock: socket.socket, file: io.BufferedReader, until: float) -> None:
+        self._socket, self._file, self._until, self._timeout = sock, file, until, sock.gettimeout()
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise Refused("too slow")
+        timeout = left if self._timeout is None else min(left, self._timeout)
+        self._socket.settimeout(timeout if timeout < float("inf") else None)
+        try:
+            return self._file.raw.readinto(buffer)
+        except TimeoutError:
+            if time.monotonic() >= self._until:
+                raise Refused("too slow") from None
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _connect_public(address: tuple[str, int], timeout: Any, source_address: Any) -> socket.socket:
@@ -165,10 +223,11 @@ class _Policy(urllib.request.BaseHandler):
         if self._stop.is_set():
             raise Refused("the download was stopped")
         request.add_header("User-agent", self._user_agent)
+        request.until = time.monotonic() + self._deadline  # type: ignore[attr-defined]
         return request
 
     def http_response(self, request: urllib.request.Request, response: Any) -> "_Bounded":
-        return _Bounded(response, self._max_bytes, self._deadline)
+        return _Bounded(response, self._max_bytes, _until(request))
 
     https_request, https_response = http_request, http_response
 
@@ -176,8 +235,8 @@ class _Policy(urllib.request.BaseHandler):
 class _Bounded:
     """A response whose body is read whole, in time, and not beyond a size."""
 
-    def __init__(self, response: Any, max_bytes: int, deadline: float) -> None:
-        self._response, self._max_bytes, self._until = response, max_bytes, time.monotonic() + deadline
+    def __init__(self, response: Any, max_bytes: int, until: float) -> None:
+        self._response, self._max_bytes, self._until = response, max_bytes, until
         self.headers = response.headers
         self._body: bytes | None = None
         self.code, self.msg = getattr(response, "code", 200), getattr(response, "msg", "")

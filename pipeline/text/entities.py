@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts.files import BadInput
+from pipeline.params import ParamsError
 from pipeline.text import tagging
 from pipeline.text.lemmas import plural, singular
 from pipeline.text.tagging import Tagger
@@ -50,13 +51,18 @@ class Vocabulary:
         """Vocabulary of `words`, of which those in `merge` stand for another one.
 
         Raises:
-            ValueError: a word stands twice, or `merge` names a word or a class that is not in the list.
+            ValueError: a word is none or several, or stands twice; or `merge` names a word or a class that is not in
+                the list, or a class that is merged itself.
         """
+        if odd := [word for word in words if len(word.split()) != 1]:
+            raise ValueError(f"vocabulary {name}: {odd[0]!r} is not one word: captions are compared word by word")
         if len(set(words)) != len(words):
             raise ValueError(f"vocabulary {name}: the word {_twice(words)!r} stands twice")
         strange = [word for pair in merge.items() for word in pair if word not in words]
         if strange:
             raise ValueError(f"vocabulary {name}: `merge` has {strange[0]!r}, which is not among the words")
+        if chained := [word for word in merge.values() if word in merge]:
+            raise ValueError(f"vocabulary {name}: `merge` has words that mean {chained[0]!r}, which means another")
         classes = tuple(word for word in words if word not in merge)
         number = {word: index for index, word in enumerate(classes)}
         return cls(name, tuple(words), classes, tuple(number[merge.get(word, word)] for word in words))
@@ -66,7 +72,7 @@ class Vocabulary:
         """Vocabulary in a JSON file with `name`, `words` and `merge`. Raises BadInput when it is none."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls.make(values["name"], values["words"], values["merge"])
+            return cls.make(values["name"], _words(values["words"]), _merged(values["merge"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(path, f"not a vocabulary ({error})", "See pipeline/text/cc4m.json for the form") from error
 
@@ -107,11 +113,27 @@ class Vocabulary:
         return tuple((form, tag) for form, (_, tag) in sorted(self.forms.items()))
 
 
+def _words(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) for word in value):
+        raise ValueError(f"`words` is {value!r}, and should be a list of words")
+    return value
+
+
+def _merged(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(word, str) for word in value.values()):
+        raise ValueError(f"`merge` is {value!r}, and should say for words which other they stand for")
+    return value
+
+
 def vocabulary(name: str) -> Vocabulary:
-    """The vocabulary of that name that comes with the package: "cc4m", the 100 words and 73 classes of CC4M."""
+    """The vocabulary of that name that comes with the package: "cc4m", the 100 words and 73 classes of CC4M.
+
+    Raises:
+        ParamsError: there is none of that name.
+    """
     path = Path(__file__).parent / f"{name}.json"
     if not name.isidentifier() or not path.is_file():
-        raise ValueError(f"unknown vocabulary {name!r}: choose 'cc4m', or give the path of a JSON file")
+        raise ParamsError(f"unknown vocabulary {name!r}: choose 'cc4m', or give the path of a JSON file")
     return Vocabulary.read(path)
 
 

@@ -22,7 +22,7 @@ from pipeline.artifacts.shards import SUCCESS, read_rows
 from pipeline.artifacts.tables import read_table, write_table
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
-from pipeline.params import Range
+from pipeline.params import ParamsError, Range
 from pipeline.project import Project
 from pipeline.text import entities, tagging
 from pipeline.text.entities import Annotation, Annotator, Mode, NounRule, Ragged, Vocabulary
@@ -45,7 +45,8 @@ class Config:
         nouns: what column `nouns` holds: "lemmas" (lower-case singulars, each once) or "groupvit" (the tokens that
             GroupViT draws prompts from, verbs among them). OVSegmentor's masked nouns and SCG need lemmas.
         tagger: "nltk", "textblob", or "auto": nltk's where its data is on this machine, TextBlob's otherwise.
-        min_words, max_words: bounds on the words of a caption; of several captions one within them is enough.
+        min_words, max_words: bounds on the words of a caption; of several captions one within them is enough. Words
+            are counted up to `tokenise.MAX_WORDS`: a `max_words` of that or more is no bound.
         require_entity: reject samples whose captions name no entity.
         duplicates: what makes a later sample of the shard a duplicate of an earlier one: "pair" is the same image
             bytes and captions, "image" and "caption" one of them, "keep" nothing.
@@ -73,7 +74,12 @@ class _Args:
 
 
 def _vocabulary(project: Project, name: str) -> Vocabulary:
-    return Vocabulary.read(project.path(name)) if name.endswith(".json") else entities.vocabulary(name)
+    if name.endswith(".json"):
+        return Vocabulary.read(project.path(name))
+    try:
+        return entities.vocabulary(name)
+    except ParamsError as error:
+        raise ParamsError(f"filter.vocabulary: {error}") from error
 
 
 def _tasks(project: Project) -> list[Task]:
@@ -121,8 +127,10 @@ def _compute(task: Task, out: Path, machine: Machine) -> Counts:
         nouns.append(said.nouns)
         classes.append(said.entities)
     if args.decisions is not None:
-        found = decisions.of_shard(args.decisions, task.shard)
-        _reject(reasons, [found.get(key) for key in rows["key"].to_pylist()], config.reject)
+        keys = rows["key"].to_pylist()
+        uids = dict(zip(keys, rows["uid"].to_pylist(), strict=True))
+        found = decisions.of_shard(args.decisions, task.shard, uids)
+        _reject(reasons, [found.get(key) for key in keys], config.reject)
     _mark_duplicates(reasons, captions, rows["sha256"].to_pylist(), config.duplicates)
     lemmas = pa.array(list(annotator.lemmas), pa.string())
     table = pa.table(
