@@ -72,7 +72,7 @@ def decode_batch(images: Path, decode: Decode, first: int) -> None:
         decode(shard.image_bytes(f"{row % len(shard):09d}"))
 
 
-def limit(images: Path, pool: Executor, decode: Decode) -> Run:
+def limit(images: Path, pool: Executor, decode: Decode = ours) -> Run:
     """Decoding and resizing alone."""
 
     def run(batches: int) -> None:
