@@ -296,7 +296,10 @@ def add_stage(root, stage, shards, details):
     for number, ((rows_in, rows_out), detail) in enumerate(zip(shards, details, strict=True)):
         key = f"{number:064x}"
         counts = {"rows_in": rows_in, "rows": rows_out, "failed": rows_in - rows_out, "detail": detail}
-        write(checkout.store.folder(stage, key) / "payload.json", json.dumps({"counts": counts}))
+        write(
+            checkout.store.folder(stage, key) / "payload.json",
+            json.dumps({"out": "0" * 64, "files": {}, "counts": counts}),
+        )
         rows.append(Row(f"{number:05d}", key, rows_in, rows_out, 100, "0" * 64))
     checkout.manifest_path(stage).parent.mkdir(parents=True, exist_ok=True)
     Manifest(stage, rows).write(checkout.manifest_path(stage))
