@@ -33,7 +33,13 @@ from pipeline.store import Store
 
 BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0  # seconds before another attempt after an I/O error, doubled each time
 # Of RuntimeErrors: torch's allocator on a CPU; CUDA; cuBLAS and cuDNN, which allocate on their own.
-NO_MEMORY = ("not enough memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED")
+NO_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+)
 SIGNAL_EXIT = 128  # a shell's exit status for a death by signal is 128 + its number
 
 

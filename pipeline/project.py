@@ -1,6 +1,6 @@
 """A checkout with its parameters and machine: where every file of the chain lies."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,11 +53,17 @@ class Project:
         """A stage's manifest."""
         return Manifest.read(self.manifest_path(stage))
 
-    def broken(self, stage: str, keys: Iterable[str]) -> dict[str, CorruptPayload]:
-        """Payloads that are not whole, and what is wrong; those that `machine.remote` has were pulled before."""
+    def broken(
+        self, stage: str, keys: Iterable[str], outs: Mapping[str, str] | None = None
+    ) -> dict[str, CorruptPayload]:
+        """Payloads that are not whole, and what is wrong; those that `machine.remote` has were pulled before.
+
+        `outs`: digests of contents by key, from a manifest; what is pulled is held against them.
+        """
         found = self.store.problems(stage, keys)
         if found and self.machine.remote:
-            remote.pull_through(self.store, self.machine.remote, [remote.Name(stage, key) for key in found])
+            names = [remote.Name(stage, key, (outs or {}).get(key, "")) for key in found]
+            remote.pull_through(self.store, self.machine.remote, names)
             found = self.store.problems(stage, found)
         return found
 
@@ -73,7 +79,7 @@ class Project:
             MissingPayload: the first payload that is not whole, with the repair command.
         """
         rows = self.manifest(stage).rows
-        for problem in self.broken(stage, [row.key for row in rows]).values():
+        for problem in self.broken(stage, outs := {row.key: row.out for row in rows}, outs).values():
             raise MissingPayload(problem.file, problem.problem, repair_command(stage))
         return [(row, self.store.folder(stage, row.key)) for row in rows]
 

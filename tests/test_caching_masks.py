@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caching_project import CachingProject, TinyDino, encoded, picture, uid
+from caching_project import PARAMS, CachingProject, TinyDino, encoded, picture, uid
 
 from pipeline import engine
 from pipeline.artifacts.arrays import ArrayWriter, map_array, open_array
@@ -90,14 +90,7 @@ def test_k_reruns_masks_only_and_back_again_nothing(made, monkeypatch):
 
 def test_a_key_has_every_parameter_under_its_name(made, monkeypatch):
     (first, _) = STAGE.tasks(made.project())
-    assert first.fields["params"] == {
-        "k": 3,
-        "iters": 10,
-        "metric": "cosine",
-        "init": "k-means++",
-        "precision": "float32",
-        "chunk_rows": 4,
-    }
+    assert first.fields["params"] == PARAMS["pseudo_masks"]
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Later(Config):

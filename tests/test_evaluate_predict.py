@@ -106,6 +106,12 @@ def test_bad_arguments_are_named(checkout, capsys, changes, message):
     assert not (checkout / "over_labels.png").exists()
 
 
+def test_without_a_benchmark_there_are_no_rules(checkout, capsys):
+    (checkout / "params.yaml").write_text(json.dumps({"evaluate": {**block(), "benchmarks": []}}))
+    assert run(checkout) == 1
+    assert "evaluate.benchmarks: expected one or more" in capsys.readouterr().err
+
+
 def test_a_baseline_that_reads_no_labels_is_refused(checkout, capsys):
     arguments = ["--root", str(checkout), "predict", "--model", "baseline:constant", "--labels", "red"]
     assert tessera([*arguments, "--out", str(checkout / "o.png"), str(checkout / "photo.png")]) == 1

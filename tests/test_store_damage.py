@@ -162,6 +162,8 @@ def test_a_payload_altered_with_its_description_is_held_against_the_manifest(tmp
     project(checkout).store.remove("toy", name.key)
     with pytest.raises(BadInput, match="describes other contents than those that the manifest names"):
         call(checkout, "pull", url)
+    with pytest.raises(BadInput, match="describes other contents than those that the manifest names"):
+        project(checkout, remote=url).inputs("toy")
     assert project(checkout).store.problem("toy", name.key)
 
 

@@ -96,3 +96,9 @@ def test_libraries_run_out_of_memory_too(message):
     assert engine.out_of_memory(RuntimeError(message))
     assert not engine.out_of_memory(ValueError(message))
     assert not engine.out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
+
+
+def test_the_cpu_runs_out_of_memory_as_torch_says_it():
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 50)
+    assert engine.out_of_memory(found.value)

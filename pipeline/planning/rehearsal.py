@@ -14,13 +14,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
 from pipeline import chain
 from pipeline.artifacts.files import BadInput, list_files
 from pipeline.datasets.preparing import SampleFailed
 from pipeline.encoders.released import TRAIN
-from pipeline.engine import Counts, ShardStage, StageFailed, Task, run
+from pipeline.engine import Counts, ShardStage, StageFailed, Task, out_of_memory, run
 from pipeline.evaluation.pairs import SCENES
 from pipeline.machine import Machine
 from pipeline.params import ParamsError
@@ -249,8 +247,7 @@ def _foreseen(error: Exception) -> bool:
     """Whether inputs, parameters, numbers or memory are to blame: then the rest of the plan holds. Else it is a bug."""
     if isinstance(error, SampleFailed):  # from nothing where the system ended the loader's worker
         return error.__cause__ is None
-    foreseen = BadInput | ParamsError | StageFailed | NonFiniteLoss | OSError | MemoryError | torch.OutOfMemoryError
-    return isinstance(error, foreseen) or isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, BadInput | ParamsError | StageFailed | NonFiniteLoss | OSError) or out_of_memory(error)
 
 
 def rows_of(project: Project) -> int:

@@ -168,6 +168,8 @@ class _NamedAnswer:
         config: Config,
         project: Project,
     ) -> None:
+        if not config.benchmarks:
+            raise ParamsError("evaluate.benchmarks: expected one or more, whose first one's rules hold; found none")
         rules, first = config.rules(config.protocol), config.benchmarks[0].name
         name: BackgroundName = options.background or pick(rules.backgrounds, method, first)[0]
         rule = BACKGROUNDS[name]
