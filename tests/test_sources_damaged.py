@@ -56,6 +56,15 @@ def test_a_tsv_keeps_its_lone_quotes(tmp_path: Path) -> None:
         assert pairs(row for part in cut(found, 2, None) for row in read_slice(found, part)) == whole
 
 
+def test_rows_between_two_lone_quotes_of_a_tsv_stay_rows(tmp_path: Path) -> None:
+    captions = ["plain", '"Hello there', "between", 'bye, world"', '"two\nlines"', "last"]
+    path = tmp_path / "list.tsv"
+    lines = ["URL\tTEXT", *(f"http://a.test/{number}.jpg\t{caption}" for number, caption in enumerate(captions))]
+    path.write_text("\n".join(lines) + "\n")
+    expected = [*captions[:4], "two lines", "last"]
+    assert [caption for _, caption in pairs(read(annotations(path, layout="named")))] == expected
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 def test_text_that_is_not_utf8_in_a_parquet_list_is_replaced(tmp_path: Path, kind: pa.DataType) -> None:
     binary = pa.binary() if kind == pa.string() else pa.large_binary()

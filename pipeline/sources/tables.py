@@ -53,7 +53,8 @@ class _CountedLines:
 def csv_records(path: Path, start: int) -> Iterator[tuple[list[str], int]]:
     """Records that are not empty, each with the offset of the next; .tsv has tabs for commas.
 
-    A .tsv may have no quoting at all: there, a quote that opens and does not close as CSV has it is text of its line.
+    A .tsv may have no quoting at all: there, a quote that opens and does not close as CSV has it is text of its
+    line, and so is one whose field would hold a tab and a line break: those are rows.
 
     Raises:
         BadInput: in another file, a quote is left open, or something stands behind one that closes.
@@ -64,6 +65,8 @@ def csv_records(path: Path, start: int) -> Iterator[tuple[list[str], int]]:
         lines = _CountedLines(path, start)
         try:
             for record in csv.reader(lines, delimiter="\t" if tabs else ",", strict=True):
+                if tabs and any("\n" in field and "\t" in field for field in record):
+                    raise csv.Error("rows in a field")
                 start = lines.position
                 if record:
                     yield record, start
