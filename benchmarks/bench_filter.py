@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -125,11 +126,10 @@ def measure(rows: int, mode: str, workers: int, out: "multiprocessing.SimpleQueu
 
 
 def _draw(index: EntityIndex, draws: int = 10_000) -> None:
-    generator = np.random.default_rng(0)
+    rng = Random(0)
     named = [number for number, count in enumerate(index.counts) if count]
     for _ in range(draws):
-        entity = named[int(generator.integers(len(named)))]
-        index.partner([entity], lambda *_: False, generator)
+        index.partner([rng.choice(named)], lambda *_: False, rng)
 
 
 def in_a_process(rows: int, mode: str, workers: int) -> dict:

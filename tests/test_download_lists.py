@@ -18,7 +18,7 @@ from pipeline.machine import Machine
 from pipeline.params import ParamsError
 from pipeline.project import Project
 from pipeline.source_code import REPO
-from pipeline.sources import mixes
+from pipeline.sources import download
 from pipeline.sources.annotations import read_slice
 from pipeline.sources.download import REJECTED, STAGE, Config
 
@@ -191,7 +191,7 @@ def test_a_mix_that_cannot_be_is_refused(lists: Path, monkeypatch: pytest.Monkey
             params.build(Config, DOWNLOAD | change, "download")
     with pytest.raises(BadInput, match="lists/absent.tsv: no such list"):
         STAGE.tasks(mixed(lists, part("absent.tsv")))
-    monkeypatch.setattr(mixes, "SHARDS", 2)
+    monkeypatch.setattr(download, "LIST_SHARDS", 2)
     with pytest.raises(BadInput, match="more than 2 shards of one list of a mix. Raise download.rows_per_shard"):
         STAGE.tasks(mixed(lists, part("cc12m.tsv", layout="cc12m"), rows_per_shard=2))
 

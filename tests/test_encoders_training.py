@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from pipeline.training import Progress, Run
 
 MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
 TOWER = {"image_size": 16, "first_stride": 4, "widths": [8], "dim": 16, "layers": 1, "heads": 2, "class_token": False}
-SHUFFLE = {"block_rows": 4, "window_blocks": 2}
+SHUFFLE = {"block_rows": 4, "window_blocks": 2, "weights": None}
 OPTIMISATION = {
     "images": 24,
     "batch_size": 8,
@@ -197,7 +198,7 @@ def test_shared_points_show_the_same_place():
     image = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:, None], (1, 200)), np.zeros((200, 200), np.uint8)], -1)
     first = View(left=0.1, top=0.0, width=0.8, height=0.7, flip=True)
     second = View(left=0.3, top=0.2, width=0.6, height=0.8, flip=False)
-    points = shared_points(first, second, 50, np.random.default_rng(0))
+    points = shared_points(first, second, 50, Random(0))
     assert np.abs(points).max() <= 1
     read = []
     for view, place in zip((first, second), points, strict=True):
@@ -216,8 +217,7 @@ def test_crops_have_their_sizes_and_depend_on_the_generator_alone(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     sample = Sample("u", ["a"], [], [], image)
     batches = [
-        collate_crops([MultiCrop(config)(sample, np.random.default_rng(seed)) for seed in (1, 2)], ["a", "b"])
-        for _ in range(2)
+        collate_crops([MultiCrop(config)(sample, Random(seed)) for seed in (1, 2)], ["a", "b"]) for _ in range(2)
     ]
     assert shard and batches[0].uids == ["a", "b"]
     assert batches[0].global_views.shape == (2, 2, 3, 16, 16) and batches[0].local_views.shape == (1, 2, 3, 8, 8)
@@ -231,7 +231,7 @@ def test_no_local_views_and_no_common_place():
     image = np.zeros((20, 20, 3), np.uint8)
     from pipeline.datasets.pairs import Sample
 
-    crop = MultiCrop(dino_config(crops=settings).crops)(Sample("u", [], [], [], image), np.random.default_rng(0))
+    crop = MultiCrop(dino_config(crops=settings).crops)(Sample("u", [], [], [], image), Random(0))
     assert collate_crops([crop], ["u"]).local_views.shape == (0, 1, 3, 8, 8)
     with pytest.raises(ParamsError, match="global_scale"):
         dino_config(crops=DINO["crops"] | {"global_scale": [0.3, 1.0]})
@@ -242,7 +242,7 @@ def test_prompts_name_the_nouns():
 
     transform = PairTransform(views=clip_config().views, num_prompts=2, templates=("a photo of a {}.",))
     image = np.zeros((20, 30, 3), np.uint8)
-    rng = np.random.default_rng(0)
+    rng = Random(0)
     found = transform(Sample("u", ["my dog and cat"], ["dog", "cat"], [], image), rng)
     assert sorted(found.prompts) == ["a photo of a cat.", "a photo of a dog."]
     bare = transform(Sample("v", ["hello"], [], [], image), rng)

@@ -36,7 +36,7 @@ loss: {caption: 1.0, multi_label: 1.0, num_prompts: 2, templates: single, form: 
        share_scale: false, temperature: 0.07, max_scale: 100.0}
 augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5,
                rand_augment: 0, erase_chance: 0.0}
-shuffle: {block_rows: 4, window_blocks: 2}
+shuffle: {block_rows: 4, window_blocks: 2, weights: null}
 optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
                warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
                clip_norm: 5.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000,

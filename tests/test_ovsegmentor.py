@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +59,7 @@ max_scale: 100.0
 completion: {kind: all, weight: 1.0, strip: clean, templates: imagenet, prompts: 2}
 consistency: {kind: mask, weight: 1.6, teacher: average, momentum: 0.9, symmetric: false, freeze_text: true, keep: 0.5,
               rest: detach, cost: euclidean, threshold: relative, delta: 0.6, squash: minmax, dice: joint}
-shuffle: {block_rows: 4, window_blocks: 2}
+shuffle: {block_rows: 4, window_blocks: 2, weights: null}
 entity:
   views: &views {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, rand_augment: 1,
                  erase_chance: 0.5}
@@ -112,7 +113,7 @@ def batch(
         num_prompts=2,
     )
     collate = EntityCollate(tower.tokenizer, settings.completion.kind, partners, longest=False)
-    rows = [prepare(row, np.random.default_rng(number)) for number, row in enumerate(samples)]
+    rows = [prepare(row, Random(number)) for number, row in enumerate(samples)]
     if partners:
         rows = [
             replace(row, partner=(rows[(i + 1) % 6].picture, DOG) if NAMED[i] else None) for i, row in enumerate(rows)
@@ -313,7 +314,7 @@ def test_what_a_batch_says():
 def test_a_caption_writes_no_masks_of_its_own(kind):
     tower = model(completion={"kind": kind})
     texts = ["[MASK] [MASK]", "b", "a [MASK] dog [MASK]"]
-    rows = batch(tower, samples=[replace(sample(3), captions=[text]) for text in texts])
+    rows = batch(tower, samples=[sample(3)._replace(captions=[text]) for text in texts])
     mask = tower.tokenizer.mask
     assert torch.equal(rows.token_ids, BytePairTokenizer(12)(texts))
     assert rows.prompt_ids is None or not (rows.prompt_ids == mask).any()
@@ -454,28 +455,26 @@ def test_partners_share_an_entity_and_are_never_the_row_itself(tmp_path):
     seen, shown = set(), picture(0)
     for seed in range(80):
         row = Sample(uids[0][1], [""], [], [DOG, CAT], shown)
-        entity, *place = partners.place(row, np.random.default_rng(seed))
+        entity, *place = partners.place(row, Random(seed))
         assert entity in named[place[0]][place[1]] and place != [0, 1]
         seen.add((entity, *place))
     assert seen == {(DOG, 0, 0), (DOG, 1, 0), (CAT, 0, 2), (CAT, 1, 1)}
     alone = Sample(uids[0][3], [""], [], [BUS], shown)
-    assert partners.place(alone, np.random.default_rng(0)) == (BUS, 0, 3)
-    drawn = partners.draw(alone, np.random.default_rng(0))
+    assert partners.place(alone, Random(0)) == (BUS, 0, 3)
+    drawn = partners.draw(alone, Random(0))
     assert np.abs(drawn.image.astype(int) - picture(3)).max() < 12
-    first = partners.draw(Sample(uids[1][1], [""], [], [CAT], shown), np.random.default_rng(2))
-    again = Partners(shards, tmp_path / "index").draw(
-        Sample(uids[1][1], [""], [], [CAT], shown), np.random.default_rng(2)
-    )
+    first = partners.draw(Sample(uids[1][1], [""], [], [CAT], shown), Random(2))
+    again = Partners(shards, tmp_path / "index").draw(Sample(uids[1][1], [""], [], [CAT], shown), Random(2))
     assert first.place == again.place and np.array_equal(first.image, again.image)
     assert np.abs(first.image.astype(int) - picture(first.place[1])).max() < 12
-    assert partners.draw(Sample("0" * 16, [""], [], [], shown), np.random.default_rng(0)) is None
+    assert partners.draw(Sample("0" * 16, [""], [], [], shown), Random(0)) is None
 
 
 def test_a_broken_partner_is_passed_over(tmp_path):
     shard = make_shard(tmp_path, "00000", 3, broken=(1, 2))
     partners = Partners([shard], make_index(tmp_path / "index", [[[DOG]] * 3]))
     row = Sample(_uids(shard)[0], [""], [], [DOG], picture(0))
-    assert partners.draw(row, np.random.default_rng(0)) is None
+    assert partners.draw(row, Random(0)) is None
     with pytest.raises(BadInput, match="shard 00000"):
         Partners([], tmp_path / "index")
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import tracemalloc
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -17,8 +18,9 @@ from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.tables import write_table
 from pipeline.datasets import joined, pairs
 from pipeline.datasets.pairs import PairLoader, Shuffle, captions
+from pipeline.params import ParamsError
 
-SHUFFLE = Shuffle(block_rows=4, window_blocks=3)
+SHUFFLE = Shuffle(block_rows=4, window_blocks=3, weights=None)
 
 
 @dataclass
@@ -87,6 +89,35 @@ def test_order_is_that_of_the_slow_plain_version(shards):
         shuffled = np.random.default_rng([7, 0, 1, window // 3]).permutation(len(rows))
         expected += [KEPT[rows[i]] for i in shuffled]
     assert [v[0] for v in visits(loader(shards), 6)] == expected
+
+
+def test_weights_say_how_often_an_epoch_visits_a_list(tmp_path):
+    """Ten epochs: rows of weight 1 ten times, of 2.5 twice or three times each, of 0 never; retried rows once each."""
+    sizes = {"00000": 12, "00001": 8, "10000": 40, "20000": 8, "90000": 6}
+    many = [write_pairs(tmp_path, name, size) for name, size in sizes.items()]
+    pairs = loader(many, shuffle=replace(SHUFFLE, weights=(1.0, 2.5, 0.0)), batch_size=1)
+    expected = 12 + 8 + 2.5 * 40 + 6
+    drawn = visits(pairs, round(10 * expected))
+    times = Counter(row for row, *_ in drawn)
+    by_list = Counter(row // 1000 // 10_000 for row in times.elements())
+    rows = {int(name) * 1000 + row for name, size in sizes.items() if name != "20000" for row in range(size)}
+    assert set(times) == rows
+    assert by_list[1] / by_list[0] == pytest.approx(2.5 * 40 / 20, rel=0.1)
+    assert all(9 <= times[row] <= 11 for row in times if row < 10_000_000 or row >= 90_000_000)
+    assert all(18 <= times[row] <= 31 for row in times if 10_000_000 <= row < 20_000_000)
+    assert visits(pairs, 40, position=777) == drawn[777:817]
+    first = [visit for visit in drawn[:126] if visit[0] == 10_000_000]
+    assert len(first) == len(set(first)) >= 2, "each visit of an epoch is another view"
+
+
+def test_weights_of_one_are_none_and_missing_or_zero_ones_are_refused(shards, tmp_path):
+    ones = visits(loader(shards, shuffle=replace(SHUFFLE, weights=(1.0,))), 6)
+    assert sorted(visit[0] for visit in ones) == KEPT
+    other = write_pairs(tmp_path, "20000", 4)
+    with pytest.raises(ParamsError, match="2 of them, and none for list 3"):
+        loader([*shards, other], shuffle=replace(SHUFFLE, weights=(1.0, 1.0)))
+    with pytest.raises(BadInput, match="weight 0"):
+        loader(shards, shuffle=replace(SHUFFLE, weights=(0.0, 1.0)))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

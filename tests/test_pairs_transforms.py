@@ -1,5 +1,7 @@
 """Joint transforms against torchvision, and pixels and masks that stay together."""
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
@@ -18,15 +20,15 @@ def image():
     return np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("side", [16, 50])
-def test_render_is_torchvisions_resized_crop_of_a_pillow_image(image, side):
-    """To one level, in a few values of a hundred even in noise: the two round weights to bytes differently."""
+@pytest.mark.parametrize(("side", "bias"), [(16, 0.05), (22, 0.05), (50, 0.25)])
+def test_render_is_torchvisions_resized_crop_of_a_pillow_image(image, side, bias):
+    """To one level, in a quarter of the values of noise; on average darker only where it enlarges."""
     view = View(left=6 / 40, top=3 / 30, width=20 / 40, height=24 / 30, flip=False)
     expected = vision.resized_crop(Image.fromarray(image), 3, 6, 24, 20, [side, side])
     shown = render(image, view, side)
     assert shown.shape == (side, side, 3) and shown.dtype == np.uint8 and shown.flags.c_contiguous
-    off = np.abs(shown.astype(int) - np.asarray(expected))
-    assert off.max() <= 1 and (off > 0).mean() < 0.05
+    off = shown.astype(int) - np.asarray(expected)
+    assert np.abs(off).max() <= 1 and (off != 0).mean() < 0.3 and abs(off.mean()) < bias
     flipped = View(view.left, view.top, view.width, view.height, flip=True)
     np.testing.assert_array_equal(render(image, flipped, side), shown[:, ::-1])
 
@@ -62,21 +64,21 @@ def test_labels_by_hand():
 
 def test_masks_move_with_the_pixels():
     """A picture painted with its own label map: wherever the view looks, the colour under a label is that label's."""
-    rng = np.random.default_rng(1)
-    labels = rng.integers(0, 6, (4, 4)).astype(np.uint8)
+    rng = Random(1)
+    labels = np.array(rng.choices(range(6), k=16), np.uint8).reshape(4, 4)
     painted = np.kron(labels, np.ones((32, 32), np.uint8))[..., None].repeat(3, 2) * 40
     for _ in range(50):
         view = random_view(rng, height=128, width=128, scale=(0.2, 1.0), ratio=(0.75, 1.33), flip_chance=0.5)
         seen = render(painted, view, 64)
         moved = move_labels(labels, view, (16, 16))
         centres = seen.reshape(16, 4, 16, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3, 4)) / 40
-        assert (np.abs(centres - moved) < 0.5).mean() > 0.85, "most cells lie inside one label"
+        assert (np.abs(centres - moved) < 0.5).mean() > 0.8, "most cells lie inside one label"
         flat = np.abs(centres - centres.round()) < 0.02
         assert (centres.round()[flat] == moved[flat]).mean() > 0.95
 
 
 def test_random_view_bounds():
-    rng = np.random.default_rng(2)
+    rng = Random(2)
     settings = {"height": 60, "width": 90, "scale": (0.2, 0.5), "ratio": (0.8, 1.25), "flip_chance": 0.3}
     views = [random_view(rng, **settings) for _ in range(400)]
     areas = np.array([v.width * v.height for v in views])
@@ -90,9 +92,7 @@ def test_random_view_bounds():
 
 
 def test_images_too_narrow_for_the_ratio_are_cropped_at_the_centre():
-    view = random_view(
-        np.random.default_rng(0), height=100, width=5, scale=(0.9, 1.0), ratio=(0.8, 1.25), flip_chance=0.0
-    )
+    view = random_view(Random(0), height=100, width=5, scale=(0.9, 1.0), ratio=(0.8, 1.25), flip_chance=0.0)
     assert (view.width, view.height) == (1.0, 0.06) and view.top == pytest.approx(0.47)
 
 
@@ -107,21 +107,21 @@ def augmentation(**changes):
 
 def test_transform_is_a_function_of_its_generator():
     transform = PairTransform(views=augmentation(), grid=4)
-    one, two = (transform(sample(["a", "b", "c"]), np.random.default_rng(5)) for _ in range(2))
+    one, two = (transform(sample(["a", "b", "c"]), Random(5)) for _ in range(2))
     assert one.caption == two.caption and (one.pixels == two.pixels).all() and (one.regions == two.regions).all()
-    captions = {transform(sample(["a", "b", "c"]), np.random.default_rng(i)).caption for i in range(30)}
+    captions = {transform(sample(["a", "b", "c"]), Random(i)).caption for i in range(30)}
     assert captions == {"a", "b", "c"}
 
 
 def test_caption_form():
     transform = PairTransform(views=augmentation(), grid=4, caption_form="nouns")
-    assert transform(sample(["a dog on a mat"], ("dog", "mat")), np.random.default_rng(0)).caption == "dog mat"
-    assert transform(sample(["so it goes"], ()), np.random.default_rng(0)).caption == "so it goes"
+    assert transform(sample(["a dog on a mat"], ("dog", "mat")), Random(0)).caption == "dog mat"
+    assert transform(sample(["so it goes"], ()), Random(0)).caption == "so it goes"
 
 
 def test_collate():
     transform, collate = PairTransform(views=augmentation(), grid=4), PairCollate(BytePairTokenizer(8))
-    prepared = [transform(sample(["a dog"]), np.random.default_rng(i)) for i in range(3)]
+    prepared = [transform(sample(["a dog"]), Random(i)) for i in range(3)]
     batch = collate(prepared, ["x", "y", "z"]).to("cpu")
     assert batch.pixels.shape == (3, 3, 16, 16) and batch.pixels.dtype == torch.float32
     assert batch.token_ids.shape == (3, 8) and batch.uids == ["x", "y", "z"] and batch.captions == ["a dog"] * 3

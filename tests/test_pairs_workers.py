@@ -44,7 +44,7 @@ def pairs(tmp_path_factory):
     return lambda workers, **changes: PairLoader(
         shards,
         **{"batch_size": 3, "seed": 7, "threads": 2, "workers": workers, "prepare": prepare, "collate": collate}
-        | {"shuffle": Shuffle(block_rows=4, window_blocks=2)}
+        | {"shuffle": Shuffle(block_rows=4, window_blocks=2, weights=None)}
         | changes,
     )
 

@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -374,10 +375,10 @@ def test_nouns_of_a_sample_are_each_one_once_and_at_most_so_many():
         "u", ["x"], ["dog", "photo", "car", "dog", "bird", "tree"], [], image, groups=np.zeros((4, 4), np.uint8)
     )
     made = RegionTransform(views=views, grid=8, max_nouns=3, stop_nouns=frozenset({"photo"}))
-    found = made(sample, np.random.default_rng(0)).nouns
+    found = made(sample, Random(0)).nouns
     assert len(found) == 3 and list(found) == [n for n in ("dog", "car", "bird", "tree") if n in found]
     with pytest.raises(ValueError, match="no cluster map"):
-        made(Sample("u", ["x"], [], [], image), np.random.default_rng(0))
+        made(Sample("u", ["x"], [], [], image), Random(0))
     nothing = Named(image, np.full((4, 4), OUTSIDE, np.uint8), ())
     assert collate([nothing, nothing], ["a", "b"]).to("cpu").owner.shape == (0,)
 

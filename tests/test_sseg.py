@@ -35,7 +35,7 @@ loss: {mask: 1.0, contrastive: 1.0, focal: 20.0, dice: 1.0, deep_supervision: tr
 embed_dim: 12
 combine: normalised
 augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, caption_form: caption}
-shuffle: {block_rows: 4, window_blocks: 2}
+shuffle: {block_rows: 4, window_blocks: 2, weights: null}
 optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {text: 2.0}, final_lr_fraction: 0.1,
                warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
                clip_norm: 1.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8,

@@ -1,6 +1,7 @@
 """Templates and prompts: the published sets, and hand cases."""
 
-import numpy as np
+from random import Random
+
 import pytest
 
 from pipeline.text import prompts
@@ -27,7 +28,7 @@ def test_class_prompts_keep_odd_names() -> None:
 
 
 def test_noun_prompts_draw_without_replacement_and_pad_with_the_caption() -> None:
-    generator = np.random.default_rng(0)
+    generator = Random(0)
     assert prompts.noun_prompts("c", [], 3, ["a {}."], generator) == ["c", "c", "c"]
     assert sorted(prompts.noun_prompts("c", ["x", "y"], 3, ["a {}."], generator)) == ["a x.", "a y.", "c"]
     seen = set()

@@ -253,8 +253,16 @@ def test_two_processes_with_a_batch_in_parts_end_as_one(two):
 def test_shares_make_the_batch(tmp_path):
     """Four processes' shares, one after the other, are the batch of one; positions are those of the whole."""
     shards = [write_pairs(tmp_path, "00000", 20)]
-    settings = {"batch_size": 8, "seed": 1, "shuffle": Shuffle(block_rows=4, window_blocks=2), "threads": 0}
-    settings |= {"prepare": lambda sample, rng: (sample.uid, rng.integers(1 << 30)), "collate": lambda rows, uids: rows}
+    settings = {
+        "batch_size": 8,
+        "seed": 1,
+        "shuffle": Shuffle(block_rows=4, window_blocks=2, weights=None),
+        "threads": 0,
+    }
+    settings |= {
+        "prepare": lambda sample, rng: (sample.uid, rng.randrange(1 << 30)),
+        "collate": lambda rows, uids: rows,
+    }
 
     def drawn(share: tuple[int, int]) -> list[tuple[list, int]]:
         batches = PairLoader(shards, **settings, share=share).batches(4)

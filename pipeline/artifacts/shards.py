@@ -7,6 +7,7 @@ The Parquet file has a row per input row, failed ones included, sorted by key; t
 import hashlib
 import io
 import json
+import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ __all__ = ["SCHEMA", "SUCCESS", "Shard", "decode_rgb", "decode_stored", "index_t
 __all__ += ["read_member", "write_shard", "write_tar"]
 
 SUCCESS = "success"
+# Shards of one list; its place in a mix is the first of the five digits of their names. Retried rows have the last.
+LIST_SHARDS, RETRIED_PLACE = 10_000, 9
 MAX_PIXELS = 1 << 26  # 67 Mpx, 200 MB as RGB: more is taken for a decompression bomb
 _REPAIR = "Run `tessera verify --repair download`, then `dvc repro`"
 # Pillow's other readers (EPS runs Ghostscript) are closed to untrusted bytes.
@@ -110,9 +113,11 @@ def read_member(tar: Path, place: tuple[int, int], name: str) -> bytes:
         BadInput: the tar ends before; `name` is what the message calls it.
     """
     offset, size = place
-    with tar.open("rb", buffering=0) as file:
-        file.seek(offset)
-        data = file.read(size)
+    file = os.open(tar, os.O_RDONLY)
+    try:
+        data = os.pread(file, size, offset)
+    finally:
+        os.close(file)
     if len(data) != size:
         raise BadInput(tar, f"cut off inside {name}", _REPAIR)
     return data

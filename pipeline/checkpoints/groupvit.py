@@ -76,7 +76,7 @@ RULES = (
 )
 
 # Source: card groupvit.md sections 5 to 8. What the weights do not tell: how they were trained.
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "loss": {
         "caption": 1.0,
         "multi_label": 1.0,
@@ -96,7 +96,7 @@ RECIPE = {
         "rand_augment": 2,
         "erase_chance": 0.25,
     },
-    "shuffle": {"block_rows": 256, "window_blocks": 256},
+    "shuffle": {"block_rows": 256, "window_blocks": 256, "weights": None},
     "optimisation": {
         "images": 859_894_410,  # 30 epochs of CC3M, CC12M and YFCC14M
         "batch_size": 4096,

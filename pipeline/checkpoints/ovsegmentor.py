@@ -95,7 +95,7 @@ RECIPE = {
         "squash": "minmax",
         "dice": "joint",
     },
-    "shuffle": {"block_rows": 256, "window_blocks": 256},
+    "shuffle": {"block_rows": 256, "window_blocks": 256, "weights": None},
 }
 ENTITY = {
     "views": {**_VIEWS, "crop_scale": [0.08, 1.0], "rand_augment": 2, "erase_chance": 0.25},

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Annotated, Literal
 
 import numpy as np
@@ -77,7 +78,7 @@ class PairTransform:
     rand_augment: int = 0
     erase_chance: float = 0.0
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Prepared:
+    def __call__(self, sample: Sample, rng: Random) -> Prepared:
         view = self.views.draw(sample.image, rng)
         regions = None if sample.regions is None else move_labels(sample.regions, view, (self.grid, self.grid))
         caption = sample.caption(rng)

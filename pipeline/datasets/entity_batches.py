@@ -4,9 +4,9 @@
 """
 
 from dataclasses import dataclass
+from random import Random
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from numpy import ndarray
@@ -92,24 +92,24 @@ class EntityTransform:
     num_prompts: int
     partners: Partners | None = None
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> PreparedEntities:
+    def __call__(self, sample: Sample, rng: Random) -> PreparedEntities:
         picture = self._view(sample.image, rng)
         caption = without_masks(sample.caption(rng))
         masked, answer, words = None, "", []
         if self.completion in _TARGETS:
             target = _TARGETS[self.completion]
             masked = mask_caption(caption, self.vocabulary, sample.entities, sample.nouns, target, self.strip, rng)
-            answer = entity_answer(masked.answer, self.templates[int(rng.integers(len(self.templates)))])
+            answer = entity_answer(masked.answer, rng.choice(self.templates))
         elif self.completion == "multi_label":
             names = [self.vocabulary.classes[entity] for entity in sample.entities]
             words = noun_prompts(caption, names, self.num_prompts, self.templates, rng)
         partner = None if self.partners is None else self.partners.draw(sample, rng)
         return PreparedEntities(picture, caption, masked, answer, words, partner and self._partner(partner, rng))
 
-    def _partner(self, partner: Partner, rng: np.random.Generator) -> tuple[Picture, int]:
+    def _partner(self, partner: Partner, rng: Random) -> tuple[Picture, int]:
         return self._view(partner.image, rng), partner.entity
 
-    def _view(self, image: UInt8[ndarray, "height width 3"], rng: np.random.Generator) -> Picture:
+    def _view(self, image: UInt8[ndarray, "height width 3"], rng: Random) -> Picture:
         side = self.views.image_size
         shown = render(image, self.views.draw(image, rng), side)
         if self.views.rand_augment:

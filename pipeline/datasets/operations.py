@@ -38,13 +38,13 @@ def auto_contrast(pixels: UInt8[ndarray, "height width 3"]) -> UInt8[ndarray, "h
 
 def equalize(pixels: UInt8[ndarray, "height width 3"]) -> UInt8[ndarray, "height width 3"]:
     """Each colour's values spread to be equally frequent; a colour of one value stays."""
-    channels = []
-    for channel in cv2.split(pixels):
-        counts = cv2.calcHist([channel], [0], None, [256], [0, 256])[:, 0].astype(np.int64)
-        step = (counts.sum() - counts[counts > 0][-1]) // 255
-        table = (step // 2 + counts.cumsum() - counts) // step if step else np.arange(256)
-        channels.append(cv2.LUT(channel, table.clip(max=255).astype(np.uint8)))
-    return cv2.merge(channels)
+    found = [cv2.calcHist([pixels], [colour], None, [256], [0, 256]) for colour in range(3)]
+    counts = np.concatenate(found, 1).astype(np.int64)
+    highest = 255 - (counts[::-1] > 0).argmax(0)
+    step = (counts.sum(0) - counts[highest, range(3)]) // 255
+    spread = (step // 2 + counts.cumsum(0) - counts) // np.maximum(step, 1)
+    tables = np.where(step > 0, spread.clip(max=255), np.arange(256)[:, None])
+    return cv2.LUT(pixels, tables[None].astype(np.uint8))
 
 
 def invert(pixels: UInt8[ndarray, "height width 3"]) -> UInt8[ndarray, "height width 3"]:

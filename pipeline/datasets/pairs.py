@@ -1,27 +1,30 @@
 """Image-caption pairs for training: shards of the download joined with their cached pseudo-masks.
 
-Order: the kept rows are cut into blocks of neighbouring rows; an epoch permutes the blocks, opens a window of them at a
-time and permutes the rows of the window. So reads stay local and memory holds two windows of captions and masks plus a
-few shards' tables, however many shards there are; the other tables lie in the temporary folder, in a file without a
-name. The order, the caption drawn and the augmentation depend on (seed, epoch, row) only: not on threads or worker
-processes, and a run may start at any sample.
+Order: the kept rows are cut into blocks of neighbouring rows; an epoch permutes the blocks (those of a list with a
+weight as often as that says), opens a window of them at a time and permutes the rows of the window. So reads stay local
+and memory holds two windows of captions and masks plus a few shards' tables, however many shards there are; the other
+tables lie in the temporary folder, in a file without a name. The order, the caption drawn and the augmentation depend
+on (seed, epoch, row) only: not on threads or worker processes, and a run may start at any sample.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from tempfile import TemporaryFile
 from typing import Annotated
 
 import numpy as np
+from jaxtyping import Float
 from numpy import ndarray
 
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.shards import LIST_SHARDS, RETRIED_PLACE
 from pipeline.datasets.joined import PairShard, Rows, Sample, Tables, captions, count_rows
 from pipeline.datasets.preparing import Collate, Made, Preparation, Prepare, Visit, working
-from pipeline.params import Range
+from pipeline.params import ParamsError, Range
 from pipeline.training import Loaded
 
 __all__ = ["PairLoader", "PairShard", "Sample", "Shuffle", "captions"]
@@ -44,10 +47,13 @@ class Shuffle:
     Attributes:
         block_rows: neighbouring rows of a shard that stay together when blocks are shuffled.
         window_blocks: blocks whose rows are shuffled among one another; two windows are in memory.
+        weights: how often an epoch visits each list of a mix, of a fraction as many blocks, drawn anew; every visit is
+            another view. None for all once.
     """
 
     block_rows: Annotated[int, Range(1)]
     window_blocks: Annotated[int, Range(1)]
+    weights: tuple[Annotated[float, Range(0)], ...] | None
 
 
 class PairLoader:
@@ -80,7 +86,8 @@ class PairLoader:
         `share` (i, n): of every batch only the i-th of n equal parts, counted from 0; positions count whole batches.
 
         Raises:
-            BadInput: no usable row, or a payload that does not fit the others.
+            BadInput: no usable row, also by the weights; or a payload that does not fit the others.
+            ParamsError: a shard is of a list that has no weight.
         """
         self._shards = list(shards)
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
@@ -91,10 +98,11 @@ class PairLoader:
         self._blocks = _cut(self._shards, shuffle.block_rows)
         if not self._blocks:
             raise BadInput(shards[0].filtered if shards else "shards", "no kept row to train on", "Check the filter")
+        self._weights = _weights(self._shards, self._blocks, shuffle.weights)
 
     @property
     def num_samples(self) -> int:
-        """Rows of one epoch."""
+        """Rows; without weights, of one epoch."""
         return self._blocks[-1].first + self._blocks[-1].rows
 
     def batches(self, position: int) -> Iterator[Loaded]:
@@ -143,18 +151,30 @@ class PairLoader:
 
     def _windows(self, position: int) -> Iterator[tuple[int, list["_Block"], ndarray, int]]:
         """(epoch, blocks, order of their rows, rows to skip) without end, from the window that holds `position`."""
-        epoch, skip = divmod(position, self.num_samples)
+        first, skip = divmod(position, self.num_samples) if self._weights is None else (0, position)
         size = self._shuffle.window_blocks
-        while True:
-            order = np.random.default_rng([self._seed, epoch, _BLOCKS]).permutation(len(self._blocks))
-            for number, start in enumerate(range(0, len(order), size)):
-                blocks = [self._blocks[i] for i in order[start : start + size]]
+        for epoch in count(first):
+            visited = self._visited(epoch)
+            for number, start in enumerate(range(0, len(visited), size)):
+                blocks = visited[start : start + size]
                 rows = sum(block.rows for block in blocks)
                 if skip < rows:
                     shuffled = np.random.default_rng([self._seed, epoch, _ROWS, number]).permutation(rows)
                     yield epoch, blocks, shuffled, skip
                 skip = max(skip - rows, 0)
-            epoch += 1
+
+    def _visited(self, epoch: int) -> list["_Block"]:
+        """The blocks of an epoch in its order; rows of a block's further visits are numbered as rows of their own."""
+        rng = np.random.default_rng([self._seed, epoch, _BLOCKS])
+        if self._weights is None:
+            return [self._blocks[i] for i in rng.permutation(len(self._blocks))]
+        times = np.floor(self._weights + rng.random(len(self._blocks))).astype(int)
+        visits = [
+            replace(block, first=block.first + visit * self.num_samples)
+            for block, often in zip(self._blocks, times, strict=True)
+            for visit in range(often)
+        ]
+        return [visits[i] for i in rng.permutation(len(visits))]
 
     def _open(self, read: Read, epoch: int, blocks: list["_Block"], order: ndarray, skip: int) -> list["_Draw"]:
         rows = [read(block) for block in blocks]
@@ -189,6 +209,23 @@ class _Draw:
     index: int
     rows: Future["Rows"]
     row: int
+
+
+def _weights(
+    shards: Sequence[PairShard], blocks: Sequence[_Block], weights: Sequence[float] | None
+) -> Float[ndarray, " blocks"] | None:
+    """Each block's weight: its list's; 1 for rows that were tried again, unless ten lists have weights."""
+    if weights is None:
+        return None
+    by_place = {RETRIED_PLACE: 1.0} | dict(enumerate(weights))
+    places = [int(shards[block.shard].name) // LIST_SHARDS for block in blocks]
+    absent = sorted(set(places) - set(by_place))
+    if absent:
+        raise ParamsError(f"shuffle.weights: {len(weights)} of them, and none for list {absent[0] + 1} of the mix")
+    found = np.array([by_place[place] for place in places])
+    if not found.any():
+        raise BadInput(shards[0].filtered, "every list with a kept row has weight 0", "Change `shuffle.weights`")
+    return found
 
 
 def _cut(shards: Sequence[PairShard], block_rows: int) -> list[_Block]:

@@ -12,6 +12,7 @@ where no other names the entity.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from threading import Lock
 
 import numpy as np
@@ -59,7 +60,7 @@ class Partners:
     def __reduce__(self) -> tuple[type, tuple[Sequence[PairShard], Path]]:
         return type(self), self._made_of
 
-    def draw(self, sample: Sample, rng: np.random.Generator) -> Partner | None:
+    def draw(self, sample: Sample, rng: Random) -> Partner | None:
         """A partner, or None for a sample without an entity or when no drawn picture decodes."""
         for _ in range(ATTEMPTS):
             found = self.place(sample, rng)
@@ -72,7 +73,7 @@ class Partners:
                 continue
         return None
 
-    def place(self, sample: Sample, rng: np.random.Generator) -> tuple[int, int, int] | None:
+    def place(self, sample: Sample, rng: Random) -> tuple[int, int, int] | None:
         """Entity, shard's position and kept row, see `EntityIndex.partner`; the sample's own row has its uid."""
         uid = _short(sample.uid)
         return self.index.partner(sample.entities, lambda shard, row: self._table(shard)["uid"][row] == uid, rng)

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from pipeline.datasets.augmentation import Erased, normal_values
+from pipeline.datasets.augmentation import Erased, noise
 from pipeline.datasets.transforms import normalise
 
 Batch = TypeVar("Batch")
@@ -31,10 +31,9 @@ class Pixels:
         pixels = normalise(self.images.to(device, non_blocking=True))
         for image, box in zip(pixels, self.erased, strict=True):
             if box is not None:
-                height, width = box.shares.shape[:2]
-                shares = torch.from_numpy(box.shares).to(device, non_blocking=True)
-                noise = normal_values(device)[shares.int()]
-                image[box.top : box.top + height, box.left : box.left + width] = noise
+                values = noise(device)[box.first : box.first + box.height * box.width * 3]
+                window = image[box.top : box.top + box.height, box.left : box.left + box.width]
+                window.copy_(values.view(window.shape))
         return pixels.permute(0, 3, 1, 2)
 
 

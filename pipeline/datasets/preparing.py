@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from random import Random
 from traceback import format_exc
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +29,12 @@ from pipeline.artifacts.files import BadInput
 from pipeline.datasets.joined import Sample, Stored
 
 # A sample and its own generator to what `Collate` takes.
-Prepare = Callable[[Sample, np.random.Generator], Any]
+Prepare = Callable[[Sample, Random], Any]
 # Prepared samples and their uids to a batch.
 Collate = Callable[[list[Any], list[str]], Any]
 # A batch, and the uids and reasons of the rows that are not in it.
 Made = tuple[Any, list[tuple[str, str]]]
 
-# Salt of a sample's random stream.
-_SAMPLE = 2
 # Batches that a training step may hold while the next are made: its own, and the one before.
 HELD = 2
 # Room beyond the first batch's bytes: texts differ in length. A batch that is larger comes through the pipe.
@@ -49,8 +48,7 @@ class SampleFailed(RuntimeError):
     """A sample could not be prepared, or the worker died that had it; the message names it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Visit:
+class Visit(NamedTuple):
     """A row, which is `index` of the whole set, in an epoch."""
 
     row: Stored
@@ -81,7 +79,7 @@ class Preparation:
             except BadInput as error:
                 failures.append((visit.row.uid, str(error)))
                 continue
-            rng = np.random.default_rng([self.seed, visit.epoch, _SAMPLE, visit.index])
+            rng = sample_rng(self.seed, visit.epoch, visit.index)
             try:
                 prepared.append(self.prepare(sample, rng))
             except BadInput:
@@ -94,6 +92,11 @@ class Preparation:
                 visits[0].row.tar, f"none of the {len(visits)} images of a batch decodes", "Verify the download"
             )
         return self.collate(prepared, uids), failures
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> Random:
+    """A sample's own generator at one visit: Python's, which is made in a quarter of numpy's time and draws faster."""
+    return Random((seed << 32 | epoch) << 64 | index)
 
 
 class Workers:

@@ -4,6 +4,7 @@ Axes: batch, side (pixels), rows x columns (cells of the cluster map), nouns (of
 """
 
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 import torch
@@ -53,13 +54,13 @@ class RegionTransform:
     max_nouns: int
     stop_nouns: frozenset[str]
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Named:
+    def __call__(self, sample: Sample, rng: Random) -> Named:
         if sample.groups is None:
             raise ValueError(f"{sample.uid} has no cluster map")
         view = self.views.draw(sample.image, rng)
         found = [noun for noun in dict.fromkeys(sample.nouns) if noun not in self.stop_nouns]
         if len(found) > self.max_nouns:
-            found = [found[i] for i in np.sort(rng.choice(len(found), self.max_nouns, replace=False))]
+            found = [found[i] for i in sorted(rng.sample(range(len(found)), self.max_nouns))]
         groups = move_labels(sample.groups, view, (self.grid, self.grid))
         return Named(render(sample.image, view, self.views.image_size), groups, tuple(found))
 

@@ -8,6 +8,7 @@ Axes: side (pixels), views, dim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class SquareTransform:
     image_size: int
     chosen: tuple[int, ...]
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Square:
+    def __call__(self, sample: Sample, rng: Random) -> Square:
         if sample.views is None:
             raise ValueError(f"{sample.uid} has no views")
         height, width, _ = sample.image.shape

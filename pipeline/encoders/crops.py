@@ -6,6 +6,7 @@ Axes: views, batch, points (places of the image that both global views show), si
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Annotated
 
 import numpy as np
@@ -92,38 +93,37 @@ class MultiCrop:
 
     config: CropConfig
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Crops:
+    def __call__(self, sample: Sample, rng: Random) -> Crops:
         settings = self.config
         large = [self._view(sample.image, settings.global_scale, rng) for _ in range(NUM_GLOBAL)]
         small = [self._view(sample.image, settings.local_scale, rng) for _ in range(settings.num_local)]
         views = len(large) + len(small)
-        colours = rng.uniform(1 - settings.jitter, 1 + settings.jitter, (views, 3))
-        colours[:, 2] *= rng.random(views) >= settings.gray_chance
+        low, high = 1 - settings.jitter, 1 + settings.jitter
+        colours = np.array([[rng.uniform(low, high) for _ in range(3)] for _ in range(views)], np.float32)
+        colours[:, 2] *= [rng.random() >= settings.gray_chance for _ in range(views)]
         side = settings.local_size
         return Crops(
             np.stack([render(sample.image, view, settings.global_size) for view in large]),
             np.stack([render(sample.image, view, side) for view in small])
             if small
             else np.zeros((0, side, side, 3), np.uint8),
-            colours.astype(np.float32),
+            colours,
             shared_points(large[0], large[1], settings.num_points, rng),
         )
 
-    def _view(
-        self, image: UInt8[ndarray, "height width 3"], scale: tuple[float, float], rng: np.random.Generator
-    ) -> View:
+    def _view(self, image: UInt8[ndarray, "height width 3"], scale: tuple[float, float], rng: Random) -> View:
         height, width, _ = image.shape
         chance = self.config.flip_chance
         return random_view(rng, height=height, width=width, scale=scale, ratio=ASPECT, flip_chance=chance)
 
 
-def shared_points(first: View, second: View, count: int, rng: np.random.Generator) -> Float32[ndarray, "2 {count} 2"]:
+def shared_points(first: View, second: View, count: int, rng: Random) -> Float32[ndarray, "2 {count} 2"]:
     """`count` random places that both views show, in each view's own coordinates (x, y) in [-1, 1]."""
     low = np.maximum([first.left, first.top], [second.left, second.top])
     high = np.minimum(
         [first.left + first.width, first.top + first.height], [second.left + second.width, second.top + second.height]
     )
-    places = low + rng.random((count, 2)) * (high - low)
+    places = low + np.array([[rng.random(), rng.random()] for _ in range(count)]) * (high - low)
     return np.stack([_inside(view, places) for view in (first, second)]).astype(np.float32)
 
 

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 
 from pipeline.artifacts import decisions
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, read_rows
+from pipeline.artifacts.shards import LIST_SHARDS, SUCCESS, read_rows
 from pipeline.project import Project
 from pipeline.reporting.funnel import Data
 from pipeline.reporting.labels import clean
-from pipeline.sources import mixes, retries
+from pipeline.sources import retries
 from pipeline.sources.download import Config
 
 WORDS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # lower ends of the bins: words parted by blanks
@@ -99,7 +99,7 @@ def _list_of(shard: str, names: Sequence[str]) -> str:
     number = int(shard)
     if len(names) == 1:
         return RETRIED if number >= retries.FIRST else names[0]
-    place = number // mixes.SHARDS
+    place = number // LIST_SHARDS
     return names[place] if place < len(names) else RETRIED
 
 

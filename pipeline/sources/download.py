@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.files import BadInput, CorruptPayload
-from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, make_uid, read_rows, write_shard
+from pipeline.artifacts.shards import LIST_SHARDS, SUCCESS, Shard, decode_rgb, make_uid, read_rows, write_shard
 from pipeline.artifacts.tars import index_tar
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
@@ -112,10 +112,10 @@ def _list_tasks(project: Project, config: Config, place: int) -> Iterator[Task]:
     listed = config.lists[place]
     annotations = _annotations(project, listed)
     for number, part in enumerate(cut(annotations, config.rows_per_shard, listed.limit)):
-        if config.mix and number == mixes.SHARDS:
-            problem = f"more than {mixes.SHARDS} shards of one list of a mix"
+        if config.mix and number == LIST_SHARDS:
+            problem = f"more than {LIST_SHARDS} shards of one list of a mix"
             raise BadInput(annotations.path, problem, "Raise download.rows_per_shard")
-        name = f"{place * mixes.SHARDS + number:05d}"
+        name = f"{place * LIST_SHARDS + number:05d}"
         yield _task(name, part.digest, part.rows, _Job(config, listed.source, None, annotations, part))
 
 

@@ -11,7 +11,6 @@ from typing import Annotated
 from pipeline.params import Range
 from pipeline.sources.annotations import Kind, Layout
 
-SHARDS = 10_000  # of one list; its place in the mix is the first of the five digits of a shard's name
 LISTS = 10
 
 

@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.files import BadInput, atomic_json, digest, read_json, sha256_file
-from pipeline.artifacts.shards import SUCCESS, read_rows, uid_numbers
+from pipeline.artifacts.shards import LIST_SHARDS, RETRIED_PLACE, SUCCESS, read_rows, uid_numbers
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.polite import domain_of
 
 REJECTED = "rejected"  # the status and class of a row that its reader rejected; the others are img2dataset's
-FIRST, LAST = 90_000, 99_999  # numbers of shards of rounds; a mix of ten lists has its last list there
+# Numbers of shards of rounds; a mix of ten lists has its last list there.
+FIRST, LAST = RETRIED_PLACE * LIST_SHARDS, (RETRIED_PLACE + 1) * LIST_SHARDS - 1
 FILE = "data/manifests/retries.json"
 # What another try may get, and what `tessera retry-failed` takes unless told otherwise.
 TRANSIENT = ("timeout", "5xx", "429", "dns", "connection")

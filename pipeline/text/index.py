@@ -11,6 +11,7 @@ Source: OVSegmentor card section 3.2.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class EntityIndex:
         return self._rows[self._offsets[entity] : self._offsets[entity + 1]]
 
     def partner(
-        self, entities: Sequence[int], own: Callable[[int, int], bool], generator: np.random.Generator
+        self, entities: Sequence[int], own: Callable[[int, int], bool], rng: Random
     ) -> tuple[int, int, int] | None:
         """A sample that shares one of a sample's entities: an entity that is named, then a sample that names it.
 
@@ -122,13 +123,13 @@ class EntityIndex:
         named = [entity for entity in entities if len(self.rows(entity))]
         if not named:
             return None
-        entity = named[int(generator.integers(len(named)))]
+        entity = rng.choice(named)
         found = self.rows(entity)
-        number = int(generator.integers(len(found)))
+        number = rng.randrange(len(found))
         shard, row = found[number].tolist()
         if len(found) > 1 and own(shard, row):
             # One of the others: each then has the same chance, whether or not this row was drawn first.
-            number = (number + 1 + int(generator.integers(len(found) - 1))) % len(found)
+            number = (number + 1 + rng.randrange(len(found) - 1)) % len(found)
             shard, row = found[number].tolist()
         return entity, shard, row
 

@@ -12,9 +12,8 @@ around them, in any case and number, and masks only what the filter found. Lemma
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from random import Random
 from typing import Literal
-
-import numpy as np
 
 from pipeline.text.entities import Vocabulary
 from pipeline.text.lemmas import singular
@@ -46,7 +45,7 @@ def mask_caption(
     nouns: Collection[str],
     target: Target,
     strip: Strip,
-    rng: np.random.Generator,
+    rng: Random,
 ) -> Masked:
     """The caption with all entities masked, with one drawn class of them, or with all nouns.
 
@@ -63,7 +62,7 @@ def mask_caption(
         found = [_class(vocabulary.forms.get(core.lower(), (-1, ""))[0], entities) for _, core, _ in parts]
     names = [_name(what, vocabulary) for what in found]
     if target == "one" and (there := sorted({name for name in names if name})):
-        chosen = there[int(rng.integers(len(there)))]
+        chosen = rng.choice(there)
         names = [name if name == chosen else "" for name in names]
     words = [
         f"{before}{MASK}{after}" if name else _unmasked(f"{before}{core}{after}", strip)

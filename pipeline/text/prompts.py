@@ -1,12 +1,11 @@
 """Class names, nouns and entities as sentences. A template is a string with one "{}" where the name goes.
 
-Randomness arrives as a `numpy.random.Generator`.
+Randomness arrives as a `random.Random`.
 """
 
 from collections.abc import Sequence
 from functools import cache
-
-import numpy as np
+from random import Random
 
 from pipeline.text import wheel
 
@@ -48,7 +47,7 @@ def class_prompts(names: Sequence[str], templates: Sequence[str]) -> list[list[s
 
 
 def noun_prompts(
-    caption: str, nouns: Sequence[str], num_prompts: int, templates: Sequence[str], generator: np.random.Generator
+    caption: str, nouns: Sequence[str], num_prompts: int, templates: Sequence[str], rng: Random
 ) -> list[str]:
     """`num_prompts` sentences for the multi-label loss: drawn nouns in drawn templates, then copies of the caption.
 
@@ -56,8 +55,7 @@ def noun_prompts(
     Source: GroupViT card section 6.
     """
     count = min(num_prompts, len(nouns))
-    drawn = generator.choice(len(nouns), size=count, replace=False) if count else ()
-    prompts = [fill(templates[int(generator.integers(len(templates)))], nouns[int(index)]) for index in drawn]
+    prompts = [fill(rng.choice(templates), noun) for noun in rng.sample(nouns, count)]
     return prompts + [caption] * (num_prompts - count)
 
 

@@ -34,7 +34,7 @@ def _clean(text: str) -> str:
     """As open_clip cleans a text. Most captions have nothing that its repairs (ftfy, entities) act on."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split()).lower()
-    return _simple_tokenizer().clean_fn(text)
+    return _simple_tokenizer().clean_fn(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 class BytePairTokenizer:
@@ -79,9 +79,8 @@ class BytePairTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text without SOT and EOT, not cut to the context length."""
         base = _simple_tokenizer()
-        text = text[: CHARACTERS_PER_TOKEN * self.context_length].encode("utf-8", "replace").decode("utf-8")
         ids: list[int] = []
-        for word in base.pat.findall(_clean(text)):
+        for word in base.pat.findall(_clean(text[: CHARACTERS_PER_TOKEN * self.context_length])):
             ids += self._word(word)
         return ids
 
