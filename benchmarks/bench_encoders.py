@@ -41,7 +41,7 @@ from pipeline.text.filtering import SCHEMA
 
 SHARD = "00000"
 VIEWS = 30  # of an image; the paper's scales
-WIDTH, HEIGHT, DISTINCT = 341, 256, 64
+SHORT_SIDE, ASPECT, DISTINCT = 256, 4 / 3, 64
 SHARDS = 2  # of each worker; the first of them warms up
 TO_REACH = 0.9
 MODULES: dict[str, Any] = {"features": features, "teacher": teacher}
@@ -53,27 +53,26 @@ TOWERS = {
 }
 
 
-def pictures(count: int) -> list[bytes]:
-    """JPEGs; `DISTINCT` of them, over and over."""
+def pictures(count: int, size: tuple[int, int]) -> list[bytes]:
+    """JPEGs of so many px (width, height); `DISTINCT` of them, over and over."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(min(count, DISTINCT)):
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
-            (WIDTH, HEIGHT), Image.Resampling.BICUBIC
-        )
-        noisy = np.asarray(coarse, dtype=np.int16) + rng.integers(-8, 9, (HEIGHT, WIDTH, 3))
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        noisy = np.asarray(coarse, dtype=np.int16) + rng.integers(-8, 9, (*size[::-1], 3))
         data = io.BytesIO()
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=90)
         found.append(data.getvalue())
     return [found[i % len(found)] for i in range(count)]
 
 
-def make_shard(folder: Path, count: int) -> tuple[Path, Path]:
+def make_shard(folder: Path, count: int, short_side: int = SHORT_SIDE) -> tuple[Path, Path]:
     """The payload folders of a downloaded and a filtered shard."""
-    jpegs = pictures(count)
+    width, height = round(ASPECT * short_side), short_side
+    jpegs = pictures(count, (width, height))
     keys = [f"{row:09d}" for row in range(count)]
     uids = [make_uid("bench", key, "a picture") for key in keys]
-    sizes = {"width": WIDTH, "height": HEIGHT, "original_width": WIDTH, "original_height": HEIGHT}
+    sizes = {"width": width, "height": height, "original_width": width, "original_height": height}
     rows = [
         {
             "url": key,
