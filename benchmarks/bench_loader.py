@@ -7,11 +7,11 @@
 Pictures of 341 x 256 px as img2dataset stores them (`bench_encoders`), or of 683 x 512 as the papers' profiles do;
 crops of 224 px. The limit decodes each and resizes it to 224 px with the loader's own functions, nothing else; Pillow,
 as torchvision's transforms use it, stands beside it. The peer is what the releases train with: webdataset, timm's
-transforms on Pillow's images, torch's DataLoader; it tokenises captions alone. The loader shuffles, reads by row, draws
-a crop, flips, augments (RandAugment, erasing: `crops alone` leaves these out), tokenises captions and prompts and stacks
-bytes, which the device normalises. Each of them in so many threads, and in so many worker processes, which are up before
-the clock starts, and gone before the next begins where they make batches ahead. To reach: 0.9 of the limit, a median
-over rounds.
+transforms on Pillow's images, torch's DataLoader; it tokenises captions alone. The loader shuffles, reads by row,
+draws a crop, flips, augments (RandAugment, erasing: `crops alone` leaves these out), tokenises captions and prompts
+and stacks bytes, which the device normalises. Each of them in so many threads, and in so many worker processes, which
+are up before the clock starts, and gone before the next begins where they make batches ahead. To reach: 0.9 of the
+limit, a median over rounds.
 """
 
 import argparse
