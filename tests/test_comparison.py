@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 import pytest
+from evaluate_cases import block
 from PIL import Image
-from test_evaluate import block
 from voc_root import ColorModel, write_root
 
 from pipeline import methods

@@ -2,9 +2,9 @@
 
 from functools import partial
 
+import pseudo_mask_vit_cases
 import pytest
-import test_pseudo_mask_vit
-import test_scg
+import scg_cases
 import test_sseg
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def sseg(combine):
 
 
 def pseudo_mask_vit():
-    model = test_pseudo_mask_vit.model().eval()
+    model = pseudo_mask_vit_cases.model().eval()
     model._regions = lambda pixels: (torch.arange(64).view(1, 8, 8).byte() % 5, 5)
     return model
 
@@ -72,7 +72,7 @@ def segmenter(model):
         lambda folder: region_clip(),
         lambda folder: maskclip(),
         lambda folder: sseg("argmax"),
-        lambda folder: test_scg.model(test_scg.made_encoders(folder)).eval(),
+        lambda folder: scg_cases.model(scg_cases.made_encoders(folder)).eval(),
         lambda folder: pseudo_mask_vit(),
     ],
     ids=["clip_patches", "region_clip", "maskclip", "sseg-argmax", "scg", "pseudo_mask_vit"],

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from test_convert import detail_file, instances_file
+from convert_cases import detail_file, instances_file
 
 from pipeline.artifacts.files import BadInput
 from pipeline.conversion.coco_object import convert_coco_object

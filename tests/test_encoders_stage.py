@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from encoders_cases import CLIP, DINO, MACHINE
 from pair_shards import write_pairs
 from safetensors.torch import save_file
-from test_encoders_training import CLIP, DINO, MACHINE
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.artifacts.files import BadInput

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_evaluate import RULES, config_of, project, report_of
+from evaluate_cases import RULES, colours_project, config_of, report_of
 from test_report_html import EVIL, Page, full, page
 
 from pipeline.artifacts.files import BadInput
@@ -18,8 +18,12 @@ from pipeline.reporting.collect import read_score
 from pipeline.reporting.mistakes import largest, rows_in_percent, sentence, tables
 from pipeline.source_code import REPO
 
-__all__ = ["project"]  # the fixture
 MISTAKE = {"truth": "dog", "answer": "background", "share": 0.312, "of_truth": 0.8}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    return colours_project(tmp_path, monkeypatch)
 
 
 def test_the_largest_mistakes_are_named(project):

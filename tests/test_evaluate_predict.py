@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from evaluate_cases import block
 from PIL import Image
-from test_evaluate import block
 from voc_root import COLORS, ColorModel, write_root
 
 from pipeline import methods

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_evaluate import block
+from evaluate_cases import block
 from voc_root import ColorModel, write_mask, write_root
 
 from pipeline import methods, params

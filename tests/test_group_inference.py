@@ -1,23 +1,14 @@
-"""Segmentation by groups: confidences by hand, the background rule against a plain loop over its thresholds."""
+"""Segmentation by groups: the background rule by hand and against a plain loop over its thresholds."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_evaluate import block
-from voc_root import write_root
+from group_cases import ToyGroups, picture, plain_confidence
 
-from pipeline import methods, params
-from pipeline.artifacts.weights import save_model
-from pipeline.cli import main as tessera
-from pipeline.evaluation import Config, candidates
-from pipeline.evaluation.config import BenchmarkConfig
-from pipeline.evaluation.pairs import evaluate, open_pair
 from pipeline.evaluation.scoring import group_grid
 from pipeline.inference import (
     BACKGROUNDS,
@@ -29,52 +20,14 @@ from pipeline.inference import (
     resize_image,
     threshold_labels,
 )
-from pipeline.machine import Machine
 from pipeline.nn import windows
-from pipeline.nn.group_scores import GroupScores, group_confidence, hard_groups, paint
+from pipeline.nn.group_scores import GroupScores, paint
 from pipeline.nn.windows import background_table
 from pipeline.params import ParamsError
-from pipeline.project import Project
 
 GRID = group_grid(0.5)
 NATIVE = Geometry(short_side=None, long_side=2048, window=None, stride=1, multiple=1, antialias=False)
 SLIDING = Geometry(short_side=20, long_side=100, window=16, stride=8, multiple=4, antialias=False)
-
-
-class ToyGroups(torch.nn.Module):
-    """Random groups: a patch belongs to the group whose random direction is nearest to its colours."""
-
-    def __init__(self, groups=3, dim=6, patch=4, scale=4.0, seed=0, sharpness=3.0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.directions = torch.nn.Parameter(torch.randn(groups, 3 * patch * patch, generator=generator))
-        self.project = torch.nn.Parameter(torch.randn(dim, 3 * patch * patch, generator=generator))
-        self.patch, self.scale, self.sharpness = patch, scale, sharpness
-        self.requires_grad_(False)
-
-    def encode_text(self, texts):
-        width = len(self.project)
-        rows = [torch.randn(width, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in texts]
-        return F.normalize(torch.stack(rows), dim=1)
-
-    def parts(self, pixels):
-        patches = F.unfold(pixels, self.patch, stride=self.patch)[0]
-        size = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
-        shares = (self.sharpness * self.directions @ patches / patches.shape[0] ** 0.5).softmax(0)
-        average = (shares / shares.sum(1, keepdim=True)) @ patches.T
-        segments = F.normalize(average @ self.project.T, dim=1)
-        image = F.normalize((average @ self.project.T).mean(0), dim=0)
-        return segments, image, shares.unflatten(1, size)
-
-    def groups(self, pixels, class_embeddings):
-        segments, image, maps = self.parts(pixels)
-        return GroupScores(group_confidence(segments, image, class_embeddings, self.scale), maps)
-
-    def segment(self, pixels, class_embeddings):
-        return paint(self.groups(pixels, class_embeddings), tuple(pixels.shape[-2:]))
-
-    def regions(self, pixels):
-        return hard_groups(self.parts(pixels)[2], tuple(pixels.shape[-2:]))
 
 
 class FixedGroups:
@@ -98,80 +51,6 @@ def segmenter(model, num_classes=3, geometry=NATIVE, background="group_threshold
     settings = {"num_foreground": num_classes, "has_background": True, "device": "cpu", **changes}
     rule = BACKGROUNDS[background]
     return Segmenter(model, embeddings, geometry=geometry, background=rule, thresholds=thresholds, **settings)
-
-
-def picture(height, width, seed=0):
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (height // 6 + 1, width // 6 + 1, 3), dtype=np.uint8)
-    return np.ascontiguousarray(coarse.repeat(6, 0).repeat(6, 1)[:height, :width])
-
-
-def softmax(values):
-    powers = [math.exp(value) for value in values]
-    return [power / sum(powers) for power in powers]
-
-
-def plain_confidence(segments, image, classes, scale, top):
-    """Step 5 of the card, a number at a time."""
-    similar = [float(image.double() @ vector.double()) for vector in classes]
-    kept = sorted(range(len(classes)), key=lambda index: -similar[index])[:top]
-    rows = []
-    for segment in segments:
-        logits = [scale * float(segment.double() @ vector.double()) for vector in classes]
-        gated = [logit if index in kept else -math.inf for index, logit in enumerate(logits)]
-        rows.append([a * b for a, b in zip(softmax(logits), softmax(gated), strict=True)])
-    return rows
-
-
-def units(rows, dim, seed):
-    return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-@pytest.mark.parametrize("num_classes", [1, 3, 5, 6, 11])
-def test_confidence_is_a_product_of_two_softmaxes(num_classes):
-    segments, image, classes = units(4, 8, 0), units(1, 8, 1)[0], units(num_classes, 8, 2)
-    found = group_confidence(segments, image, classes, 7.0)
-    expected = torch.tensor(plain_confidence(segments, image, classes, 7.0, 5))
-    torch.testing.assert_close(found, expected)
-    assert ((found > 0).sum(1) == min(5, num_classes)).all()
-    if num_classes <= 5:
-        torch.testing.assert_close(found, (7.0 * segments @ classes.T).softmax(1).square())
-
-
-def test_confidence_by_hand():
-    # Cosines 1, 0 for the first group; the image's best two of three classes are 0 and 2.
-    third = math.log(3)
-    segments, image = torch.tensor([[1.0, 0.0]]), torch.tensor([0.6, 0.8])
-    classes = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])
-    found = group_confidence(segments, image, classes, third, top=2)
-    torch.testing.assert_close(found, torch.tensor([[3 / 5 * 3 / 4, 0.0, 1 / 5 * 1 / 4]]))
-
-
-def test_equal_classes_do_not_widen_the_gate():
-    same = units(1, 4, 0).expand(7, -1)
-    assert ((group_confidence(units(2, 4, 1), same[0], same, 3.0) > 0).sum(1) == 5).all()
-
-
-def test_class_order_does_not_matter():
-    segments, image, classes = units(4, 8, 0), units(1, 8, 1)[0], units(9, 8, 2)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        group_confidence(segments, image, classes[order], 7.0),
-        group_confidence(segments, image, classes, 7.0)[:, order],
-    )
-
-
-def test_maps_are_upsampled_before_the_largest_is_taken():
-    # Shares 0.9 -> 0.2 of the first group along four columns: the crossing lies within the second half, not at a patch.
-    first = torch.tensor([[0.9, 0.2]])
-    owner = hard_groups(torch.stack([first, 1 - first]), (1, 16))
-    # Between the centres at 3.5 and 11.5 px the share falls by 0.7 / 8 a pixel: 0.5 at 3.5 + 8 * 4 / 7 = 8.07.
-    assert owner[0].tolist() == [0] * 9 + [1] * 7
-    coarse = torch.stack([first, 1 - first]).argmax(0).repeat_interleave(8, dim=1)
-    assert not torch.equal(owner, coarse)
-    scores = GroupScores(torch.tensor([[0.3, 0.1], [0.2, 0.7]]), torch.stack([first, 1 - first]))
-    painted = paint(scores, (1, 16))
-    assert torch.equal(painted[:, 0, 0], scores.confidence[0]) and torch.equal(painted[:, 0, 15], scores.confidence[1])
 
 
 def test_the_cap_keeps_the_best_group():
@@ -338,71 +217,3 @@ def test_the_grid_holds_the_papers_thresholds_and_the_given_one():
     assert len(group_grid(0.5)) == 21 and len(group_grid(0.333)) == 22 and 0.333 in group_grid(0.333)
     assert {0.95, 0.9, 0.5, 0.35, 0.05, 0.0, 1.0} <= set(group_grid(0.5))
     assert list(group_grid(0.333)) == sorted(group_grid(0.333))
-
-
-RULES = {
-    **block()["native"],
-    "backgrounds": {"default": ["max_probability"], "toy": ["group_threshold", "extra_vocabulary"]},
-    "thresholds": {"default": 0.5, "toy/scenes": 0.333},
-}
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    write_root(tmp_path / "sets", {"train": 4, "val": 4})
-    save_model(tmp_path / "models/toy", ToyGroups().state_dict(), {"method": "toy", "config": {}})
-    monkeypatch.setattr(methods, "load", lambda folder, encoders: ToyGroups(groups=4))
-    monkeypatch.setattr(methods, "load_untrained", lambda folder, encoders: ToyGroups(groups=4, seed=1))
-    (tmp_path / "params.yaml").write_text(json.dumps({"evaluate": block(native=RULES)}))
-    return tmp_path
-
-
-def report_of(checkout: Path, spec="toy", threshold=0.333):
-    values = block(native={**RULES, "thresholds": {"default": 0.5, "toy/scenes": threshold}})
-    project = Project(
-        checkout, {"evaluate": values}, Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
-    )
-    config = params.build(Config, values, "evaluate")
-    entry = BenchmarkConfig(name="scenes", root="sets", limit=None, tune_limit=None)
-    pair = open_pair(spec, entry, project.path("sets"), "native", config, project)
-    return evaluate(pair, candidates.load(spec, project, config.geometry), bar=False).report
-
-
-@pytest.mark.parametrize("spec", ["toy", "untrained:toy"])
-def test_a_report_by_groups(checkout, spec):
-    report = report_of(checkout, spec)
-    assert report["background"] == "group_threshold" and list(report["other_backgrounds"]) == ["extra_vocabulary"]
-    assert report["threshold"]["chosen_on"] == "train split, 4 images"
-    grid = group_grid(0.333)
-    at = dict(zip(report["sweep"]["thresholds"], report["sweep"]["miou"], strict=True))
-    assert tuple(at) == grid and at[report["threshold"]["value"]] == report["miou"]
-    assert report["sweep"]["best_miou"] >= report["miou"] and 0 <= report["fg_accuracy"] <= 1
-    assert report["oracle_majority"] >= report["miou"] and 1 <= report["num_regions"] <= 4
-    assert 0 < report["oracle_best_iou"] <= 1
-
-
-def test_without_a_tune_split_the_papers_threshold_is_exact(checkout):
-    (checkout / "sets/VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").unlink()
-    scores = []
-    for threshold in (0.123, 0.777):
-        report = report_of(checkout, threshold=threshold)
-        assert report["threshold"] == {"value": threshold, "chosen_on": "params.yaml"}
-        at = dict(zip(report["sweep"]["thresholds"], report["sweep"]["miou"], strict=True))
-        assert report["miou"] == at[threshold]
-        scores.append(report["miou"])
-    assert scores[0] != scores[1]
-
-
-def test_predict_by_groups(checkout, capsys):
-    from PIL import Image
-
-    Image.fromarray(picture(32, 48)).save(checkout / "photo.png")
-    base = ["--root", str(checkout), "predict", "--model", "toy", "--labels", "red,blue,green,brown,teal,plum"]
-    shares = []
-    for extra in ([], ["--threshold", "0"], ["--background", "max_probability"]):
-        assert tessera([*base, "--out", str(checkout / "o.png"), *extra, str(checkout / "photo.png")]) == 0
-        shares.append(float((np.array(Image.open(checkout / "o_labels.png")) == 0).mean()))
-    printed = capsys.readouterr().out
-    assert "Background: group_threshold, 0 words, threshold 0.333 (params.yaml)" in printed
-    assert "threshold 0 (--threshold)" in printed
-    assert shares[1] == 0 and shares[0] < 1

@@ -1,12 +1,12 @@
 """Groups of every stage: of the three methods that group, against products of the assignments a number at a time."""
 
+import groupvit_cases
 import numpy as np
+import ovsegmentor_cases
 import pytest
-import test_groupvit
-import test_ovsegmentor
-import test_zeroseg
 import torch
-from test_evaluate import block
+import zeroseg_cases
+from evaluate_cases import block
 from test_inference import PixelModel
 from voc_root import write_root
 
@@ -24,9 +24,9 @@ from pipeline.reporting.collect import Findings, read_panels
 from pipeline.reporting.pictures import sections
 
 MODELS = {
-    "groupvit": (test_groupvit.model, [5, 3]),
-    "zeroseg": (test_zeroseg.model, [6, 3]),
-    "ovsegmentor": (test_ovsegmentor.model, [test_ovsegmentor.CONFIG["grouping"]["output_groups"][0]]),
+    "groupvit": (groupvit_cases.model, [5, 3]),
+    "zeroseg": (zeroseg_cases.model, [6, 3]),
+    "ovsegmentor": (ovsegmentor_cases.model, [ovsegmentor_cases.CONFIG["grouping"]["output_groups"][0]]),
 }
 
 

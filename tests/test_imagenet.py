@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluate_cases import block
 from fake_towers import FakeClip
 from PIL import Image
-from test_evaluate import block
 from voc_root import COLORS, ColorModel
 
 from pipeline import encoders, imagenet, methods, params

@@ -26,7 +26,7 @@ VIEWS = StrongViews(
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """A loader for so many workers; what its batches hold: two pictures a row, noise, tokens, a broken image."""
-    from test_ovsegmentor import make_index  # here, because the workers import this file
+    from ovsegmentor_cases import make_index  # here, because the workers import this file
 
     root = tmp_path_factory.mktemp("pairs")
     shards = [write_pairs(root, "00000", 11, masks=False, broken=(3,)), write_pairs(root, "00001", 9, masks=False)]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluate_cases import block
 from safetensors.torch import save_file
-from test_evaluate import block
 from voc_root import ColorModel, write_root
 
 from pipeline import chain, engine, methods, params

@@ -1,4 +1,4 @@
-"""The pseudo-mask ViT: pooling by segments, the recipe of the cached masks, inference on unseen pictures, a curve."""
+"""The pseudo-mask ViT: loss, the recipe of the cached masks, inference on unseen pictures, trained folder, a curve."""
 
 import csv
 import json
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from caching_project import CachingProject, encoded, picture
 from golden_curves import assert_same_curve
+from pseudo_mask_vit_cases import CONFIG, batch, config, model, pooled_by_loops
 from test_sseg import WORDS, Eight
 
 from pipeline import engine, inference, methods, params
@@ -24,7 +24,7 @@ from pipeline.caching.image_masks import ImageMasks
 from pipeline.datasets.joined import Table, join
 from pipeline.encoders import load_dino, small_vit
 from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
-from pipeline.interfaces import OUTSIDE, TrainBatch
+from pipeline.interfaces import TrainBatch
 from pipeline.methods import pseudo_mask_vit as pmv
 from pipeline.nn.text import TextTransformer, Vocabulary
 from pipeline.project import Project
@@ -33,49 +33,7 @@ from pipeline.training.phases import TrainingData
 from stages.train import read_data, train
 
 GOLDEN = Path(__file__).parent / "golden" / "pseudo_mask_vit.csv"
-
-CONFIG = yaml.safe_load("""
-tower: {image_size: 32, first_stride: 8, widths: [], dim: 16, layers: 1, heads: 2, class_token: false}
-text: {context_length: 12, width: 16, layers: 1, heads: 2, pooling: eos, vocabulary: full}
-embed_dim: 12
-temperature: 0.07
-max_scale: 100.0
-augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, caption_form: caption}
-shuffle: {block_rows: 4, window_blocks: 2, weights: null}
-optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
-               warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
-               clip_norm: 1.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8,
-               seed: 0}
-""")
 DINO = TowerConfig(image_size=16, first_stride=4, widths=(), dim=8, layers=1, heads=2, class_token=False)
-
-
-def config(**changes) -> pmv.Config:
-    """The tests' config; `tower={...}` and the like replace keys of a block."""
-    values = {
-        name: {**block, **changes.get(name, {})} if isinstance(block, dict) else changes.get(name, block)
-        for name, block in CONFIG.items()
-    }
-    return params.build(pmv.Config, values, "train.pseudo_mask_vit")
-
-
-def model(**changes) -> pmv.PseudoMaskViT:
-    torch.manual_seed(0)
-    return pmv.build(config(**changes), None)
-
-
-def batch(size: int = 8) -> TrainBatch:
-    """Pictures of one coloured rectangle each on a dull ground, its region as label 1, its colour in the caption."""
-    generator = torch.Generator().manual_seed(1)
-    colours = torch.randn(len(WORDS), 3, generator=generator)
-    pixels = torch.randn(size, 3, 32, 32, generator=generator) * 0.1
-    regions = torch.zeros(size, 8, 8, dtype=torch.uint8)
-    for i in range(size):
-        top, left = torch.randint(0, 4, (2,), generator=generator).tolist()
-        regions[i, top : top + 4, left : left + 3] = 1
-        pixels[i, :, 4 * top : 4 * top + 16, 4 * left : 4 * left + 12] += colours[i % len(WORDS), :, None, None]
-    captions = [f"a {WORDS[i % len(WORDS)]} box" for i in range(size)]
-    return TrainBatch(pixels, captions, model().tokenizer(captions), regions, [f"uid{i}" for i in range(size)])
 
 
 def dino(seed: int = 0, **changes) -> TrainedPatchEncoder:
@@ -118,84 +76,6 @@ def answering(project: Project) -> pmv.PseudoMaskViT:
     pmv.attach(tower, project.root / "models/encoders")
     pmv.phases(tower, config(), data_of(project))
     return tower
-
-
-# ---- pooling
-
-
-def pooled_by_loops(tokens: torch.Tensor, regions: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every cell of the label grid brings the token of the patch that it lies in."""
-    batch_size, rows, columns, dim = tokens.shape
-    found, present = torch.zeros(batch_size, count, dim), torch.zeros(batch_size, count, dtype=torch.bool)
-    for i in range(batch_size):
-        members: dict[int, list[torch.Tensor]] = {}
-        for y in range(regions.shape[1]):
-            for x in range(regions.shape[2]):
-                token = tokens[i, y * rows // regions.shape[1], x * columns // regions.shape[2]]
-                members.setdefault(int(regions[i, y, x]), []).append(token)
-        for region in range(count):
-            if region in members:
-                found[i, region] = torch.stack(members[region]).mean(dim=0)
-                present[i, region] = True
-    return found, present
-
-
-@pytest.mark.parametrize("grid", [(4, 4), (2, 4), (1, 1)])
-def test_pooling_against_loops(grid):
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(3, *grid, 5, generator=generator)
-    regions = torch.randint(0, 4, (3, 4, 4), generator=generator).byte()
-    regions[1, :2] = OUTSIDE
-    regions[2] = 3
-    found, present = pmv.pool_segments(tokens.flatten(1, 2), grid, regions, 6)
-    expected, there = pooled_by_loops(tokens, regions, 6)
-    torch.testing.assert_close(found, expected)
-    assert torch.equal(present, there) and present[2].tolist() == [False] * 3 + [True] + [False] * 2
-    image = pmv.pool_image(found, present)
-    for i in range(3):
-        torch.testing.assert_close(image[i], torch.stack([expected[i, k] for k in range(6) if there[i, k]]).mean(dim=0))
-
-
-def test_tokens_finer_than_the_masks():
-    """Each token takes the label of the cell that it lies in."""
-    tokens = torch.randn(1, 16, 3, generator=torch.Generator().manual_seed(0))
-    regions = torch.tensor([[[0, 1], [2, 1]]], dtype=torch.uint8)
-    found, _ = pmv.pool_segments(tokens, (4, 4), regions, 3)
-    expected, _ = pooled_by_loops(tokens.view(1, 4, 4, 3), regions.repeat_interleave(2, 1).repeat_interleave(2, 2), 3)
-    torch.testing.assert_close(found, expected)
-
-
-def test_a_picture_without_any_segment_is_zero():
-    regions = torch.full((1, 4, 4), OUTSIDE, dtype=torch.uint8)
-    found, present = pmv.pool_segments(torch.randn(1, 16, 3), (4, 4), regions, 2)
-    assert not present.any() and not found.any() and not pmv.pool_image(found, present).any()
-    data = replace(batch(2), regions=torch.stack([regions[0], torch.zeros(4, 4, dtype=torch.uint8)]))
-    terms = model().loss(data)
-    assert terms["total"].isfinite() and terms["segments"] == 0.5
-
-
-def test_one_segment_is_the_mean_over_all_tokens():
-    tower, data = model().eval(), batch(3)
-    segments, present = tower._segments(data.pixels, torch.zeros_like(data.regions), 1)
-    expected = tower.projection(tower.tower(data.pixels)).mean(dim=1)
-    torch.testing.assert_close(pmv.pool_image(segments, present), expected)
-
-
-def test_segments_count_alike_whatever_their_size():
-    """The image's vector is no mean over tokens: a segment of one cell weighs as much as the rest."""
-    tokens = torch.tensor([[[0.0], [0.0], [0.0], [8.0]]])
-    regions = torch.tensor([[[0, 0], [0, 1]]], dtype=torch.uint8)
-    assert pmv.pool_image(*pmv.pool_segments(tokens, (2, 2), regions, 2)).item() == 4.0
-
-
-def test_projecting_before_pooling_is_the_same():
-    tower, data = model().eval(), batch(3)
-    data.regions[0, 6:] = 2
-    segments, present = tower._segments(data.pixels, data.regions, 3)
-    projected = tower.projection(tower.tower(data.pixels))
-    before, _ = pmv.pool_segments(projected, (4, 4), data.regions, 3)
-    torch.testing.assert_close(segments, before)
-    torch.testing.assert_close(pmv.pool_image(segments, present), pmv.pool_image(before, present))
 
 
 def test_the_text_tower_is_clips():

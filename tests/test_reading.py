@@ -1,12 +1,12 @@
 """What a model reads of windows is read in batches and remembered; answers are those of one window at a time."""
 
+import groupvit_cases
 import numpy as np
+import ovsegmentor_cases
 import pytest
-import test_groupvit
-import test_ovsegmentor
 import test_sseg
-import test_zeroseg
 import torch
+import zeroseg_cases
 from fake_towers import FakeClip
 
 from pipeline import inference
@@ -19,14 +19,14 @@ HALVES = torch.arange(32).div(16, rounding_mode="floor").repeat(32, 1)
 
 
 def zeroseg_with_clip():
-    model = test_zeroseg.model()
-    model.lend(test_zeroseg.clip())
+    model = zeroseg_cases.model()
+    model.lend(zeroseg_cases.clip())
     return model
 
 
 MODELS = {
-    "groupvit": test_groupvit.model,
-    "ovsegmentor": test_ovsegmentor.model,
+    "groupvit": groupvit_cases.model,
+    "ovsegmentor": ovsegmentor_cases.model,
     "zeroseg": zeroseg_with_clip,
     "sseg": test_sseg.model,
     "clip_patches": lambda: ClipPatches(FakeClip()),

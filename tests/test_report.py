@@ -1,16 +1,12 @@
-"""results.md, the README's table and what the reader makes of the files that stages leave."""
+"""results.md, the README's table and what the reader makes of the metrics, curves and panels that stages leave."""
 
 import json
-import subprocess
 
 import pytest
+from report_cases import collected, metrics, rows_of, write
 
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.manifest import Manifest, Row
-from pipeline.machine import Machine, defaults
-from pipeline.project import Project
-from pipeline.reporting.collect import collect, read_score, read_scores
-from pipeline.reporting.funnel import gather
+from pipeline.reporting.collect import read_score, read_scores
 from pipeline.reporting.labels import change, clean, describe, duration, kind, method_title, size
 from pipeline.reporting.markdown import (
     BEGIN,
@@ -24,50 +20,6 @@ from pipeline.reporting.markdown import (
     split_table,
     update_readme,
 )
-from pipeline.reporting.provenance import base, environment, head
-
-
-def metrics(miou=0.3142, **changes):
-    values = {
-        "miou": miou,
-        "per_class": {"background": 0.8, "dog": 0.25, "kite": None},
-        "class_names": ["background", "dog", "kite"],
-        "aacc": 0.7,
-        "macc": 0.5,
-        "fg_accuracy": 0.51,
-        "image_accuracy": 0.83,
-        "boundary_miou": 0.21,
-        "mask_jaccard": 0.43,
-        "miou_error": 0.01,
-        "miou_interval": None,
-        "oracle_majority": 0.59,
-        "constant_miou": 0.0812,
-        "protocol": "native",
-        "templates": ["a photo of a {}."],
-        "threshold": {"value": 0.42, "chosen_on": "tune split"},
-        "background": "max_probability",
-        "resize": {"short_side": 448},
-        "window": None,
-        "num_images": 300,
-        "model_digest": "ab" * 32,
-    }
-    return json.dumps(values | changes)
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def collected(root):
-    return collect(
-        metrics=root / "metrics", seeds=root / "seeds.json", curves=root / "curves", figures=root / "figures"
-    )
-
-
-def rows_of(table):
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line[:1] == "|"]
 
 
 def test_results_table_by_hand(tmp_path):
@@ -285,131 +237,6 @@ def test_readme_without_one_pair_of_markers_is_refused(tmp_path, text):
     with pytest.raises(BadInput, match="results:begin"):
         update_readme(path, "x")
     assert path.read_text() == text
-
-
-def project(root):
-    return Project(root, {}, Machine(**defaults()))
-
-
-def add_stage(root, stage, shards, details):
-    checkout, rows = project(root), []
-    for number, ((rows_in, rows_out), detail) in enumerate(zip(shards, details, strict=True)):
-        key = f"{number:064x}"
-        counts = {"rows_in": rows_in, "rows": rows_out, "failed": rows_in - rows_out, "detail": detail}
-        write(
-            checkout.store.folder(stage, key) / "payload.json",
-            json.dumps({"out": "0" * 64, "files": {}, "counts": counts}),
-        )
-        rows.append(Row(f"{number:05d}", key, rows_in, rows_out, 100, "0" * 64))
-    checkout.manifest_path(stage).parent.mkdir(parents=True, exist_ok=True)
-    Manifest(stage, rows).write(checkout.manifest_path(stage))
-
-
-def test_funnel_by_hand(tmp_path):
-    add_stage(tmp_path, "download", [(10, 8), (10, 9)], [{"404": 1, "html": 1}, {"404": 1}])
-    add_stage(
-        tmp_path, "filter", [(8, 4), (9, 5)], [{"reason: no_entity": 4, "tagger: lexicon": 8}, {"reason: no_entity": 4}]
-    )
-    download, kept = gather(project(tmp_path)).steps
-    assert (download.rows_in, download.rows, download.size, download.reasons) == (20, 17, 200, {"404": 2, "html": 1})
-    assert (kept.rows_in, kept.rows, kept.reasons) == (17, 9, {"no_entity": 8})
-    assert kept.facts == ("tagger: lexicon",)
-    text = results(collected(tmp_path), [download, kept])
-    assert "| downloaded | 20 | 17 | 404 2; html 1 |" in text
-    assert "| kept by the filter (tagger: lexicon) | 17 | 9 | no\\_entity 8 |" in text
-
-
-def test_a_payload_that_is_gone_loses_its_reasons_only(tmp_path):
-    add_stage(tmp_path, "download", [(10, 8)], [{"404": 2}])
-    (project(tmp_path).store.folder("download", "0" * 64) / "payload.json").unlink()
-    step = gather(project(tmp_path)).steps[0]
-    assert (step.rows, step.reasons) == (8, {})
-
-
-def test_a_corrupt_manifest_is_a_note(tmp_path):
-    write(project(tmp_path).manifest_path("filter"), "{")
-    data = gather(project(tmp_path))
-    assert not data.steps and "filter.json" in data.notes[0]
-
-
-def test_entities_most_frequent_first(tmp_path):
-    add_stage(tmp_path, "index", [(9, 9)], [{}])
-    folder = project(tmp_path).store.folder("index", "0" * 64)
-    write(folder / "vocabulary.json", json.dumps({"classes": ["cat", "dog"], "counts": [2, 7]}))
-    assert gather(project(tmp_path)).entities == [("dog", 7), ("cat", 2)]
-    write(folder / "vocabulary.json", "[")
-    data = gather(project(tmp_path))
-    assert data.entities == [] and "Entity counts are not shown" in data.notes[0]
-
-
-def test_the_last_run_that_computed_is_shown(tmp_path):
-    run = {"stage": "features", "seconds": 31.5, "computed": 2, "reused": 0, "rows": 5, "bytes": 7, "finished": "t"}
-    lines = [run, run | {"seconds": 0.1, "computed": 0, "reused": 2}]
-    write(tmp_path / "logs" / "features.jsonl", "\n".join(map(json.dumps, lines)) + '\n{"stage": "fea')
-    data = gather(project(tmp_path))
-    assert [(r.seconds, r.computed) for r in data.runs] == [(31.5, 2)]
-    assert "features.jsonl: 1 unreadable line" in data.notes[0]
-
-
-def test_a_resumed_training_counts_its_own_time_only(tmp_path):
-    lines = [
-        {"time": 0.0, "event": "start", "images": 0},  # an older run: not counted
-        {"time": 9.0, "event": "row", "images": 10, "data_wait": 0.0},
-        {"time": 100.0, "event": "start", "images": 0},
-        {"time": 110.0, "event": "row", "images": 300, "data_wait": 0.1},
-        {"time": 500.0, "event": "start", "images": 200},  # resumed from an older checkpoint
-        {"time": 520.0, "event": "row", "images": 900, "data_wait": 0.1},
-    ]
-    write(tmp_path / "logs" / "sseg.jsonl", "\n".join(map(json.dumps, lines)))
-    (training,) = gather(project(tmp_path)).trainings
-    assert training.run == "sseg" and training.seconds == 30.0
-    assert training.images_per_second == pytest.approx((300 + 700) / 30)
-    assert training.waiting == pytest.approx(0.1)
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A repository in which the project is a sub-folder, with one committed score."""
-
-    def git(*arguments):
-        subprocess.run(
-            ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments], check=True
-        )
-
-    git("init", "-q")
-    root = tmp_path / "project"
-    write(root / "reports" / "metrics" / "sseg" / "scenes.json", metrics(0.30))
-    write(root / "reports" / "metrics" / "sseg" / "torn.json", "{")
-    git("add", ".")
-    git("commit", "-qm", "first\tcommit")
-    return root
-
-
-def test_base_reads_another_commits_metrics(checkout):
-    write(checkout / "reports" / "metrics" / "sseg" / "scenes.json", metrics(0.35))
-    found = base(checkout, "HEAD")
-    assert found.scores["sseg", "scenes"].miou == pytest.approx(30.0)
-    assert "torn.json" in found.problem and found.short
-    commit = head(checkout)
-    assert commit is not None and commit.dirty and commit.short == found.short and commit.subject == "first\tcommit"
-
-
-@pytest.mark.parametrize("revision", ["", "nowhere", "--all", "HEAD~9"])
-def test_an_unusable_base_says_so(checkout, revision):
-    found = base(checkout, revision)
-    assert not found.scores and "no changes are shown" in found.problem
-
-
-def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert head(tmp_path) is None and "not a commit" in base(tmp_path, "HEAD").problem
-
-
-def test_environment_names_versions_and_processor(tmp_path):
-    cpuinfo = write(tmp_path / "cpuinfo", "model name\t: Fast 9000\nflags\t: a\nmodel name\t: Fast 9000\n")
-    facts = environment(Machine(**defaults()), cpuinfo)
-    assert facts["Processor"] == "Fast 9000, 2 logical cores" and facts["torch"].startswith("2.")
-    assert environment(Machine(**defaults()), tmp_path / "absent")["Processor"]
 
 
 def test_reading_a_score_from_text_scales_to_percent():

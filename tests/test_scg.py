@@ -3,118 +3,32 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_curves import assert_same_curve
-from pair_shards import write_masks, write_pairs
+from scg_cases import CLUSTERS, SIDE, batch, config, made_encoders, model
 
 from pipeline import methods, params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import save_model
-from pipeline.datasets.pairs import PairLoader, Sample
-from pipeline.datasets.region_batches import Named, RegionBatch, RegionTransform, collate
+from pipeline.datasets.region_batches import RegionBatch
 from pipeline.encoders import small_clip
-from pipeline.encoders.small_vit import TowerConfig, TrainedPatchEncoder
-from pipeline.interfaces import OUTSIDE
 from pipeline.methods import scg
 from pipeline.nn import noun_vectors
-from pipeline.nn.text import Vocabulary
 from pipeline.nn.visual_tower import run
 from pipeline.params import ParamsError
-from pipeline.source_code import REPO
 from pipeline.text.prompts import templates
-from pipeline.text.tokenizers import BytePairTokenizer
-from pipeline.text.verdicts import kept
 from pipeline.training import Loaded, Run, fit
 from pipeline.training.optimiser import optimiser_of
-from pipeline.training.phases import TrainingData
 
 GOLDEN = Path(__file__).parent / "golden" / "scg.csv"
-CLUSTERS, SIDE = 5, 16
-NOUNS = ["dog", "car", "house", "bird", "tree"]
-
-
-def towers() -> tuple[small_clip.SmallClip, TrainedPatchEncoder, dict, dict]:
-    torch.manual_seed(0)
-    image = {
-        "image_size": SIDE,
-        "first_stride": 4,
-        "widths": [],
-        "dim": 12,
-        "layers": 2,
-        "heads": 2,
-        "class_token": True,
-    }
-    architecture = {
-        "tower": "scratch",
-        "image": image,
-        "text": {"context_length": 8, "width": 8, "layers": 0, "heads": 1, "pooling": "mean"},
-        "embed_dim": 10,
-        "projection": "linear",
-        "pooling": "both",
-        "sharpness": 5.0,
-    }
-    settings = params.build(small_clip.ClipArchitecture, architecture, "clip")
-    ids = BytePairTokenizer(8)([f"a photo of a {noun}." for noun in NOUNS]).flatten()
-    clip = small_clip.SmallClip(settings, Vocabulary.of(ids, vocab_size=49408), None)
-    clip.scale.fill_(20.0)
-    grouping = image | {"first_stride": 2, "dim": 8, "layers": 1, "class_token": False}
-    dino = TrainedPatchEncoder(params.build(TowerConfig, grouping, "dino").build())
-    described = {"family": small_clip.FAMILY, "architecture": architecture, "frozen": None}
-    return clip, dino, described, {"family": "trained_dino", "architecture": grouping}
 
 
 @pytest.fixture
 def encoders(tmp_path):
     return made_encoders(tmp_path / "encoders")
-
-
-def made_encoders(folder: Path) -> Path:
-    clip, dino, clip_config, dino_config = towers()
-    save_model(folder / "clip", clip.state_dict(), clip_config)
-    save_model(folder / "dino", dino.state_dict(), dino_config)
-    return folder
-
-
-def config(**changes) -> scg.Config:
-    values = params.read(REPO / "profiles" / "base.yaml")["train"]["scg"]
-    values["grouping"] |= {"clusters": CLUSTERS, "feature_dim": 8, "image_clusters": 3}
-    values["regions"] |= {"width": 12, "offset_layers": 1}
-    values["views"] |= {"image_size": SIDE}
-    values["optimisation"] |= {
-        "images": 16,
-        "batch_size": 8,
-        "checkpoint_images": 8,
-        "log_images": 8,
-        "precision": "fp32",
-    }
-    for name, change in changes.items():
-        values[name] |= change
-    return params.build(scg.Config, values, "train.scg")
-
-
-def model(encoders, **changes) -> scg.SCG:
-    settings = config(**changes)
-    found = methods.fresh(scg, settings, None, encoders)
-    scg.attach(found, encoders)
-    found.centroids.copy_(F.normalize(torch.randn(CLUSTERS, 8, generator=torch.Generator().manual_seed(7)), dim=1))
-    return found
-
-
-def batch() -> RegionBatch:
-    """Four pictures; the third has no noun."""
-    generator = torch.Generator().manual_seed(3)
-    return RegionBatch(
-        pixels=torch.randn(4, 3, SIDE, SIDE, generator=generator),
-        groups=torch.randint(0, CLUSTERS - 1, (4, 8, 8), generator=generator),
-        nouns=["dog", "car", "house", "bird", "tree"],
-        owner=torch.tensor([0, 0, 1, 3, 3]),
-        uids=list("abcd"),
-    )
 
 
 def test_it_trains_the_offsets_and_the_temperature_and_nothing_else(encoders):
@@ -150,18 +64,6 @@ def test_offsets_learn_where_their_region_was_some_nouns_best(encoders):
     learned = tower.offsets.grad[0].abs().sum(-1) > 0
     assert not learned[CLUSTERS - 1], "a cluster that no picture shows"
     assert (learned | ~(tower.hits > 0)).all() and tower.hits.sum() == 5
-
-
-def test_a_picture_without_nouns_counts_for_nothing(encoders):
-    tower, whole = model(encoders), batch()
-    kept = torch.tensor([0, 1, 3])
-    owner = torch.tensor([0, 0, 1, 2, 2])
-    without = RegionBatch(whole.pixels[kept], whole.groups[kept], whole.nouns, owner, ["a", "b", "d"])
-    torch.testing.assert_close(tower.loss(whole)["total"], tower.loss(without)["total"])
-    nobody = RegionBatch(whole.pixels, whole.groups, [], torch.zeros(0, dtype=torch.int64), whole.uids)
-    empty = tower.loss(nobody)["total"]
-    empty.backward()
-    assert empty == 0 and not tower.offsets.grad.any()
 
 
 def test_directions_are_losses_of_their_own(encoders):
@@ -335,59 +237,6 @@ def test_towers_that_do_not_fit_are_named(encoders, change, words):
     found = methods.fresh(scg, settings, None, encoders)
     with pytest.raises(BadInput, match=words):
         scg.attach(found, encoders)
-
-
-def test_phases_take_the_codebook_and_batches_follow_the_clusters(encoders, tmp_path):
-    shard = write_pairs(tmp_path, "00000", 8, masks=False)
-    keys = [f"{i:09d}" for i in range(8)]
-    uids = dict(zip(keys, kept(shard.filtered)["uid"].to_pylist(), strict=True))
-    groups = write_masks(tmp_path / "groups", keys, uids, {key: i for i, key in enumerate(keys)})
-    shard = replace(shard, groups=groups)
-    book = tmp_path / "codebook"
-    book.mkdir()
-    np.save(book / "centroids.npy", np.eye(CLUSTERS, 8, dtype=np.float32))
-    tower = model(encoders)
-    (phase,) = scg.phases(tower, tower.config, TrainingData(shards=[shard], index=None, codebook=book))
-    assert torch.equal(tower.centroids, torch.eye(CLUSTERS, 8))
-    loader = PairLoader(
-        [shard],
-        batch_size=4,
-        seed=0,
-        shuffle=tower.config.shuffle,
-        threads=0,
-        prepare=phase.prepare,
-        collate=phase.collate,
-    )
-    loaded = next(loader.batches(0)).batch.to("cpu")
-    assert loaded.groups.shape == (4, 8, 8) and loaded.nouns == ["dog"] * 4 and loaded.owner.tolist() == [0, 1, 2, 3]
-    assert phase.loss(loaded, None)["total"].isfinite()
-    none = model(encoders, regions={"tune": "none"})
-    assert scg.phases(none, none.config, TrainingData(shards=[shard], index=None, codebook=book)) == []
-    np.save(book / "centroids.npy", np.eye(4, 8, dtype=np.float32))
-    with pytest.raises(BadInput, match="4 clusters of width 8"):
-        scg.phases(tower, tower.config, TrainingData(shards=[shard], index=None, codebook=book))
-
-
-def test_nouns_of_a_sample_are_each_one_once_and_at_most_so_many():
-    views = config().views
-    image = np.zeros((SIDE, SIDE, 3), np.uint8)
-    sample = Sample(
-        "u", ["x"], ["dog", "photo", "car", "dog", "bird", "tree"], [], image, groups=np.zeros((4, 4), np.uint8)
-    )
-    made = RegionTransform(views=views, grid=8, max_nouns=3, stop_nouns=frozenset({"photo"}))
-    found = made(sample, Random(0)).nouns
-    assert len(found) == 3 and list(found) == [n for n in ("dog", "car", "bird", "tree") if n in found]
-    with pytest.raises(ValueError, match="no cluster map"):
-        made(Sample("u", ["x"], [], [], image), Random(0))
-    nothing = Named(image, np.full((4, 4), OUTSIDE, np.uint8), ())
-    assert collate([nothing, nothing], ["a", "b"]).to("cpu").owner.shape == (0,)
-
-
-def test_clusters_outside_the_picture_belong_to_no_region(encoders):
-    tower, data = model(encoders), batch()
-    data.groups[:, :, 4:] = OUTSIDE
-    tower.loss(data)["total"].backward()
-    assert tower.offsets.grad.isfinite().all()
 
 
 def test_registry():

@@ -1,6 +1,5 @@
-"""Self-training: labels, crops, the stage from a teacher to a scored student, and what it refuses."""
+"""Self-training: the stage from a teacher to a scored student, killed and continued, and what it refuses."""
 
-import copy
 import json
 import os
 import re
@@ -13,90 +12,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
+from evaluate_cases import RULES
 from PIL import Image
-from test_evaluate import BLOCK, RULES
-from voc_root import CLASSES, COLORS, ColorModel, write_mask, write_root
+from selftrain_cases import OPTIMISATION, REPO, config_of, knows_colours, make_project, scored
+from voc_root import CLASSES, COLORS, ColorModel
 
-from pipeline import methods, params
+from pipeline import methods
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.weights import load_model, save_model
+from pipeline.artifacts.weights import load_model
 from pipeline.cli import main as tessera
-from pipeline.encoders import small_vit
-from pipeline.inference import Geometry
-from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.params import ParamsError
-from pipeline.selftraining import students
-from pipeline.selftraining.config import CropConfig
-from pipeline.selftraining.crops import IGNORED, CropLoader, LabelledBatch, random_crop
-from pipeline.selftraining.labels import PseudoLabels, floors
-from pipeline.training import Progress
 from stages import open_project
 from stages.selftrain import selftrain
-
-REPO = Path(__file__).resolve().parent.parent
-GEOMETRY = Geometry(short_side=32, long_side=2048, window=32, stride=16, multiple=1, antialias=True)
-OPTIMISATION = yaml.safe_load("""
-{images: 480, batch_size: 8, lr: 0.01, lr_multipliers: {}, final_lr_fraction: 0.1, warmup_images: 40,
- cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.999], clip_norm: 5.0, micro_batches: 1,
- ema: 0.0, precision: fp32, checkpoint_images: 80, log_images: 40, seed: 0}
-""")
-SELFTRAIN = {
-    "teachers": ["sseg"],
-    "splits": {},
-    "labels": {"tuned": True, "keep": 1.0},
-    "network": {
-        "backbone": {
-            **{"kind": "conv", "name": "", "first_stride": 4, "widths": [8, 16], "blocks": [1, 1]},
-            **{"taps": [], "pretrained": False},
-        },
-        "dim": 8,
-        "pool_scales": [1, 2],
-    },
-    "crops": {"size": 32, "scale": [0.75, 1.5], "flip_chance": 0.5},
-    "optimisation": OPTIMISATION,
-    "transfer": {
-        "encoders": [],
-        "crops": {"size": 32, "scale": [0.5, 2.0], "flip_chance": 0.5},
-        "optimisation": OPTIMISATION,
-    },
-}
-
-
-def make_project(root: Path, **changes) -> Path:
-    """A checkout with a benchmark of coloured rectangles and a folder for a teacher."""
-    write_root(root / "sets", {"train": 12, "val": 6, "more": 5})
-    save_model(root / "models/sseg", ColorModel().state_dict(), {"method": "sseg"})
-    evaluate = {**copy.deepcopy(BLOCK), "models": ["sseg", "selftrained:sseg"], **changes.pop("evaluate", {})}
-    (root / "params.yaml").write_text(yaml.safe_dump({"evaluate": evaluate, "selftrain": {**SELFTRAIN, **changes}}))
-    return root
 
 
 @pytest.fixture(autouse=True)
 def teacher(monkeypatch):
-    """The teacher knows colours, whatever its folder holds."""
-    monkeypatch.setenv("TESSERA_THREADS", "1")
-    monkeypatch.setattr(methods, "load", lambda folder, encoders: ColorModel())
-
-
-def config_of(root: Path, student: str = "sseg", benchmark: str = "scenes") -> dict:
-    return json.loads((root / "models/selftrain" / student / benchmark / "config.json").read_text())
-
-
-def scored(root: Path, spec: str, *arguments: str, benchmark: str = "scenes") -> dict:
-    out = root / "out.json"
-    command = ["--root", str(root), "evaluate", "--model", spec, "--benchmark", benchmark, *arguments]
-    assert tessera([*command, "--out", str(out)]) == 0
-    return json.loads(out.read_text())
+    knows_colours(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     root = make_project(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TESSERA_THREADS", "1")
-        patch.setattr(methods, "load", lambda folder, encoders: ColorModel())
+        knows_colours(patch)
         selftrain(open_project(root))
     return root
 
@@ -291,169 +231,3 @@ def test_no_students_leave_the_outputs_that_dvc_expects(tmp_path):
     root = make_project(tmp_path, teachers=[])
     selftrain(open_project(root))
     assert (root / "models/selftrain").is_dir() and (root / "reports/curves/selftrain").is_dir()
-
-
-def test_floors_keep_a_share_of_every_class():
-    counts = np.zeros((3, 256), np.int64)
-    counts[0, [10, 20, 30, 40]] = 25  # four quarters
-    counts[1, 200] = 7  # all tie
-    got = floors(counts, 0.5)
-    assert got.tolist() == [30, 200, 0]
-    assert floors(counts, 0.51).tolist() == [20, 200, 0] and floors(counts, 1.0)[0] == 10
-
-
-def test_the_filter_ignores_the_least_sure_pixels_of_each_class(tmp_path):
-    rng = np.random.default_rng(0)
-    labels, sure = rng.integers(0, 3, (2, 20, 30), dtype=np.uint8), rng.integers(0, 256, (2, 20, 30), dtype=np.uint8)
-    for index in range(2):
-        Image.fromarray(np.stack([labels[index], sure[index]], 2), "LA").save(tmp_path / f"{index}.png")
-    pseudo = PseudoLabels(tmp_path, ["0", "1"], 3, 0.6)
-    kept = np.stack([pseudo("0"), pseudo("1")])
-    assert ((kept == labels) | (kept == IGNORED)).all()
-    for index in range(3):
-        mine = labels == index
-        floor = sure[mine & (kept != IGNORED)].min()
-        assert (sure[mine & (kept == IGNORED)] < floor).all()
-        assert 0.6 <= (kept[mine] != IGNORED).mean() < 0.63
-    assert np.array_equal(PseudoLabels(tmp_path, ["0", "1"], 3, 1.0)("0"), labels[0])
-
-
-def coordinates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image whose first channels are its rows and columns, and labels that are the cells of 8 pixels."""
-    rows, columns = np.mgrid[:height, :width]
-    image = np.stack([4 * rows, 4 * columns, np.zeros_like(rows)], 2).astype(np.uint8)
-    return image, ((rows // 8) * 8 + columns // 8).astype(np.uint8)
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
-def test_pixels_and_labels_move_together(factor):
-    image, labels = coordinates(32, 48)
-    config = CropConfig(size=24, scale=(factor, factor), flip_chance=0.5)
-    for seed in range(20):
-        pixels, moved = random_crop(image, labels, config, GEOMETRY, np.random.default_rng(seed))
-        assert pixels.shape == (24, 24, 3) and moved.shape == (24, 24)
-        inside = moved != IGNORED
-        assert inside.mean() == pytest.approx(min(1, 32 * factor / 24) * min(1, 48 * factor / 24), abs=1e-6)
-        down, across = pixels[..., 0] / 4, pixels[..., 1] / 4
-        off_edge = inside & (np.abs(down % 8 - 4) < 2.4) & (np.abs(across % 8 - 4) < 2.4)
-        assert off_edge.sum() > 20
-        assert (moved == (down // 8) * 8 + across // 8)[off_edge].all()
-
-
-def test_the_loader_starts_at_any_sample_and_visits_every_image_once_an_epoch():
-    config = CropConfig(size=16, scale=(0.8, 1.2), flip_chance=0.5)
-
-    def loader(threads):
-        return CropLoader(
-            [f"id{i}" for i in range(10)],
-            lambda image_id: coordinates(32, 40),
-            crops=config,
-            geometry=GEOMETRY,
-            batch_size=4,
-            seed=3,
-            threads=threads,
-        )
-
-    def first(count, position=0, threads=0):
-        batches = loader(threads).batches(position)
-        found = [next(batches) for _ in range(count)]
-        batches.close()
-        return [(loaded.position, loaded.batch.to("cpu")) for loaded in found]
-
-    whole, later, threaded = first(5), first(3, position=8), first(5, threads=3)
-    uids = [uid for _, batch in whole for uid in batch.uids]
-    assert sorted(uids[:10]) == sorted(uids[10:]) == sorted(f"id{i}" for i in range(10)) and uids[:10] != uids[10:]
-    assert [position for position, _ in whole] == [4, 8, 12, 16, 20]
-    for (_, a), (_, b) in [*zip(whole[2:], later, strict=True), *zip(whole, threaded, strict=True)]:
-        assert a.uids == b.uids and torch.equal(a.pixels, b.pixels) and torch.equal(a.labels, b.labels)
-
-
-def add_dino(root: Path, seed: int = 0) -> Path:
-    """A small DINO tower, as the encoders stage leaves it."""
-    tower = params.read(REPO / "profiles/base.yaml")["encoders"]["dino"]["train"]["tower"]
-    tower |= {"image_size": 32, "widths": [8], "dim": 16, "layers": 1, "heads": 2}
-    torch.manual_seed(seed)
-    encoder = small_vit.TrainedPatchEncoder(params.build(small_vit.TowerConfig, tower, "tower").build())
-    save_model(root / "models/encoders/dino", encoder.state_dict(), {"family": small_vit.FAMILY, "architecture": tower})
-    return root
-
-
-def test_transfer_learns_the_true_masks_through_the_same_runner(tmp_path, capsys):
-    transfer = {**SELFTRAIN["transfer"], "encoders": ["dino"]}
-    root = add_dino(make_project(tmp_path, teachers=[], transfer=transfer))
-    selftrain(open_project(root))
-    report = scored(root, "transfer:dino")
-    assert report["miou"] > 2 * report["constant_miou"] and report["method"] == "transfer-dino"
-    assert report["learned_from"] == {"labels": "true masks", "num_images": 12, "split": "train"}
-    state, config = load_model(root / "models/selftrain/transfer-dino/scenes")
-    start, _ = load_model(root / "models/encoders/dino")
-    moved = {name for name in start if not torch.equal(start[name], state[f"encoder.{name}"])}
-    assert moved == set(start), "the whole network is fine-tuned"
-    assert config["encoder"] == "dino" and set(config["inputs"]) == {"encoder", "images"}
-    capsys.readouterr()
-    add_dino(root, seed=1)
-    base = ["--root", str(root), "evaluate", "--model", "transfer:dino", "--benchmark", "scenes"]
-    assert tessera([*base, "--out", str(root / "o.json")]) == 1
-    assert "is not the tower that" in capsys.readouterr().err
-
-
-def test_other_masks_are_another_training(tmp_path):
-    transfer = {**SELFTRAIN["transfer"], "encoders": ["dino"], "optimisation": {**OPTIMISATION, "images": 16}}
-    root = add_dino(
-        make_project(tmp_path, teachers=["sseg"], transfer=transfer, optimisation={**OPTIMISATION, "images": 16})
-    )
-    before = []
-    for _ in range(2):
-        selftrain(open_project(root))
-        before.append([config_of(root, name)["key"] for name in ("sseg", "transfer-dino")])
-        mask = next((root / "sets/VOCdevkit/VOC2012/SegmentationClass").glob("train_*.png"))
-        write_mask(mask, np.zeros((32, 48), np.uint8))
-    (student, tower), (later, other) = before
-    assert tower != other
-    assert student != later, "this mask took part in the choice of the threshold"
-
-
-def test_unit_patches_are_scaled_and_normalised_for_their_tower():
-    class Clip(torch.nn.Module):
-        patch_size, embed_dim, mean, std = 8, 16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-
-        def encode_patches(self, pixels):
-            self.seen = pixels
-            return torch.nn.functional.normalize(torch.ones(len(pixels), 2, 3, 16), dim=-1)
-
-    torch.manual_seed(0)
-    clip = Clip()
-    head = students.EncoderHead("clip", clip, 4)
-    image = torch.rand(2, 3, 16, 24)
-    column = [torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD, clip.mean, clip.std)]
-    logits = head((image - column[0]) / column[1])
-    torch.testing.assert_close(clip.seen, (image - column[2]) / column[3])
-    wanted = head.classifier.weight[:, :, 0, 0].sum(1) + head.classifier.bias  # every feature is 1
-    torch.testing.assert_close(logits, wanted[None, :, None, None].expand(2, 4, 2, 3))
-
-
-def test_ignored_pixels_cost_nothing():
-    torch.manual_seed(0)
-    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    labels = torch.randint(0, 3, (2, 8, 8), dtype=torch.uint8)
-    labels[0, :, :4] = IGNORED
-
-    class Given(torch.nn.Module):
-        def forward(self, pixels):
-            return logits
-
-    def terms(labels):
-        batch = LabelledBatch(torch.zeros(2, 3, 8, 8), labels, ["a", "b"])
-        return students.loss(Given(), batch, Progress(0, 2, 2))
-
-    large = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear")
-    costs = [
-        -large[i, :, y, x].log_softmax(0)[labels[i, y, x].long()]
-        for i in range(2)
-        for y in range(8)
-        for x in range(8)
-        if labels[i, y, x] != IGNORED
-    ]
-    torch.testing.assert_close(terms(labels)["total"], torch.stack(costs).mean())
-    nothing = terms(torch.full_like(labels, IGNORED))
-    assert nothing["total"] == 0 and nothing["agreement"] == 0

@@ -1,7 +1,7 @@
 """Students in the reports: a group of their own, a mark, never the best, and their curves."""
 
 from markupsafe import escape
-from test_report import metrics, rows_of, write
+from report_cases import metrics, rows_of, write
 from test_report_html import Page, full, page
 
 from pipeline.reporting.collect import collect, read_scores

@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 
-import test_groupvit
+import groupvit_cases
 import torch
 from test_training_parts import steps_of
 from unchecked import run
@@ -13,14 +13,14 @@ from pipeline.training.steps import Loaded, counted_step
 
 def operations(model: torch.nn.Module, parts: int = 1) -> float:
     steps = steps_of(model, micro_batches=parts)
-    batch = test_groupvit.batch(model)
+    batch = groupvit_cases.batch(model)
     _, _, found = counted_step(steps, (Loaded(batch, 8 * part) for part in range(1, 3)), 0, count=True)
     return found
 
 
 def test_what_is_computed_again_is_not_counted_again():
     """Blocks recomputed for the backward pass, and features for the negatives of all parts."""
-    plain = test_groupvit.model()
+    plain = groupvit_cases.model()
     recomputed = deepcopy(plain)
     assert recompute_blocks(recomputed)
     found = operations(deepcopy(plain))
@@ -43,7 +43,7 @@ def test_a_timm_towers_switch_is_put_back():
 
 COMPILED = """
 import torch
-from test_training import OPTIMISATION, ToyLoader, toy
+from training_cases import OPTIMISATION, ToyLoader, toy
 from pipeline.training.optimiser import optimiser_of
 from pipeline.training.steps import Steps, counted_step
 

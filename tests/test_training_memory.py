@@ -5,8 +5,8 @@ from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import groupvit_cases
 import pytest
-import test_groupvit
 import torch
 from test_training_stage import make_project
 from torch import nn
@@ -102,7 +102,7 @@ def test_too_little_memory_for_anything_is_a_batch_that_does_not_fit(monkeypatch
         raise error
 
     model, device = nn.Linear(2, 2), torch.device("cuda")
-    loaded = Loaded(test_groupvit.batch(test_groupvit.model(), 3), 3)
+    loaded = Loaded(groupvit_cases.batch(groupvit_cases.model(), 3), 3)
     make = fail if where == "make" else lambda: SimpleNamespace(step=fail)
     assert allocate(model, make, loaded, device) is None and model.weight.grad is None
     assert allocate(model, lambda: SimpleNamespace(step=lambda *_: None), loaded, device).images == 3
@@ -112,8 +112,8 @@ def test_too_little_memory_for_anything_is_a_batch_that_does_not_fit(monkeypatch
 
 
 def counted(model: nn.Module, images: int) -> Spent:
-    batch = test_groupvit.batch(model, images)
-    settings = test_groupvit.config().optimisation
+    batch = groupvit_cases.batch(model, images)
+    settings = groupvit_cases.config().optimisation
     optimiser = adamw(parameter_groups(model, lr=0.0, weight_decay=0.0, lr_multipliers={}), (0.9, 0.99))
     steps = Steps(
         model=model,
@@ -128,7 +128,7 @@ def counted(model: nn.Module, images: int) -> Spent:
 
 
 def test_a_counted_step_is_a_line_above_weights_gradients_and_moments():
-    model = test_groupvit.model()
+    model = groupvit_cases.model()
     weights = sum(value.nbytes for value in model.parameters())
     small, middle, large = (counted(model, images).bytes for images in (8, 16, 24))
     assert large - middle == pytest.approx(middle - small, rel=0.1) and middle > small
@@ -139,13 +139,13 @@ def test_a_counted_step_is_a_line_above_weights_gradients_and_moments():
 def test_recomputed_blocks_give_the_same_bits_for_less_memory():
     """With noise, skipped branches and dropped gradients' order: everything that is drawn in a block is drawn again."""
     changes = {"grouping": {"drop_path": 0.5}}
-    plain = test_groupvit.model(**changes)
+    plain = groupvit_cases.model(**changes)
     recomputed = deepcopy(plain)
     assert recompute_blocks(recomputed) == 3 + 1, "three of the image, one of the text; not the stages around them"
     assert list(recomputed.state_dict()) == list(plain.state_dict())
     for model in (plain, recomputed):
         torch.manual_seed(1)
-        model.loss(test_groupvit.batch(model))["total"].backward()
+        model.loss(groupvit_cases.batch(model))["total"].backward()
     for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         assert one.grad is None or torch.equal(one.grad, other.grad)

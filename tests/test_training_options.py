@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import OPTIMISATION, Killed, Toy, ToyBatch, run_at, same, toy
 from torch import nn
+from training_cases import OPTIMISATION, Killed, Toy, ToyBatch, run_at, same, toy
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import load_model

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import OPTIMISATION
 from test_training_ranks import MADE, half, in_float64, made
 from torch import Tensor, nn
+from training_cases import OPTIMISATION
 
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveTerms, info_nce, multi_label

@@ -12,21 +12,21 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import groupvit_cases
+import ovsegmentor_cases
+import pseudo_mask_vit_cases
 import pytest
-import test_groupvit
-import test_ovsegmentor
-import test_pseudo_mask_vit
-import test_scg
+import scg_cases
 import test_sseg
-import test_zeroseg
 import torch
 import torch.distributed as dist
+import zeroseg_cases
 from pair_shards import write_pairs
-from test_training import OPTIMISATION, toy
 from test_training_options import Rows
 from test_training_stage import REPO, make_project
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from training_cases import OPTIMISATION, toy
 
 from pipeline.datasets.pairs import PairLoader, Shuffle
 from pipeline.nn.projector import SharedBatchNorm
@@ -38,21 +38,21 @@ QUIET = {"grouping": {"gumbel": False}}  # each process draws its own noise
 
 
 def groupvit(folder: Path) -> tuple[Any, Any]:
-    tower = test_groupvit.model(**QUIET)
-    return tower, test_groupvit.batch(tower)
+    tower = groupvit_cases.model(**QUIET)
+    return tower, groupvit_cases.batch(tower)
 
 
 def ovsegmentor(folder: Path) -> tuple[Any, Any]:
-    tower = test_ovsegmentor.model(**QUIET)
+    tower = ovsegmentor_cases.model(**QUIET)
     tower.begin_mask_phase()
-    return tower, test_ovsegmentor.batch(tower, partners=True)
+    return tower, ovsegmentor_cases.batch(tower, partners=True)
 
 
 def ovsegmentor_groups(folder: Path) -> tuple[Any, Any]:
     """With the contrast of groups; the first half has three partners, the second two."""
-    tower = test_ovsegmentor.model(**QUIET, consistency={"kind": "groups", "symmetric": True})
+    tower = ovsegmentor_cases.model(**QUIET, consistency={"kind": "groups", "symmetric": True})
     tower.begin_mask_phase()
-    return tower, test_ovsegmentor.batch(tower, partners=True)
+    return tower, ovsegmentor_cases.batch(tower, partners=True)
 
 
 def sseg(folder: Path) -> tuple[Any, Any]:
@@ -65,17 +65,17 @@ def sseg(folder: Path) -> tuple[Any, Any]:
 
 
 def pseudo_mask_vit(folder: Path) -> tuple[Any, Any]:
-    return test_pseudo_mask_vit.model(), test_pseudo_mask_vit.batch()
+    return pseudo_mask_vit_cases.model(), pseudo_mask_vit_cases.batch()
 
 
 def zeroseg(folder: Path) -> tuple[Any, Any]:
     """No patch is hidden, for which are is drawn."""
-    return test_zeroseg.model(encoder={"mask_ratio": 0.0}, head={"gumbel": False}), test_zeroseg.batch()
+    return zeroseg_cases.model(encoder={"mask_ratio": 0.0}, head={"gumbel": False}), zeroseg_cases.batch()
 
 
 def scg(folder: Path) -> tuple[Any, Any]:
     """The second half has one picture with nouns, and before that one without."""
-    return test_scg.model(test_scg.made_encoders(folder)), test_scg.batch()
+    return scg_cases.model(scg_cases.made_encoders(folder)), scg_cases.batch()
 
 
 METHODS = (groupvit, ovsegmentor, ovsegmentor_groups, sseg, pseudo_mask_vit, zeroseg, scg)

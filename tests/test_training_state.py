@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import toy_stage
-from test_training import OPTIMISATION, Killed, KilledLoader, ToyLoader, run_at, same, toy, train
+from training_cases import OPTIMISATION, Killed, KilledLoader, ToyLoader, run_at, same, toy, train
 
 from pipeline import engine, machine
 from pipeline.caching import features, teacher, tokens

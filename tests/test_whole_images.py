@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from evaluate_cases import block
 from fake_towers import FEATURES, MASKS, FakeClip, FakeDino
 from PIL import Image
-from test_evaluate import block
 from voc_root import write_mask, write_root
 
 from pipeline import encoders, params

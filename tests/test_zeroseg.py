@@ -1,112 +1,27 @@
-"""ZeroSeg: masking, the paper's shapes, what each loss teaches, views that do not fit, the trained folder, a curve."""
+"""ZeroSeg: the paper's shapes, what each loss teaches, inference with a lent CLIP, the trained folder, a curve."""
 
 import csv
-import math
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from golden_curves import assert_same_curve
-from pair_shards import picture, write_pairs
 from test_sseg import Eight
+from zeroseg_cases import CONFIG, batch, batch_of, clip, config, model
 
 from pipeline import methods, params
-from pipeline.artifacts.arrays import ArrayWriter
-from pipeline.artifacts.files import BadInput, atomic_json
-from pipeline.artifacts.tables import read_table, write_table
+from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import save_model
-from pipeline.caching.teacher import cut_views, describe
-from pipeline.datasets.pairs import PairLoader, Sample
-from pipeline.datasets.squares import SquareTransform, choose_views, collate
-from pipeline.datasets.transforms import normalise
 from pipeline.encoders import small_clip
-from pipeline.encoders.small_vit import TowerConfig
-from pipeline.interfaces import TrainBatch
 from pipeline.methods import zeroseg
 from pipeline.nn import masked_autoencoder as mae
-from pipeline.nn.text import TextSizes, Vocabulary
 from pipeline.source_code import REPO
-from pipeline.text import filtering
 from pipeline.training import Run, fit
 from pipeline.training.optimiser import optimiser_of
-from pipeline.training.phases import TrainingData
 
 GOLDEN = Path(__file__).parent / "golden" / "zeroseg.csv"
-
-CONFIG = yaml.safe_load("""
-encoder: {image_size: 32, first_stride: 8, widths: [], dim: 16, layers: 1, heads: 2, mask_ratio: 0.5}
-decoder: {dim: 12, layers: 1, heads: 2}
-head: {dim: 16, heads: 2, depths: [1, 1, 1], group_tokens: [6, 3, 0], output_groups: [6, 3], assignment: hard,
-       gumbel: true, drop_path: 0.0}
-head_input: visible
-projector: {hidden: 24, norm: batch, shared: true}
-embed_dim: 10
-scales: [1, 2]
-loss: {reconstruction: 1.0, multi_scale: 1.0, match: 1.0, all_views: true, over_dims: sum, over_views: mean,
-       over_segments: mean, unit_image: true, unit_segments: true, normalised_patches: false}
-logit_scale: null
-shuffle: {block_rows: 4, window_blocks: 2, weights: null}
-optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {}, final_lr_fraction: 0.1,
-               warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.95],
-               clip_norm: 1.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8,
-               seed: 0}
-""")
-
-
-def config(**changes) -> zeroseg.Config:
-    """The tests' config; `loss={...}` and the like replace keys of a block."""
-    values = {
-        name: {**block, **changes.get(name, {})} if isinstance(block, dict) else changes.get(name, block)
-        for name, block in CONFIG.items()
-    }
-    return params.build(zeroseg.Config, values, "train.zeroseg")
-
-
-def model(**changes) -> zeroseg.ZeroSeg:
-    torch.manual_seed(0)
-    return zeroseg.build(config(**changes), None)
-
-
-def batch(size: int = 8, num_views: int = 5, dim: int = 10) -> TrainBatch:
-    """Pictures whose quarters have colours, with views that depend on those."""
-    generator = torch.Generator().manual_seed(1)
-    colours = torch.randn(size, 4, 3, generator=generator)
-    grid = colours.unflatten(1, (2, 2)).permute(0, 3, 1, 2)
-    pixels = F.interpolate(grid, (32, 32)) + 0.1 * torch.randn(size, 3, 32, 32, generator=generator)
-    project = torch.randn(3, dim, generator=generator)
-    tiles = colours @ project
-    views = torch.cat([tiles.mean(dim=1, keepdim=True), tiles.repeat(1, 8, 1)], dim=1)[:, :num_views]
-    return batch_of(pixels, F.normalize(views, dim=-1))
-
-
-def batch_of(pixels: torch.Tensor, views: torch.Tensor) -> TrainBatch:
-    size = len(pixels)
-    ids = torch.zeros(size, 0, dtype=torch.int64)
-    return TrainBatch(pixels, [""] * size, ids, None, [f"uid{i}" for i in range(size)], views=views)
-
-
-def clip(embed_dim: int = 10) -> small_clip.SmallClip:
-    torch.manual_seed(2)
-    settings = small_clip.ClipArchitecture(
-        tower="scratch",
-        image=TowerConfig(image_size=16, first_stride=8, widths=(), dim=8, layers=0, heads=1, class_token=False),
-        text=TextSizes(context_length=8, width=8, layers=0, heads=1, pooling="mean"),
-        embed_dim=embed_dim,
-        projection="linear",
-        pooling="smooth_maximum",
-        sharpness=5.0,
-    )
-    tower = small_clip.SmallClip(settings, Vocabulary.of(torch.tensor([5, 9, 320]), vocab_size=49408), None)
-    tower.scale.fill_(30.0)
-    saved = {"family": small_clip.FAMILY, "architecture": params.plain(settings), "frozen": None}
-    tower.saved = saved
-    return tower.eval()
 
 
 def write_clip(encoders: Path, embed_dim: int = 10) -> small_clip.SmallClip:
@@ -119,93 +34,6 @@ def gradients(tower, value) -> set[str]:
     tower.zero_grad()
     value.backward(retain_graph=True)
     return {name for name, p in tower.named_parameters() if p.grad is not None and p.grad.abs().sum() > 1e-9}
-
-
-# ---- masking and the decoder's order
-
-
-def test_paper_counts():
-    masking = mae.draw_masking(5, 196, 0.60, torch.device("cpu"))
-    assert masking.kept.shape == (5, 78) and masking.hidden.sum(dim=1).tolist() == [118] * 5
-    for kept, hidden in zip(masking.kept, masking.hidden, strict=True):
-        assert len(set(kept.tolist())) == 78 and not hidden[kept].any()
-    assert len({tuple(row.tolist()) for row in masking.kept.sort(dim=1).values}) == 5, "every sample its own"
-    assert mae.draw_masking(2, 10, 0.0, torch.device("cpu")).hidden.sum() == 0
-
-
-def test_all_places_are_hidden_equally_often():
-    torch.manual_seed(0)
-    share = mae.draw_masking(4000, 10, 0.6, torch.device("cpu")).hidden.float().mean(dim=0)
-    torch.testing.assert_close(share, torch.full((10,), 0.6), atol=0.04, rtol=0)
-
-
-def test_unshuffle_puts_every_patch_back():
-    tokens = torch.arange(12.0).view(1, 12, 1).expand(3, -1, 2)
-    masking = mae.draw_masking(3, 12, 0.5, torch.device("cpu"))
-    visible = tokens.gather(1, masking.kept[:, :, None].expand(-1, -1, 2))
-    found = mae.unshuffle(visible, torch.full((1, 1, 2), -1.0), masking.restore)
-    for i in range(3):
-        for n in range(12):
-            assert found[i, n].tolist() == ([-1, -1] if masking.hidden[i, n] else [n, n])
-
-
-def test_patches_by_loops():
-    pixels = torch.randn(2, 3, 6, 9)
-    found = mae.patchify(pixels, 3)
-    assert found.shape == (2, 6, 27)
-    for row in range(2):
-        for column in range(3):
-            cell = pixels[1, :, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3]
-            torch.testing.assert_close(found[1, row * 3 + column], cell.permute(1, 2, 0).flatten())
-    patches = mae.normalise_patches(found)
-    torch.testing.assert_close(patches.mean(dim=2), torch.zeros(2, 6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(patches.var(dim=2), torch.ones(2, 6), atol=1e-4, rtol=0)
-
-
-def test_positions_by_loops():
-    """MAE: zero for the class token; sine and cosine of the column, then of the row."""
-    found = mae.fixed_positions(2, 3, 8)
-    assert found.shape == (1, 7, 8) and found[0, 0].abs().sum() == 0
-    for row in range(2):
-        for column in range(3):
-            expected = []
-            for place in (column, row):
-                frequencies = [10000 ** (-k / 2) for k in range(2)]
-                expected += [math.sin(place * f) for f in frequencies] + [math.cos(place * f) for f in frequencies]
-            torch.testing.assert_close(found[0, 1 + row * 3 + column], torch.tensor(expected))
-
-
-def test_positions_are_fixed_and_resized_without_the_class_row():
-    tower = model()
-    assert not {name for name, _ in tower.named_parameters() if "pos_embed" in name}
-    positions = tower.autoencoder.pos_embed
-    resized = mae.resize_positions(positions, (4, 4), (8, 6))
-    assert resized.shape == (1, 49, 16) and resized[0, 0].abs().sum() == 0
-    assert mae.resize_positions(positions, (4, 4), (4, 4)) is positions
-
-
-def test_hidden_pixels_do_not_reach_the_segments():
-    """With a plain patch convolution, what is hidden changes nothing but the target."""
-    tower, data = model(), batch(2)
-    torch.manual_seed(5)
-    encoded = tower.autoencoder.encode(data.pixels)
-    hidden = encoded.masking.hidden.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    repainted = torch.where(hidden, torch.randn_like(data.pixels), data.pixels)
-    torch.manual_seed(5)
-    changed = tower.autoencoder.encode(repainted)
-    torch.testing.assert_close(changed.tokens, encoded.tokens)
-    assert encoded.tokens.shape == (2, 8, 16) and encoded.cls.shape == (2, 16)
-
-
-def test_eval_hides_nothing_and_keeps_the_order():
-    tower = model().eval()
-    encoded = tower.autoencoder.encode(batch(2).pixels)
-    assert encoded.masking.kept.tolist() == [list(range(16))] * 2 and not encoded.masking.hidden.any()
-
-
-def test_an_image_of_broken_patches_is_refused():
-    with pytest.raises(params.ParamsError, match="no whole number"):
-        model(encoder={"image_size": 36})
 
 
 # ---- shapes of the paper
@@ -483,94 +311,6 @@ def test_trained_folder_round_trip(tmp_path, answering):
     )
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert methods.load_untrained(tmp_path / "zeroseg", tmp_path).encode_text(["nothing"]).shape == (1, 10)
-
-
-# ---- squares and views
-
-
-def write_views(folder: Path, keys: list[str], uids: list[str], scales: tuple[int, ...], dim: int = 10) -> Path:
-    """A teacher payload whose view v of row r is (r + 1, v, 0, ...), normalised."""
-    folder.mkdir()
-    views = np.zeros((len(keys), sum(n * n for n in scales), dim), np.float16)
-    views[..., 0], views[..., 1] = np.arange(len(keys))[:, None] + 1, np.arange(views.shape[1])[None]
-    views /= np.linalg.norm(views.astype(np.float32), axis=2, keepdims=True)
-    with ArrayWriter(folder / "views.zarr", views.shape, np.float16, chunk_rows=2, compress=False) as writer:
-        writer.append(views)
-    write_table(folder / "rows.parquet", pa.table({"key": keys, "uid": uids}))
-    atomic_json(folder / "views.json", describe(scales, 16))
-    return folder
-
-
-def shard_with_views(root: Path, scales: tuple[int, ...] = (1, 2), name: str = "00000", dim: int = 10):
-    shard = write_pairs(root, name, 10, masks=False)
-    rows = read_table(shard.filtered / "rows.parquet", filtering.SCHEMA)
-    keys, uids = rows["key"].to_pylist(), rows["uid"].to_pylist()
-    return replace(shard, views=write_views(root / name / "views", keys, uids, scales, dim))
-
-
-def test_the_student_sees_the_teachers_square():
-    image = picture(3, (24, 33))
-    sample = Sample("u", [""], [], [], image, views=np.eye(5, 10, dtype=np.float16))
-    square = SquareTransform(image_size=16, chosen=(0, 3))(sample, Random(0))
-    np.testing.assert_array_equal(square.pixels, cut_views(image, (1,), 16)[0])
-    np.testing.assert_array_equal(square.views, np.eye(5, 10, dtype=np.float32)[[0, 3]])
-    again = SquareTransform(image_size=16, chosen=(0, 3))(sample, Random(99))
-    np.testing.assert_array_equal(square.pixels, again.pixels)
-    same = SquareTransform(image_size=24, chosen=(0,))(sample, Random(0))
-    np.testing.assert_array_equal(same.pixels, image[:, 4:28])
-    found = collate([square, again], ["a", "b"]).to("cpu")
-    assert found.token_ids.shape == (2, 0) and found.views.dtype == torch.float32 and found.views.shape == (2, 2, 10)
-    expected = normalise(torch.tensor(square.pixels)[None])[0]
-    torch.testing.assert_close(found.pixels[0].permute(1, 2, 0), expected, rtol=0, atol=1e-6)
-
-
-def test_views_belong_to_their_pictures(tmp_path):
-    shard = shard_with_views(tmp_path)
-    chosen = choose_views([shard], (1, 2), 10)
-    loader = PairLoader(
-        [shard],
-        batch_size=10,
-        seed=0,
-        shuffle=config().shuffle,
-        threads=0,
-        prepare=SquareTransform(image_size=24, chosen=chosen),
-        collate=collate,
-    )
-    data = next(loader.batches(0)).batch.to("cpu")
-    red = ((data.pixels[:, 0].mean(dim=(1, 2)) * 0.229 + 0.485) * 255 - 40) / 5
-    numbers = data.views[:, 1, 0] / data.views[:, 1, 1] - 1
-    torch.testing.assert_close(numbers, red.round(), atol=0.1, rtol=0)
-
-
-def test_a_subset_of_the_cached_scales_is_found_by_its_boxes(tmp_path):
-    shard = shard_with_views(tmp_path, (2, 1, 3))
-    assert choose_views([shard], (1, 3), 10) == (4, *range(5, 14))
-    assert choose_views([shard], (1, 2), 10) == (4, 0, 1, 2, 3)
-
-
-@pytest.mark.parametrize("problem", ["scale", "width", "rule", "order", "absent"])
-def test_views_that_do_not_fit(tmp_path, problem):
-    shards = [shard_with_views(tmp_path, (1, 2)), shard_with_views(tmp_path, (1, 2), "00001")]
-    wanted = config(scales=[1, 3]) if problem == "scale" else config()
-    if problem == "width":
-        wanted = config(embed_dim=12)
-    elif problem == "rule":
-        path = shards[1].views / "views.json"
-        path.write_text(path.read_text().replace("largest centred", "left"))
-    elif problem == "order":
-        shards[1] = shard_with_views(tmp_path, (2, 1), "00002")
-    elif problem == "absent":
-        shards[1] = replace(shards[1], views=None)
-    messages = {"scale": "and not 3", "width": "of 12", "rule": "as this version cuts", "order": "another order"}
-    with pytest.raises(BadInput, match=messages.get(problem, "no teacher views")):
-        zeroseg.phases(model(), wanted, TrainingData(shards=shards, index=None))
-
-
-def test_phase(tmp_path):
-    tower = model()
-    (phase,) = zeroseg.phases(tower, config(), TrainingData(shards=[shard_with_views(tmp_path)], index=None))
-    assert phase.prepare.chosen == (0, 1, 2, 3, 4) and phase.prepare.image_size == 32
-    assert zeroseg.TARGETS == ("teacher",) and zeroseg.ENCODERS == ("clip",) and "zeroseg" in methods.names()
 
 
 # ---- golden curve
