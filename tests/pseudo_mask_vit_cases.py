@@ -2,7 +2,7 @@
 
 import torch
 import yaml
-from test_sseg import WORDS
+from sseg_cases import WORDS
 
 from pipeline import params
 from pipeline.interfaces import TrainBatch

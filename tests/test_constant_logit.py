@@ -5,12 +5,12 @@ from functools import partial
 import pseudo_mask_vit_cases
 import pytest
 import scg_cases
-import test_sseg
+import sseg_cases
 import torch
 import torch.nn.functional as F
 from fake_towers import FakeClip
+from maskclip_cases import MEAN, STD, TEXT, VISION
 from open_clip.model import CLIP
-from test_maskclip import MEAN, STD, TEXT, VISION
 
 from pipeline.baselines.clip_patches import ClipPatches
 from pipeline.encoders.open_clip_towers import OpenClipEncoder
@@ -38,7 +38,7 @@ def region_clip():
 
 def sseg(combine):
     """Queries that differ, as trained ones do."""
-    model, generator = test_sseg.model(combine=combine).eval(), torch.Generator().manual_seed(2)
+    model, generator = sseg_cases.model(combine=combine).eval(), torch.Generator().manual_seed(2)
     vectors, masks = torch.randn(6, 12, generator=generator), torch.randn(6, 8, 8, generator=generator)
     model._read = lambda pixels: [(F.normalize(vectors, dim=1), masks)]
     return model

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-import test_sources_yfcc15m as yfcc
+import yfcc15m_cases as yfcc
 from download_project import DOWNLOAD, encode, payload, picture, project, public_web
 
 from pipeline import params

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from download_project import DOWNLOAD, encode, payload
+from filter_cases import BLOCK
 from PIL import Image, ImageFilter
-from test_filter import BLOCK
 
 from pipeline import cli
 from pipeline.artifacts import decisions

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from evaluate_cases import RULES, colours_project, config_of, report_of
-from test_report_html import EVIL, Page, full, page
+from report_html_cases import EVIL, Page, full, page
 
 from pipeline.artifacts.files import BadInput
 from pipeline.datasets.benchmarks import read_layout

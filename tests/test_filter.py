@@ -1,10 +1,7 @@
 """The filter and index stages on small shards: verdicts, bad captions, keys, the index against a dict of lists."""
 
-import hashlib
-import io
 import json
 from collections import defaultdict
-from pathlib import Path
 from random import Random
 
 import nltk
@@ -12,30 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from filter_cases import BLOCK, MACHINE, download, row, shard_of
 
 from pipeline.artifacts.files import BadInput, CorruptPayload
-from pipeline.artifacts.shards import SCHEMA, make_uid, write_shard
-from pipeline.engine import Counts, ShardStage, Task, run
-from pipeline.machine import Machine
+from pipeline.artifacts.shards import SCHEMA
+from pipeline.engine import Counts, Task, run
 from pipeline.params import ParamsError
 from pipeline.project import MissingPayload, Project
 from pipeline.text import filtering, index
 from pipeline.text.entities import vocabulary
 from pipeline.text.filtering import INDEX, STAGE, EntityIndex, kept
 
-MACHINE = Machine(runner="inline", workers=1, device="cpu", threads=1, retries=0)
-BLOCK = {
-    "vocabulary": "cc4m",
-    "mode": "noun",
-    "nouns": "lemmas",
-    "tagger": "textblob",
-    "min_words": 2,
-    "max_words": 50,
-    "require_entity": True,
-    "duplicates": "pair",
-    "reject": [],
-}
 CAPTIONS = [
     "a dog and two cats",
     "",
@@ -56,43 +40,8 @@ REASONS = ["", "empty", "empty", "not_text", "too_short", "no_entity", "duplicat
 REASONS += ["too_short", "too_long", ""]
 
 
-def row(key: int, caption: str | None, image: str, status: str = "success") -> dict:
-    values = {"key": f"{key:09d}", "caption": caption, "status": status, "url": f"http://a.localhost/{key}.jpg"}
-    sizes = {"width": 8, "height": 8, "original_width": 8, "original_height": 8, "error_message": None}
-    uid = make_uid("test", values["url"], caption or "")
-    return {**values, **sizes, "sha256": hashlib.sha256(image.encode()).hexdigest(), "uid": uid}
-
-
-def jpeg(_: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def download(root: Path, shards: dict[str, list[dict]], **block) -> Project:
-    """A project whose download stage has run over these rows."""
-    project = Project(root, {"filter": {**BLOCK, **block}}, MACHINE)
-
-    def compute(task: Task, folder: Path, machine: Machine) -> Counts:
-        write_shard(folder, task.shard, task.args, jpeg)
-        good = sum(each["status"] == "success" for each in task.args)
-        return Counts(rows_in=len(task.args), rows=good, failed=len(task.args) - good)
-
-    tasks = [Task(shard=name, fields={"rows": rows}, args=rows, rows=len(rows)) for name, rows in shards.items()]
-    stage = ShardStage(
-        name="download", schema=1, code_tag=1, tasks=lambda _: tasks, compute=compute, check=lambda *_: None
-    )
-    run(stage, project)
-    return project
-
-
 def table(project: Project, at: int = 0) -> pa.Table:
     return pq.read_table(project.inputs("filter")[at][1] / "rows.parquet")
-
-
-def shard_of(captions: list[str]) -> list[dict]:
-    """Rows with two images in turn: rows 0, 6 and 8 show the same one."""
-    return [row(at, caption, f"image {at % 2}") for at, caption in enumerate(captions)]
 
 
 def test_every_row_has_a_verdict_and_stays(tmp_path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import zeroseg_cases
 from evaluate_cases import block
-from test_inference import PixelModel
+from inference_cases import PixelModel
 from voc_root import write_root
 
 from pipeline import methods, params

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from inference_cases import PixelModel
 
 from pipeline import inference
 from pipeline.inference import (
@@ -23,24 +24,6 @@ from pipeline.nn import windows
 
 PAPER = Geometry(short_side=448, long_side=2048, window=448, stride=224, multiple=1, antialias=False)
 NATIVE = Geometry(short_side=None, long_side=2048, window=None, stride=1, multiple=1, antialias=False)
-
-
-class PixelModel:
-    """Scores of a patch: softmax over classes of the dot product of its mean colour with the class embedding."""
-
-    one_softmax = True
-
-    def __init__(self, patch: int = 1) -> None:
-        self.patch, self.seen = patch, []
-
-    def encode_text(self, texts):
-        table = {"red": [1.0, 0, 0], "green": [0, 1.0, 0], "blue": [0, 0, 1.0]}
-        return torch.tensor([table.get(text.split()[-1].strip("."), [0.5, 0.5, 0.5]) for text in texts])
-
-    def segment(self, pixels, class_embeddings):
-        self.seen.append(tuple(pixels.shape[2:]))
-        cells = F.avg_pool2d(pixels, self.patch)[0]
-        return torch.einsum("dhw,cd->chw", cells, class_embeddings).softmax(0)
 
 
 def segmenter(model, geometry=NATIVE, background="max_probability", names=("red", "green", "blue"), stuff=(), **kwargs):

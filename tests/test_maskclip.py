@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from maskclip_cases import MEAN, STD, TEXT, VISION
 from open_clip.model import CLIP
 
 from pipeline import baselines, encoders
@@ -25,9 +26,6 @@ from pipeline.nn.maskclip import (
 from pipeline.nn.visual_tower import value_tokens
 from pipeline.project import Project
 
-VISION = {"image_size": 16, "layers": 3, "width": 32, "head_width": 16, "patch_size": 4}
-TEXT = {"context_length": 9, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 OFF = {"logit_scale": None, "key_smoothing": None, "key_axis": "channels", "prompt_denoising": None}
 
 

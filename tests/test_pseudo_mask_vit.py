@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from caching_project import CachingProject, encoded, picture
 from golden_curves import assert_same_curve
 from pseudo_mask_vit_cases import CONFIG, batch, config, model, pooled_by_loops
-from test_sseg import WORDS, Eight
+from sseg_cases import WORDS
+from training_cases import Eight
 
 from pipeline import engine, inference, methods, params
 from pipeline.artifacts.files import BadInput

@@ -4,7 +4,7 @@ import groupvit_cases
 import numpy as np
 import ovsegmentor_cases
 import pytest
-import test_sseg
+import sseg_cases
 import torch
 import zeroseg_cases
 from fake_towers import FakeClip
@@ -28,7 +28,7 @@ MODELS = {
     "groupvit": groupvit_cases.model,
     "ovsegmentor": ovsegmentor_cases.model,
     "zeroseg": zeroseg_with_clip,
-    "sseg": test_sseg.model,
+    "sseg": sseg_cases.model,
     "clip_patches": lambda: ClipPatches(FakeClip()),
     "grouped_clip": lambda: GroupedClip(FakeClip(), lambda tokens, seed: torch.arange(len(tokens)) % 3),
     "region_clip": lambda: RegionClip(

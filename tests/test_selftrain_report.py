@@ -2,7 +2,7 @@
 
 from markupsafe import escape
 from report_cases import metrics, rows_of, write
-from test_report_html import Page, full, page
+from report_html_cases import Page, full, page
 
 from pipeline.reporting.collect import collect, read_scores
 from pipeline.reporting.labels import KINDS, kind, method_title

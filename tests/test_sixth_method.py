@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_training_stage import make_project
+from sseg_cases import make_project
 from voc_root import write_root
 
 from pipeline import methods, params

@@ -6,7 +6,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -14,13 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sources_cases import annotations, pairs
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.tars import write_tar
 from pipeline.sources import web
 from pipeline.sources.annotations import Annotations, cut, one_line, read, read_slice
 from pipeline.sources.loopback import SceneServer
-from pipeline.sources.rows import Row
 from pipeline.sources.scenes.stage import ROWS_SCHEMA
 
 PAIRS = [
@@ -32,16 +32,6 @@ PAIRS = [
     ("http://a.test/\u00e9.jpg", "\U0001f436 \u05db\u05dc\u05d1 \u0643\u0644\u0628"),
     ("http://a.test/6.jpg", "x" * 100_000),
 ]
-
-
-def annotations(path: Path, **changes) -> Annotations:
-    fields = {"kind": "urls", "layout": "named", "url_column": "URL", "caption_column": "TEXT", "images": None}
-    fields["weight"] = 1.0
-    return Annotations(path=path, **(fields | changes))
-
-
-def pairs(rows: Iterable[Row]) -> list[tuple[str, str]]:
-    return [(row.url, row.caption) for row in rows]
 
 
 def write_list(folder: Path, kind: str) -> Annotations:

@@ -7,8 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from download_project import encode, payload, picture, project
-from test_sources import annotations, pairs
-from test_sources_prebuilt import foreign, listed
+from sources_cases import annotations, foreign, listed, pairs
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS, read_rows

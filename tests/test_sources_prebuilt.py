@@ -1,6 +1,5 @@
 """Shards that are there already: taken over whole, joined by key, and what is broken in them named or recorded."""
 
-import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -9,34 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from download_project import encode, payload, picture, project
+from sources_cases import IMAGE, foreign, listed
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS, Shard, make_uid, read_rows
 from pipeline.artifacts.tars import write_tar
 from pipeline.engine import StageFailed, run
 from pipeline.project import Project
-from pipeline.sources.annotations import Annotations, cut, read, read_slice
+from pipeline.sources.annotations import cut, read, read_slice
 from pipeline.sources.download import REJECTED, STAGE
 
-IMAGE, OTHER = encode(picture(), quality=95), encode(picture(40, 30), quality=90)
-
-
-def listed(path: Path, images: Path | None = None) -> Annotations:
-    fields = {"kind": "shards", "layout": "named", "url_column": "url", "caption_column": "caption", "weight": 1.0}
-    return Annotations(path=path, images=images or path, **fields)
-
-
-def foreign(folder: Path, name: str = "cc3m-train-0000", samples: int = 3) -> Path:
-    """A webdataset tar as img2dataset leaves it without its Parquet file."""
-    folder.mkdir(exist_ok=True)
-    members = []
-    for number in range(samples):
-        record = {"url": f"http://a.test/{name}/{number}.jpg", "caption": f"caption {number}", "status": SUCCESS}
-        members.append((f"{number:09d}.jpg", IMAGE))
-        members.append((f"{number:09d}.json", json.dumps(record).encode()))
-        members.append((f"{number:09d}.txt", f"caption {number}".encode()))
-    write_tar(folder / f"{name}.tar", members)
-    return folder
+OTHER = encode(picture(40, 30), quality=90)
 
 
 def take(root: Path, **changes) -> Project:

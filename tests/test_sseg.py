@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from golden_curves import assert_same_curve
+from sseg_cases import CONFIG, WORDS, batch, config, model
+from training_cases import Eight
 
 from pipeline import methods, params
 from pipeline.artifacts.files import BadInput
@@ -25,51 +26,6 @@ from pipeline.nn.text import TextTransformer, Vocabulary
 from pipeline.training import Loaded, NonFiniteLoss, Run, fit
 
 GOLDEN = Path(__file__).parent / "golden" / "sseg.csv"
-
-CONFIG = yaml.safe_load("""
-backbone: {kind: conv, name: "", first_stride: 4, widths: [8, 16], blocks: [1, 1], init: random}
-decoder: {pixel_dim: 16, mask_dim: 8, dim: 16, queries: 6, layers: 2, heads: 2, hidden: 32, dropout: 0.0}
-text: {context_length: 12, width: 16, layers: 1, heads: 2, pooling: eos, vocabulary: full}
-loss: {mask: 1.0, contrastive: 1.0, focal: 20.0, dice: 1.0, deep_supervision: true, pooling: pool_then_project,
-       temperature: 0.07, max_scale: 100.0}
-embed_dim: 12
-combine: normalised
-augmentation: {image_size: 32, crop_scale: [0.5, 1.0], crop_ratio: [0.8, 1.25], flip_chance: 0.5, caption_form: caption}
-shuffle: {block_rows: 4, window_blocks: 2, weights: null}
-optimisation: {images: 160, batch_size: 8, lr: 0.003, lr_multipliers: {text: 2.0}, final_lr_fraction: 0.1,
-               warmup_images: 16, cosine_from: warmup, weight_decay: 0.05, decayed: weights, betas: [0.9, 0.98],
-               clip_norm: 1.0, micro_batches: 1, ema: 0.0, precision: fp32, checkpoint_images: 1000, log_images: 8,
-               seed: 0}
-""")
-WORDS = ("red", "green", "blue", "grey", "white", "black", "pink", "brown")
-
-
-def config(**changes) -> sseg.Config:
-    """The tests' config; `loss={...}` and the like replace keys of a block."""
-    values = {
-        name: {**block, **changes.get(name, {})} if isinstance(block, dict) else changes.get(name, block)
-        for name, block in CONFIG.items()
-    }
-    return params.build(sseg.Config, values, "train.sseg")
-
-
-def model(**changes) -> sseg.SSeg:
-    torch.manual_seed(0)
-    return sseg.build(config(**changes), None)
-
-
-def batch(tower: sseg.SSeg, size: int = 8) -> TrainBatch:
-    """Pictures of one coloured rectangle each on a dull ground, its region as label 1, its colour in the caption."""
-    generator = torch.Generator().manual_seed(1)
-    colours = torch.randn(len(WORDS), 3, generator=generator)
-    pixels = torch.randn(size, 3, 32, 32, generator=generator) * 0.1
-    regions = torch.zeros(size, 8, 8, dtype=torch.uint8)
-    for i in range(size):
-        top, left = torch.randint(0, 4, (2,), generator=generator).tolist()
-        regions[i, top : top + 4, left : left + 3] = 1
-        pixels[i, :, 4 * top : 4 * top + 16, 4 * left : 4 * left + 12] += colours[i % len(WORDS), :, None, None]
-    captions = [f"a {WORDS[i % len(WORDS)]} box" for i in range(size)]
-    return TrainBatch(pixels, captions, tower.tokenizer(captions), regions, [f"uid{i}" for i in range(size)])
 
 
 def gradients(tower, value):
@@ -339,18 +295,6 @@ def test_registry():
     assert "sseg" in methods.names() and methods.get("sseg") is sseg
     with pytest.raises(KeyError, match="no method 'ssegg'"):
         methods.get("ssegg")
-
-
-class Eight:
-    """The same eight pairs at every step."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def batches(self, position):
-        while True:
-            position += 8
-            yield Loaded(self.data, position, [])
 
 
 def golden_curve(folder: Path) -> list[dict[str, str]]:

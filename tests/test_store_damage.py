@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from test_store_remote import call, checkout, clone, commit, payload_bytes, url  # noqa: F401 - two are fixtures
+from store_cases import call, clone, commit, make_checkout, payload_bytes, store_url
 from toy_stage import STAGE, project
 
 from pipeline import chain, history, remote
@@ -19,7 +19,15 @@ from pipeline.remote import Table
 from pipeline.source_code import REPO
 from stages import run_shards
 
-# ruff: noqa: F811 - fixtures
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return store_url(tmp_path)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return make_checkout(tmp_path / "checkout")
 
 
 def name_tables(root: Path, number: int = 3) -> list[Table]:

@@ -1,52 +1,27 @@
 """`tessera store`: payloads in a second place, whole or not at all, and kept while any commit names them."""
 
-import shutil
 import subprocess
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from store_cases import call, clone, commit, git, make_checkout, payload_bytes, store_url
 from toy_stage import STAGE, project
 
 from pipeline import history, remote
 from pipeline.artifacts.files import BadInput
-from pipeline.cli import store
 from pipeline.engine import run
 from pipeline.project import MissingPayload
 
 
-def git(root: Path, *arguments: str) -> None:
-    settings = ["-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", *settings, *arguments], cwd=root, check=True, capture_output=True)
-
-
-def commit(root: Path, word: str) -> None:
-    run(STAGE, project(root, word=word))
-    git(root, "add", "data/manifests")
-    git(root, "commit", "-qm", word)
-
-
-def payload_bytes(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in (root / "toy").rglob("*") if p.is_file()}
-
-
-def call(root: Path, action: str, url: str, *, dry_run: bool = False) -> int:
-    return store.run(Namespace(action=action, url=url, stages=[], dry_run=dry_run), project(root))
-
-
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    return (tmp_path / "elsewhere" / "store").as_uri()
+    return store_url(tmp_path)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    root = tmp_path / "checkout"
-    root.mkdir()
-    git(root, "init", "-q", "-b", "main")
-    run(STAGE, project(root))
-    return root
+    return make_checkout(tmp_path / "checkout")
 
 
 def test_what_is_pushed_and_pulled_is_the_same(tmp_path, checkout, url, capsys):
@@ -105,12 +80,6 @@ def test_bytes_that_changed_on_the_way_are_refused(tmp_path, checkout, url):
     with pytest.raises(BadInput, match="its bytes are not those that were pushed"):
         call(checkout, "pull", url)
     assert project(checkout).store.problem("toy", name.key) is not None
-
-
-def clone(checkout: Path, other: Path) -> Path:
-    """Manifests and no payloads, as git brings them."""
-    shutil.copytree(checkout / "data/manifests", other / "data/manifests")
-    return other
 
 
 def test_a_stage_pulls_what_the_remote_has_and_computes_the_rest(tmp_path, checkout, url, capsys):

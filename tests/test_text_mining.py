@@ -6,8 +6,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import test_sources_yfcc15m as yfcc
-from test_filter import download, shard_of
+import yfcc15m_cases as yfcc
+from filter_cases import download, shard_of
 
 from pipeline import cli
 from pipeline.artifacts.files import BadInput

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import groupvit_cases
 import torch
-from test_training_parts import steps_of
+from training_cases import steps_of
 from unchecked import run
 
 from pipeline.training.compiling import recompute_blocks

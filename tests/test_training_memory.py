@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import groupvit_cases
 import pytest
 import torch
-from test_training_stage import make_project
+from sseg_cases import make_project
 from torch import nn
 
 from pipeline import methods

@@ -10,37 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from training_cases import OPTIMISATION, Killed, Toy, ToyBatch, run_at, same, toy
+from training_cases import OPTIMISATION, Killed, Rows, Toy, run_at, same, toy
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import load_model
 from pipeline.params import ParamsError
-from pipeline.training import Loaded, NonFiniteLoss, fit
+from pipeline.training import NonFiniteLoss, fit
 from pipeline.training.average import Average
 from pipeline.training.optimiser import optimiser_of
 from pipeline.training.steps import Steps
 
 FP16 = replace(OPTIMISATION, precision="fp16", log_images=8)
-
-
-class Rows:
-    """Batches of `size` rows, each decided by its number alone; a process of several has its part of them."""
-
-    def __init__(self, size: int, last: int = 10**9, bad: int = -1, share: tuple[int, int] = (0, 1)):
-        self.size, self.last, self.bad, self.share, self.asked = size, last, bad, share, []
-
-    def batches(self, position):
-        number, count = self.share
-        while True:
-            if position + self.size > self.last:
-                raise Killed
-            self.asked.append(position)
-            part = range(position + number * self.size // count, position + (number + 1) * self.size // count)
-            rows = [torch.randn(5, generator=torch.Generator().manual_seed(row)) for row in part]
-            if self.bad in part:
-                rows[0] = rows[0] * math.nan
-            position += self.size
-            yield Loaded(ToyBatch(torch.stack(rows), [f"uid{row}" for row in part]), position)
 
 
 def train(folder, optimisation, loader=None, *, best=None, model=None, loss=None):

@@ -1,16 +1,15 @@
 """A batch in parts, for the memory of one: the gradients of the whole, for every method and its losses."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training_ranks import MADE, half, in_float64, made
 from torch import Tensor, nn
-from training_cases import OPTIMISATION
+from training_cases import steps_of
+from training_parts_cases import MADE, half, in_float64, made
 
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveTerms, info_nce, multi_label
@@ -18,20 +17,7 @@ from pipeline.losses.parts import Parts, over_parts
 from pipeline.nn.matching import assign
 from pipeline.nn.projector import SharedBatchNorm
 from pipeline.training.memory import Alive
-from pipeline.training.optimiser import optimiser_of
-from pipeline.training.steps import Loaded, NonFiniteLoss, Steps
-
-
-def steps_of(model: Any, **settings: Any) -> Steps:
-    optimisation = replace(OPTIMISATION, lr_multipliers={}, clip_norm=1e9, **settings)
-    return Steps(
-        model=model,
-        loss=lambda data, _: model.loss(data),
-        optimiser=optimiser_of(model, optimisation),
-        optimisation=optimisation,
-        precision=optimisation.precision,
-        device=torch.device("cpu"),
-    )
+from pipeline.training.steps import Loaded, NonFiniteLoss
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:

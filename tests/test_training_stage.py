@@ -10,53 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from pair_shards import write_pairs
-from test_sseg import CONFIG
+from sseg_cases import make_project
 
 from pipeline import methods
-from pipeline.artifacts.files import digest
-from pipeline.artifacts.manifest import Manifest
-from pipeline.artifacts.weights import save_model
-from pipeline.encoders.small_vit import TowerConfig
 from pipeline.project import MissingPayload
-from pipeline.store import Store
 from stages import open_project
 from stages.train import train
 
 REPO = Path(__file__).resolve().parent.parent
-STAGES = {"download": "download", "filter": "filtered", "pseudo_masks": "masks"}
-
-
-def make_project(root: Path, **optimisation) -> Path:
-    """A checkout with three shards in its store, a DINO tower and the tests' small S-Seg."""
-    store = Store(root / "data/store")
-    manifests: dict[str, list] = {stage: [] for stage in STAGES}
-    for number in range(3):
-        shard = write_pairs(root / "made", f"{number:05d}", 14, rejected=(number,))
-        for stage, attribute in STAGES.items():
-            key = digest([stage, shard.name])
-            folder = store.temporary(stage, key)
-            shutil.copytree(getattr(shard, attribute), folder, dirs_exist_ok=True)
-            counts = {"rows_in": 14, "rows": 14, "failed": 0, "detail": {}}
-            store.publish(folder, stage, key, {"stage": stage, "shard": shard.name, "fields": {}, "counts": counts})
-            manifests[stage].append(store.row(stage, shard.name, key))
-    for stage, rows in manifests.items():
-        path = root / "data/manifests" / f"{stage}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Manifest(stage, rows).write(path)
-    torch.manual_seed(0)
-    dino = TowerConfig(
-        image_size=32, first_stride=4, widths=(8, 16), dim=24, layers=1, heads=2, class_token=False
-    ).build()
-    save_model(root / "models/encoders/dino", dino.state_dict(), {})
-    steps = {"images": 240, "checkpoint_images": 40, "log_images": 16} | optimisation
-    block = CONFIG | {"optimisation": CONFIG["optimisation"] | steps}
-    block["text"] = CONFIG["text"] | {"vocabulary": "seen"}
-    block["backbone"] = CONFIG["backbone"] | {"init": "selfsup"}
-    (root / "params.yaml").write_text(yaml.safe_dump({"train": {"sseg": block}}))
-    return root
 
 
 @pytest.fixture(autouse=True)

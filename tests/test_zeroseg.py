@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_curves import assert_same_curve
-from test_sseg import Eight
+from training_cases import Eight
 from zeroseg_cases import CONFIG, batch, batch_of, clip, config, model
 
 from pipeline import methods, params

@@ -1,13 +1,17 @@
-"""A toy model, batches decided by their position, and a run of the training loop over them."""
+"""A toy model, batches decided by their position, a run of the training loop over them, and single steps."""
 
+import math
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.training import Loaded, Optimisation, Run, fit
+from pipeline.training.optimiser import optimiser_of
+from pipeline.training.steps import Steps
 
 OPTIMISATION = Optimisation(
     images=96,
@@ -124,3 +128,47 @@ class KilledLoader(ToyLoader):
             if loaded.position > self.last:
                 raise Killed
             yield loaded
+
+
+class Rows:
+    """Batches of `size` rows, each decided by its number alone; a process of several has its part of them."""
+
+    def __init__(self, size: int, last: int = 10**9, bad: int = -1, share: tuple[int, int] = (0, 1)):
+        self.size, self.last, self.bad, self.share, self.asked = size, last, bad, share, []
+
+    def batches(self, position):
+        number, count = self.share
+        while True:
+            if position + self.size > self.last:
+                raise Killed
+            self.asked.append(position)
+            part = range(position + number * self.size // count, position + (number + 1) * self.size // count)
+            rows = [torch.randn(5, generator=torch.Generator().manual_seed(row)) for row in part]
+            if self.bad in part:
+                rows[0] = rows[0] * math.nan
+            position += self.size
+            yield Loaded(ToyBatch(torch.stack(rows), [f"uid{row}" for row in part]), position)
+
+
+class Eight:
+    """The same eight pairs at every step."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def batches(self, position):
+        while True:
+            position += 8
+            yield Loaded(self.data, position, [])
+
+
+def steps_of(model: Any, **settings: Any) -> Steps:
+    optimisation = replace(OPTIMISATION, lr_multipliers={}, clip_norm=1e9, **settings)
+    return Steps(
+        model=model,
+        loss=lambda data, _: model.loss(data),
+        optimiser=optimiser_of(model, optimisation),
+        optimisation=optimisation,
+        precision=optimisation.precision,
+        device=torch.device("cpu"),
+    )
