@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from golden_curves import assert_same_curve
 from groupvit_cases import WORDS, batch, config, model
+from training_cases import Eight
 
 from pipeline import methods, params
 from pipeline.artifacts.files import BadInput
@@ -21,7 +22,7 @@ from pipeline.nn.group_scores import group_confidence
 from pipeline.nn.grouping import Assignment, Grouped, effective_number
 from pipeline.nn.text import Vocabulary
 from pipeline.params import ParamsError
-from pipeline.training import Loaded, Run, fit
+from pipeline.training import Run, fit
 
 GOLDEN = Path(__file__).parent / "golden" / "groupvit.csv"
 ONE_STAGE = {"depths": [2, 1], "group_tokens": [6, 0], "output_groups": [3]}
@@ -210,18 +211,6 @@ def test_impossible_losses_are_refused():
         config(loss={"caption": 0.0})
     with pytest.raises(params.ParamsError, match=r"train\.groupvit\.loss\.form"):
         config(loss={"form": "paper"})
-
-
-class Eight:
-    """The same eight pairs at every step."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def batches(self, position):
-        while True:
-            position += 8
-            yield Loaded(self.data, position, [])
 
 
 def golden_curve(folder: Path) -> list[dict[str, str]]:
