@@ -45,6 +45,10 @@ def write(folder: Path, name: str, settings: list[str], target: Path) -> None:
     editor = YAML()
     editor.width = 120
     editor.preserve_quotes = True
+    # ruamel leaves a null blank, which reads as something forgotten.
+    editor.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     values = editor.load((folder / "base.yaml").read_text(encoding="utf-8"))
     _overlay(values, params.read(folder / f"{name}.yaml"), "")
     for setting in settings:
