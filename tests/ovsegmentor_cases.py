@@ -87,7 +87,7 @@ def batch(
         num_prompts=2,
     )
     collate = EntityCollate(tower.tokenizer, settings.completion.kind, partners, longest=False)
-    rows = [prepare(row, Random(number)) for number, row in enumerate(samples)]
+    rows = [prepare(row, Random(300 + number)) for number, row in enumerate(samples)]
     if partners:
         rows = [
             replace(row, partner=(rows[(i + 1) % 6].picture, DOG) if NAMED[i] else None) for i, row in enumerate(rows)

@@ -64,7 +64,7 @@ def test_labels_by_hand():
 
 def test_masks_move_with_the_pixels():
     """A picture painted with its own label map: wherever the view looks, the colour under a label is that label's."""
-    rng = Random(1)
+    rng = Random(2)
     labels = np.array(rng.choices(range(6), k=16), np.uint8).reshape(4, 4)
     painted = np.kron(labels, np.ones((32, 32), np.uint8))[..., None].repeat(3, 2) * 40
     for _ in range(50):
@@ -72,7 +72,7 @@ def test_masks_move_with_the_pixels():
         seen = render(painted, view, 64)
         moved = move_labels(labels, view, (16, 16))
         centres = seen.reshape(16, 4, 16, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3, 4)) / 40
-        assert (np.abs(centres - moved) < 0.5).mean() > 0.8, "most cells lie inside one label"
+        assert (np.abs(centres - moved) < 0.5).mean() > 0.85, "most cells lie inside one label"
         flat = np.abs(centres - centres.round()) < 0.02
         assert (centres.round()[flat] == moved[flat]).mean() > 0.95
 
