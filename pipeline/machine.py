@@ -36,6 +36,8 @@ class Machine:
         address: of a Dask scheduler (`tcp://host:8786`) or Ray head (`host:6379`, `auto`); empty: a local cluster.
         remote: URL of a second store (`tessera store push`). Payloads that a stage would read or compute, that are not
             here and that it has, are pulled from there; nothing is pushed.
+        stream: a training reads images that are not here out of the `remote`, as its batches need them, and keeps none;
+            what is small (captions, cached targets) is pulled.
         compile: methods train with the elementwise work of their transformer blocks fused (`torch.compile`): faster on
             a GPU after a minute, and rounded otherwise.
         recompute: methods train with the inside of their transformer blocks computed again in the backward pass: less
@@ -56,6 +58,7 @@ class Machine:
     retries: Annotated[int, Range(0)]
     address: str = ""
     remote: str = ""
+    stream: bool = False
     compile: bool = False
     recompute: bool = False
     keep_checkpoints: Annotated[int, Range(1)] = 1
@@ -81,7 +84,7 @@ def defaults() -> dict[str, Any]:
     found = {"runner": "process", "workers": workers, "device": device, "threads": min(2, cores), "retries": 2}
     training = {"compile": False, "recompute": False, "keep_checkpoints": 1, "keep_best": False}
     watching = {"tensorboard": False, "wandb": "no", "peak_gflops": 0}
-    return found | {"address": "", "remote": ""} | training | watching
+    return found | {"address": "", "remote": "", "stream": False} | training | watching
 
 
 @lru_cache(maxsize=1)

@@ -83,6 +83,23 @@ class Project:
             raise MissingPayload(problem.file, problem.problem, repair_command(stage))
         return [(row, self.store.folder(stage, row.key)) for row in rows]
 
+    def places(self, stage: str) -> list[tuple[Row, Path | str]]:
+        """As `inputs`; with `machine.stream`, what is not whole here stays in the remote, and its URL there is given.
+
+        Raises:
+            MissingPayload: the first payload that is neither here nor there.
+        """
+        if not (self.machine.stream and self.machine.remote):
+            return [*self.inputs(stage)]
+        rows = self.manifest(stage).rows
+        absent = self.store.problems(stage, outs := {row.key: row.out for row in rows})
+        names = [remote.Name(stage, key, outs[key]) for key in absent]
+        urls = {name.key: url for name, url in remote.located(self.machine.remote, names).items()}
+        for key, problem in absent.items():
+            if key not in urls:
+                raise MissingPayload(problem.file, problem.problem, repair_command(stage))
+        return [(row, urls.get(row.key) or self.store.folder(stage, row.key)) for row in rows]
+
     def encoder(self, name: str) -> Path:
         """Folder of a frozen tower, `dino` or `clip`."""
         return self.root / "models" / "encoders" / name

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.files import BadInput, CorruptPayload, fsync_folder, fsync_tree, sha256_file
+from pipeline.artifacts.urls import open_url
 from pipeline.store import NO_DESCRIPTION, OTHER_CONTENTS, PAYLOAD, Store, contents_digest, described
 
 MANIFESTS = "data/manifests"
@@ -133,23 +134,8 @@ class Moved:
     there: int
 
 
-def open_url(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it without a slash at its end.
-
-    Raises:
-        BadInput: the protocol's package is not installed, or the URL is none.
-    """
-    import fsspec
-
-    try:
-        files, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise BadInput(url, f"cannot be opened ({error})", "Name a folder, or s3://bucket/folder with s3fs") from error
-    return files, str(root).rstrip("/")
-
-
 class Remote:
-    """The store at an fsspec URL; see `open_url`."""
+    """The store at an fsspec URL."""
 
     def __init__(self, url: str) -> None:
         self.files, self.root = open_url(url)
@@ -177,6 +163,21 @@ class Remote:
         if isinstance(name, Table):
             return self.files.size(f"{self.root}/{name.path}")
         return sum(entry["bytes"] for entry in self._describe(name)[1].values())
+
+    def locate(self, name: Name) -> str | None:
+        """URL of the payload's folder, if it is there; the sizes of its files are looked at, their bytes are not.
+
+        Raises:
+            BadInput: it is not what the manifest names, or a file is cut off.
+        """
+        if not self.has(name):
+            return None
+        for file, entry in self._describe(name)[1].items():
+            size = self.files.size(f"{self.root}/{name.path}/{file}")
+            if size != entry["bytes"]:
+                problem = f"{size} bytes where {entry['bytes']} were pushed"
+                raise BadInput(f"{self.url}/{name.path}/{file}", problem, _AGAIN)
+        return f"{self.url.rstrip('/')}/{name.path}"
 
     def push(self, name: Named, store: Store) -> None:
         """Copy a payload there, payload.json last, or a table."""
@@ -296,6 +297,13 @@ def pull_through(store: Store, url: str, names: Sequence[Named]) -> None:
     if there := _where(names, remote.has):
         print(f"{there[0].stage}: pulling {len(there)} of {len(names)} payloads from {url}", file=sys.stderr)
         _fetch(store, remote, there)
+
+
+def located(url: str, names: Sequence[Name]) -> dict[Name, str]:
+    """URLs of those of the payloads that the remote at `url` has; see `Remote.locate`."""
+    remote = Remote(url)
+    found = zip(names, _each(names, remote.locate), strict=True)
+    return {name: place for name, place in found if place}
 
 
 def _fetch(store: Store, remote: Remote, names: Sequence[Named]) -> None:

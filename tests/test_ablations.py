@@ -16,8 +16,8 @@ from benchmarks.ablation_rows import Budget, Entry, Workplace
 from pipeline import baselines, chain, cli, engine, methods, params
 from pipeline.artifacts.files import read_json
 from pipeline.source_code import REPO
+from pipeline.trainer import train
 from stages import open_project
-from stages.train import train
 
 METHODS = sorted(path.stem for path in ablation_rows.LISTS.glob("*.yaml"))
 BLOCKS = {"train", "baselines", *chain.BLOCKS}

@@ -27,7 +27,7 @@ LAYERS = [
     + ["pipeline.encoders", "pipeline.training", "pipeline.inference", "pipeline.caching", "pipeline.sources"],
     ["pipeline.methods", "pipeline.baselines", "pipeline.evaluation", "pipeline.prediction", "pipeline.reporting"]
     + ["pipeline.checkpoints", "pipeline.selftraining", "pipeline.comparison", "pipeline.imagenet"]
-    + ["pipeline.conversion", "pipeline.scheduling"],
+    + ["pipeline.conversion", "pipeline.scheduling", "pipeline.trainer"],
     ["pipeline.chain", "pipeline.cli", "pipeline.planning", "stages"],
 ]
 MODULES = sorted(

@@ -17,9 +17,9 @@ from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import load_config, model_digest
 from pipeline.datasets.pairs import PairShard
 from pipeline.encoders import load_clip, load_dino
+from pipeline.encoders.providing import provide
 from pipeline.engine import Interrupted
 from pipeline.project import Project
-from stages.encoders import provide
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from pipeline.encoders.timm_dino import build_model
 from pipeline.methods import ovsegmentor
 from pipeline.params import ParamsError
 from pipeline.store import Store
+from pipeline.trainer import train
 from pipeline.training.phases import TrainingData
 from stages import open_project
-from stages.train import train
 
 # The text tower's start.
 

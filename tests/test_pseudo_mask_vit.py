@@ -29,9 +29,9 @@ from pipeline.interfaces import TrainBatch
 from pipeline.methods import pseudo_mask_vit as pmv
 from pipeline.nn.text import TextTransformer, Vocabulary
 from pipeline.project import Project
+from pipeline.trainer import read_data, train
 from pipeline.training import Run, fit
 from pipeline.training.phases import TrainingData
-from stages.train import read_data, train
 
 GOLDEN = Path(__file__).parent / "golden" / "pseudo_mask_vit.csv"
 DINO = TowerConfig(image_size=16, first_stride=4, widths=(), dim=8, layers=1, heads=2, class_token=False)

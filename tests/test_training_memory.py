@@ -11,7 +11,7 @@ import torch
 from sseg_cases import make_project
 from torch import nn
 
-from pipeline import methods
+from pipeline import methods, trainer
 from pipeline.cli import fit_batch, main
 from pipeline.methods import sseg
 from pipeline.nn.attention import Attention, one_kernel
@@ -20,7 +20,7 @@ from pipeline.training.compiling import recompute_blocks
 from pipeline.training.memory import Alive, Spent, allocate, count, largest_counted, largest_tried
 from pipeline.training.optimiser import adamw, parameter_groups
 from pipeline.training.steps import Steps
-from stages import open_project, train
+from stages import open_project
 
 
 def test_alive_counts_a_storage_once_and_forgets_what_is_freed():
@@ -154,14 +154,16 @@ def test_recomputed_blocks_give_the_same_bits_for_less_memory():
 
 
 def test_every_size_is_compiled_anew_and_starts_no_processes(tmp_path, monkeypatch):
-    resets, loaders, pair_loader = [], [], train.pair_loader
+    resets, loaders, pair_loader = [], [], trainer.pair_loader
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(0))
-    monkeypatch.setattr(train, "pair_loader", lambda *given: loaders.append(given[3].loaders) or pair_loader(*given))
+    monkeypatch.setattr(
+        fit_batch, "pair_loader", lambda *given: loaders.append(given[3].loaders) or pair_loader(*given)
+    )
     project = open_project(make_project(tmp_path))
     project = replace(project, machine=replace(project.machine, compile=True, workers=3, device="cuda:1"))
     monkeypatch.setattr(fit_batch, "allocate", lambda model, make, loaded, device: by_line(loaded.position))
     config = project.config("train.sseg", sseg.Config)
-    data = train.read_data(project, sseg.TARGETS)
+    data = trainer.read_data(project, sseg.TARGETS)
     model = methods.fresh(sseg, config, sseg.vocabulary(config, data), project.encoder("dino").parent)
     [phase] = sseg.phases(model, config, data)
     found = fit_batch._largest(project, model, config, data, phase, 2000)

@@ -15,8 +15,8 @@ from sseg_cases import make_project
 
 from pipeline import methods
 from pipeline.project import MissingPayload
+from pipeline.trainer import train
 from stages import open_project
-from stages.train import train
 
 REPO = Path(__file__).resolve().parent.parent
 

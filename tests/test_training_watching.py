@@ -13,7 +13,7 @@ from training_cases import OPTIMISATION, Toy, ToyBatch, ToyLoader, run_at, same,
 
 from pipeline.artifacts.files import BadInput
 from pipeline.training import Loaded, fit
-from pipeline.training.watching import _rates
+from pipeline.training.watching import Board, _rates
 
 
 def test_curve_and_log(tmp_path):
@@ -106,6 +106,32 @@ def test_a_board_needs_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BadInput, match="pip install tensorboard"):
         fit(toy(), toy().loss, ToyLoader(), OPTIMISATION, run=replace(run_at(tmp_path), board=tmp_path / "board"))
+
+
+def test_a_board_shows_the_curve_and_nothing_that_was_done_twice(tmp_path):
+    """A run to its end, then one that goes on from its second row, as after a kill; read as TensorBoard reads it."""
+    pytest.importorskip("tensorboard", reason="not installed: make setup GROUPS='cluster dev'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = tmp_path / "board"
+    fit(toy(), toy().loss, ToyLoader(), OPTIMISATION, run=replace(run_at(tmp_path), board=board))
+    rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    curve = [row for row in rows if row["event"] == "row"]
+    seen = EventAccumulator(str(board)).Reload()
+    assert {"total", "lr", "grad_norm", "images_per_second", "data_wait"} <= set(seen.Tags()["scalars"])
+    totals = seen.Scalars("total")
+    assert [point.step for point in totals] == [row["images"] for row in curve]
+    assert [point.value for point in totals] == pytest.approx([row["total"] for row in curve])
+
+    resumed = Board(board, curve[:2])
+    resumed.log({"images": curve[2]["images"], "total": 7.0}, {"sizes": [2.0, 3.0]})
+    resumed.close()
+    seen.Reload()
+    expected = [*((row["images"], row["total"]) for row in curve[:2]), (curve[2]["images"], 7.0)]
+    assert [(point.step, point.value) for point in seen.Scalars("total")] == [
+        (step, pytest.approx(value)) for step, value in expected
+    ]
+    assert seen.Scalars("sizes/1")[0].value == 3.0
 
 
 def test_a_resumed_plot_has_the_rates_of_before(tmp_path):

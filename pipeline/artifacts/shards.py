@@ -1,7 +1,8 @@
 """Image shards in img2dataset's webdataset layout: `NNNNN.tar`, `NNNNN.parquet`, `NNNNN_stats.json`.
 
 The Parquet file has a row per input row, failed ones included, sorted by key; the tar has `<key>.jpg`, `<key>.json` and
-`<key>.txt` for each success. Images are read from the tar by offset. `uid` names a sample across shards and settings.
+`<key>.txt` for each success. `uid` names a sample across shards and settings; `offset` and `size`, in bytes, are where
+its image lies in the tar, so that who wants some images reads those, from a disk or out of a bucket.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.artifacts.files import BadInput, atomic_json
 from pipeline.artifacts.tars import index_tar, write_tar
+from pipeline.artifacts.urls import is_url, read_file, read_ranges
 
 __all__ = ["SCHEMA", "SUCCESS", "Shard", "decode_rgb", "decode_stored", "index_tar", "make_uid", "open_rgb"]
 __all__ += ["read_member", "write_shard", "write_tar"]
@@ -38,7 +40,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Markers of a JPEG: frames that are coded by Huffman, the start of the pixels, EXIF and XMP.
 _FRAMES, _SCAN, _EXIF = (0xC0, 0xC1, 0xC2), 0xDA, 0xE1
 
-# Source: img2dataset 1.47.0, Downloader.download_shard: the input's columns, then its own; `uid` is ours.
+# Source: img2dataset 1.47.0, Downloader.download_shard: the input's columns, then its own; the last three are ours.
 SCHEMA = pa.schema(
     [
         ("url", pa.string()),
@@ -52,8 +54,11 @@ SCHEMA = pa.schema(
         ("original_height", pa.int32()),
         ("sha256", pa.string()),
         ("uid", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
     ]
 )
+_RECORDED = [name for name in SCHEMA.names if name not in ("offset", "size")]
 
 
 def make_uid(source: str, url: str, caption: str) -> str:
@@ -86,17 +91,19 @@ class Shard:
         """Opens `folder/name.{tar,parquet}`.
 
         Raises:
-            BadInput: a file is absent, torn or of another layout, or the tar's keys are not the table's successes.
+            BadInput: a file is absent, torn or of another layout, or the tar's images are not the table's successes.
         """
         rows = read_rows(folder / f"{name}.parquet")
-        table = rows.filter(pc.field("status") == SUCCESS)
-        table = table.select(["key", "uid", "caption", "width", "height"]).sort_by("key").combine_chunks()
+        table = rows.filter(pc.field("status") == SUCCESS).sort_by("key").combine_chunks()
         path = folder / f"{name}.tar"
         index = index_tar(path)
         images = sorted(member[:-4] for member in index if member.endswith(".jpg"))
         if images != table["key"].to_pylist():
             raise BadInput(path, f"{len(images)} images, but {table.num_rows} successes in the Parquet file", _REPAIR)
-        return cls(path, table, index)
+        places = zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True)
+        if [index[f"{key}.jpg"] for key in images] != list(places):
+            raise BadInput(path, "its images lie elsewhere than the Parquet file says", _REPAIR)
+        return cls(path, table.select(["key", "uid", "caption", "width", "height"]), index)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -106,31 +113,38 @@ class Shard:
         return read_member(self.path, self._index[f"{key}.jpg"], f"{key}.jpg")
 
 
-def read_member(tar: Path, place: tuple[int, int], name: str) -> bytes:
-    """What lies at an offset with a size; no file stays open between two reads.
+def read_member(tar: Path | str, place: tuple[int, int], name: str) -> bytes:
+    """What lies at an offset with a size; no file stays open between two reads. `tar`: its path, or its URL.
 
     Raises:
-        BadInput: the tar ends before; `name` is what the message calls it.
+        BadInput: the tar ends before (`name` is what the message calls it), or a URL cannot be read.
     """
+    if is_url(tar):
+        return whole(read_ranges([(str(tar), *place)])[0], tar, place, name)
     offset, size = place
     file = os.open(tar, os.O_RDONLY)
     try:
-        data = os.pread(file, size, offset)
+        return whole(os.pread(file, size, offset), tar, place, name)
     finally:
         os.close(file)
-    if len(data) != size:
+
+
+def whole(data: bytes, tar: Path | str, place: tuple[int, int], name: str) -> bytes:
+    """`data`, if that is all of the member at `place`; raises BadInput as `read_member`."""
+    if len(data) != place[1]:
         raise BadInput(tar, f"cut off inside {name}", _REPAIR)
     return data
 
 
-def read_rows(path: Path) -> pa.Table:
-    """Every row of a shard's Parquet file, failed ones included.
+def read_rows(path: Path | str) -> pa.Table:
+    """Every row of a shard's Parquet file, failed ones included. `path`: also its URL.
 
     Raises:
         BadInput: absent, torn, or columns of `SCHEMA` missing or of another type.
     """
     try:
-        table = pq.ParquetFile(path).read()  # read_table takes `a=b` in a path for a column
+        file = pa.BufferReader(read_file(str(path))) if is_url(path) else path
+        table = pq.ParquetFile(file).read()  # read_table takes `a=b` in a path for a column
     except FileNotFoundError:
         raise BadInput(path, "no such file", _REPAIR) from None
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
@@ -145,12 +159,15 @@ def write_shard(folder: Path, name: str, rows: Iterable[dict[str, Any]], image: 
     """Writes a shard's three files; equal rows and images give equal bytes.
 
     Args:
-        rows: dicts with the columns of `SCHEMA`.
+        rows: dicts with the columns of `SCHEMA`, less the images' places.
         image: the encoded JPEG of a key; asked for successes only, in key order.
     """
     rows = sorted(rows, key=lambda row: row["key"])
-    ordered = [{field: row[field] for field in SCHEMA.names} for row in rows]
+    ordered = [{field: row[field] for field in _RECORDED} for row in rows]
     write_tar(folder / f"{name}.tar", _members((row for row in ordered if row["status"] == SUCCESS), image))
+    places = index_tar(folder / f"{name}.tar")
+    for row in ordered:
+        row["offset"], row["size"] = places.get(f"{row['key']}.jpg", (None, None))
     pq.write_table(pa.Table.from_pylist(ordered, SCHEMA), folder / f"{name}.parquet", compression="zstd")
     atomic_json(folder / f"{name}_stats.json", _stats(ordered))
 

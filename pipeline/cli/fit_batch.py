@@ -16,6 +16,7 @@ from pipeline import methods
 from pipeline.cli.sizes import parse_size
 from pipeline.machine import use_device
 from pipeline.project import Project
+from pipeline.trainer import pair_loader, read_data, start
 from pipeline.training.memory import Fit, allocate, count, largest_counted, largest_tried, tensors
 from pipeline.training.optimiser import optimiser_of
 from pipeline.training.phases import Phase, TrainingData
@@ -39,8 +40,6 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     Raises:
         BadInput: the training's inputs are not here; a few of their shards are enough.
     """
-    from stages.train import read_data, start
-
     method = methods.get(arguments.method)
     config = project.config(f"train.{arguments.method}", method.Config)
     data = read_data(project, method.TARGETS)
@@ -86,8 +85,6 @@ def _largest(project: Project, model: Any, config: Any, data: TrainingData, phas
 
 
 def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase: Phase, images: int) -> Any:
-    from stages.train import pair_loader
-
     settings = replace(phase.optimisation, batch_size=images, micro_batches=1)
     alone = replace(project.machine, workers=0)  # processes would take longer to start than to make a batch
     batches = pair_loader(data, config, replace(phase, optimisation=settings), alone).batches(0)

@@ -19,7 +19,7 @@ from pyarrow.compute import equal, index_in, is_in  # type: ignore[attr-defined]
 
 from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, decode_stored, index_tar, read_member, read_rows
+from pipeline.artifacts.shards import SUCCESS, decode_stored, read_member, read_rows, whole
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
 from pipeline.artifacts.vectors import map_vectors
 from pipeline.text.verdicts import kept
@@ -31,9 +31,11 @@ COLUMNS = ("key", "uid", "caption", "nouns", "entities")
 class PairShard:
     """Payload folders of one shard.
 
+    The images alone may lie in a second store, and are then read where they are.
+
     Attributes:
         name: five digits.
-        download: holds `<name>.tar` and `<name>.parquet`.
+        download: holds `<name>.tar` and `<name>.parquet`; its path, or its URL in the second store.
         filtered: the filter's payload; its kept rows are used.
         masks: the pseudo-masks' payload, or None; with it only rows that have a mask are used.
         views: the teacher's payload, or None; with it only rows that have views are used.
@@ -41,16 +43,21 @@ class PairShard:
     """
 
     name: str
-    download: Path
+    download: Path | str
     filtered: Path
     masks: Path | None = None
     views: Path | None = None
     groups: Path | None = None
 
     @property
-    def tar(self) -> Path:
-        """The images."""
-        return self.download / f"{self.name}.tar"
+    def tar(self) -> str:
+        """The images: path or URL."""
+        return f"{self.download}/{self.name}.tar"
+
+    def successes(self) -> pa.Table:
+        """Every row that has an image, in `shards.SCHEMA`; the tar is not read."""
+        rows = read_rows(f"{self.download}/{self.name}.parquet")
+        return rows.filter(equal(rows["status"], SUCCESS))
 
     @property
     def cached(self) -> dict[str, Path]:
@@ -91,7 +98,7 @@ def count_rows(shard: PairShard) -> int:
 
 def captions(shard: PairShard) -> list[str]:
     """Every line of the captions of the shard's kept rows; the tar is not read."""
-    rows = read_rows(shard.download / f"{shard.name}.parquet")
+    rows = shard.successes()
     wanted = rows.filter(is_in(rows["uid"], value_set=kept(shard.filtered)["uid"].combine_chunks()))
     return [line for caption in wanted["caption"].to_pylist() for line in caption.splitlines()]
 
@@ -111,7 +118,7 @@ def _array_rows(array: Path) -> pa.Table:
 class Tables:
     """The joined tables of shards; the `limit` that were used last stay open.
 
-    To join a shard and to walk its tar takes a fifth of a second for 10,000 rows, of which a block is a small part. So
+    To join a shard takes 30 ms for 10,000 rows, and longer from a second store; a block is a small part of them. So
     every joined table is kept in `file`, which is empty at first: about 100 bytes a row and its caption.
     """
 
@@ -152,16 +159,12 @@ def join(shard: PairShard) -> pa.Table:
     Raises:
         BadInput: a key is absent from one of the payloads, or their uids differ.
     """
-    rows = _aligned(_usable(shard), kept(shard.filtered), shard.filtered)
+    rows = aligned(_usable(shard), kept(shard.filtered), shard.filtered)
     for field, path in shard.cached.items():
         table = _array_rows(path)
-        rows = _aligned(rows, table, path.parent)
+        rows = aligned(rows, table, path.parent)
         rows = rows.append_column(field, index_in(rows["key"], value_set=table["key"].combine_chunks()))
-    rows = _aligned(rows, _successes(shard), shard.download)
-    index = index_tar(shard.tar)
-    offsets, sizes = zip(*(index[f"{key}.jpg"] for key in rows["key"].to_pylist()), strict=True)
-    for name, values in (("offset", offsets), ("size", sizes)):
-        rows = rows.append_column(name, pa.array(values, pa.int64()))
+    rows = aligned(rows, shard.successes(), shard.download)
     return rows.select([*COLUMNS, "offset", "size", *shard.cached]).combine_chunks()
 
 
@@ -187,13 +190,12 @@ class Table:
         return np.asarray(self._arrays[field][first : int(places.max()) + 1])[places - first]
 
 
-def _successes(shard: PairShard) -> pa.Table:
-    rows = read_rows(shard.download / f"{shard.name}.parquet")
-    return rows.filter(equal(rows["status"], SUCCESS)).select(["key", "uid", "caption"])
+def aligned(rows: pa.Table, other: pa.Table, folder: Path | str) -> pa.Table:
+    """`rows` with the further columns of `other`, joined by key in the order of `rows`.
 
-
-def _aligned(rows: pa.Table, other: pa.Table, folder: Path) -> pa.Table:
-    """`rows` with the further columns of `other`, joined by key in the order of `rows`."""
+    Raises:
+        BadInput: `other`, which lies in `folder`, lacks a key, or has another uid for it.
+    """
     places = index_in(rows["key"], value_set=other["key"].combine_chunks())
     if places.null_count:
         raise BadInput(folder, f"{places.null_count} rows of the stage after it are missing", "Run `dvc repro`")
@@ -212,7 +214,7 @@ class Stored(NamedTuple):
     A tuple, as `Sample` is: one is made for every image, and sent to a worker, in a fraction of a dataclass's time.
     """
 
-    tar: Path
+    tar: str
     key: str
     place: tuple[int, int]
     uid: str
@@ -224,15 +226,19 @@ class Stored(NamedTuple):
     def __str__(self) -> str:
         return f"sample {self.uid} ({self.tar}:{self.key}.jpg)"
 
-    def sample(self) -> Sample:
-        """The sample with its image decoded. Raises BadInput when that fails."""
-        data = read_member(self.tar, self.place, f"{self.key}.jpg")
+    def sample(self, fetched: bytes | None = None) -> Sample:
+        """The sample with its image, `fetched` or read now, decoded. Raises BadInput when that fails."""
+        name = f"{self.key}.jpg"
+        if fetched is None:
+            data = read_member(self.tar, self.place, name)
+        else:
+            data = whole(fetched, self.tar, self.place, name)
         return Sample(
             uid=self.uid,
             captions=self.caption.splitlines() or [""],
             nouns=self.nouns,
             entities=self.entities,
-            image=decode_stored(data, f"{self.tar}:{self.key}.jpg"),
+            image=decode_stored(data, f"{self.tar}:{name}"),
             **self.targets,
         )
 
@@ -241,7 +247,7 @@ class Stored(NamedTuple):
 class Rows:
     """A block in memory, all but the pixels. `places`: of the images in the tar."""
 
-    tar: Path
+    tar: str
     places: list[tuple[int, int]]
     columns: dict[str, list]
     targets: dict[str, ndarray]

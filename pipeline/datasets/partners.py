@@ -20,8 +20,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import decode_stored, index_tar, read_member
-from pipeline.datasets.joined import PairShard, Sample
+from pipeline.artifacts.shards import decode_stored, read_member
+from pipeline.datasets.joined import PairShard, Sample, aligned
 from pipeline.text.index import EntityIndex
 from pipeline.text.verdicts import kept
 
@@ -80,9 +80,9 @@ class Partners:
 
     def _image(self, shard: int, row: int) -> UInt8[ndarray, "height width 3"]:
         place = self._table(shard)[row]
-        path = self._shards[shard].tar
-        data = read_member(path, (int(place["offset"]), int(place["size"])), f"partner row {row}")
-        return decode_stored(data, f"{path}: partner row {row}")
+        tar = self._shards[shard].tar
+        data = read_member(tar, (int(place["offset"]), int(place["size"])), f"partner row {row}")
+        return decode_stored(data, f"{tar}: partner row {row}")
 
     def _table(self, shard: int) -> ndarray:
         """Places of the shard's kept rows, read at the first use."""
@@ -93,12 +93,10 @@ class Partners:
 
 
 def _places(shard: PairShard) -> ndarray:
-    rows = kept(shard.filtered, "key", "uid")
-    tar = index_tar(shard.tar)
+    rows = aligned(kept(shard.filtered, "key", "uid"), shard.successes(), shard.download)
     places = np.empty(rows.num_rows, _PLACE)
-    for number, (key, uid) in enumerate(zip(rows["key"].to_pylist(), rows["uid"].to_pylist(), strict=True)):
-        offset, size = tar[f"{key}.jpg"]
-        places[number] = offset, size, _short(uid)
+    places["offset"], places["size"] = rows["offset"].to_numpy(), rows["size"].to_numpy()
+    places["uid"] = [_short(uid) for uid in rows["uid"].to_pylist()]
     return places
 
 

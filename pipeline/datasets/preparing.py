@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.urls import is_url, read_ranges
 from pipeline.datasets.joined import Sample, Stored
 
 # A sample and its own generator to what `Collate` takes.
@@ -68,14 +69,15 @@ class Preparation:
         """The batch of the rows whose images decode. `begin` is called with the number of each row in turn.
 
         Raises:
-            BadInput: none decodes.
+            BadInput: none decodes; or one that lies in a second store cannot be read there.
             SampleFailed: `prepare` raised another error than BadInput.
         """
         prepared, uids, failures = [], [], []
+        fetched = _fetched([visit.row for visit in visits])
         for number, visit in enumerate(visits):
             begin(number)
             try:
-                sample = visit.row.sample()
+                sample = visit.row.sample(fetched.get(number))
             except BadInput as error:
                 failures.append((visit.row.uid, str(error)))
                 continue
@@ -92,6 +94,12 @@ class Preparation:
                 visits[0].row.tar, f"none of the {len(visits)} images of a batch decodes", "Verify the download"
             )
         return self.collate(prepared, uids), failures
+
+
+def _fetched(rows: list[Stored]) -> dict[int, bytes]:
+    """By their number, the images of those rows that lie in a second store: a request each, all under way at once."""
+    away = [number for number, row in enumerate(rows) if is_url(row.tar)]
+    return dict(zip(away, read_ranges([(rows[number].tar, *rows[number].place) for number in away]), strict=True))
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> Random:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.urls import is_url
 from pipeline.datasets.benchmarks import open_benchmark
 from pipeline.evaluation.config import Config as Evaluation
 from pipeline.evaluation.pairs import SCENES
 from pipeline.project import Project
 from pipeline.selftraining.config import Config as SelfTraining
-from pipeline.sources import buckets, download
+from pipeline.sources import download
 from pipeline.sources.mixes import Listed
 
 # Rows of the published lists; sources as in README.md, "The full data sets".
@@ -91,7 +92,7 @@ def name_of(listed: Listed) -> str:
 def on_the_web(project: Project) -> bool:
     """Whether the images are still to be asked for at other machines, which a plan does not do."""
     lists = project.config("download", download.Config).lists
-    return any(listed.source in download.LINKS or buckets.is_url(listed.images) for listed in lists)
+    return any(listed.source in download.LINKS or is_url(listed.images) for listed in lists)
 
 
 def of_download(project: Project) -> Amount:

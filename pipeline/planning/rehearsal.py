@@ -377,7 +377,7 @@ def _training_sample(
 
 
 def _train(method: str, project: Project) -> None:
-    from stages.train import train
+    from pipeline.trainer import train
 
     train(project, method)
 
@@ -387,6 +387,6 @@ def _student(job: Job, project: Project) -> None:
 
 
 def _train_encoder(name: Any, project: Project) -> None:
-    from stages.encoders import provide
+    from pipeline.encoders.providing import provide
 
     provide(project, name)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.files import BadInput, atomic_write, digest
-from pipeline.remote import open_url
+from pipeline.artifacts.urls import open_url
 from pipeline.sources import prebuilt
 from pipeline.sources.rows import Row, Rows, chained
 from pipeline.store import Store
@@ -25,11 +25,6 @@ THREADS = 8  # tars that are listed at a time
 _TEXTS = ("url", "caption", "rejected", "image", "uid")
 _SCHEMA = pa.schema([*((name, pa.string()) for name in _TEXTS), ("size", pa.int64())])
 _BATCH = 4096  # rows in memory
-
-
-def is_url(place: str) -> bool:
-    """Whether a folder of shards is not one of this machine."""
-    return "://" in place
 
 
 def listed(path: Path, url: str, wanted: tuple[str, str], store: Store) -> Path:

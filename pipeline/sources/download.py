@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.artifacts.files import BadInput, CorruptPayload
 from pipeline.artifacts.shards import LIST_SHARDS, SUCCESS, Shard, decode_rgb, make_uid, read_rows, write_shard
 from pipeline.artifacts.tars import index_tar
+from pipeline.artifacts.urls import is_url
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
 from pipeline.params import ParamsError, Range, plain
@@ -153,7 +154,7 @@ def _annotations(project: Project, listed: Listed) -> Annotations:
     columns, bucket = (listed.url_column, listed.caption_column), ""
     if listed.source == "yfcc15m":
         path = yfcc15m.joined(path, *columns, project.store.root / "lists")
-    elif listed.source == "shards" and buckets.is_url(listed.images):
+    elif listed.source == "shards" and is_url(listed.images):
         path, bucket = buckets.listed(path, listed.images, columns, project.store), listed.images
     elif listed.source == "shards":
         images = prebuilt.root(path, images)
@@ -265,4 +266,4 @@ def check(folder: Path, counts: Counts) -> None:
             raise CorruptPayload(shard.path, f"{sample['key']} is {shape}, not as its row says")
 
 
-STAGE = ShardStage(name="download", schema=1, code_tag=1, tasks=tasks, compute=compute, check=check)
+STAGE = ShardStage(name="download", schema=2, code_tag=1, tasks=tasks, compute=compute, check=check)

@@ -47,7 +47,7 @@ class Watch:
         if self._quiet:
             return
         if board is not None:
-            self._plots.append(Board(board))
+            self._plots.append(Board(board, rows))
         if wandb != "no":
             self._plots.append(Wandb(f"{name}-{key}", log.parent, wandb, self.say))
         if live is not None:
@@ -122,12 +122,13 @@ class LivePlot:
 class Board:
     """TensorBoard's event files, a point per image seen."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
+        """What another run wrote after the last of `rows`, the curve so far, TensorBoard shows no more."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise BadInput("machine.yaml", "tensorboard: it is not installed", "`pip install tensorboard`") from error
-        self._writer: Any = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(folder), purge_step=int(rows[-1]["images"]) + 1 if rows else 0)
 
     def log(self, row: Row, counts: Mapping[str, list[float]]) -> None:
         """A point of every curve; counts each under its number."""
