@@ -17,7 +17,7 @@ from tempfile import TemporaryFile
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from pipeline.artifacts.files import BadInput
@@ -154,7 +154,13 @@ class PairLoader:
         first, skip = divmod(position, self.num_samples) if self._weights is None else (0, position)
         size = self._shuffle.window_blocks
         for epoch in count(first):
-            visited = self._visited(epoch)
+            rng = np.random.default_rng([self._seed, epoch, _BLOCKS])
+            times = self._times(rng)
+            whole = int(times @ [block.rows for block in self._blocks])
+            if skip >= whole:
+                skip -= whole
+                continue
+            visited = self._visited(times, rng)
             for number, start in enumerate(range(0, len(visited), size)):
                 blocks = visited[start : start + size]
                 rows = sum(block.rows for block in blocks)
@@ -163,15 +169,17 @@ class PairLoader:
                     yield epoch, blocks, shuffled, skip
                 skip = max(skip - rows, 0)
 
-    def _visited(self, epoch: int) -> list["_Block"]:
-        """The blocks of an epoch in its order; rows of a block's further visits are numbered as rows of their own."""
-        rng = np.random.default_rng([self._seed, epoch, _BLOCKS])
+    def _times(self, rng: np.random.Generator) -> Int64[ndarray, " blocks"]:
+        """How often an epoch visits each block."""
         if self._weights is None:
-            return [self._blocks[i] for i in rng.permutation(len(self._blocks))]
-        times = np.floor(self._weights + rng.random(len(self._blocks))).astype(int)
+            return np.ones(len(self._blocks), np.int64)
+        return np.floor(self._weights + rng.random(len(self._blocks))).astype(np.int64)
+
+    def _visited(self, times: Int64[ndarray, " blocks"], rng: np.random.Generator) -> list["_Block"]:
+        """The blocks of an epoch in its order; rows of a block's further visits are numbered as rows of their own."""
         visits = [
-            replace(block, first=block.first + visit * self.num_samples)
-            for block, often in zip(self._blocks, times, strict=True)
+            replace(block, first=block.first + visit * self.num_samples) if visit else block
+            for block, often in zip(self._blocks, times.tolist(), strict=True)
             for visit in range(often)
         ]
         return [visits[i] for i in rng.permutation(len(visits))]
