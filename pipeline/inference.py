@@ -12,8 +12,9 @@ Deviates: there, an image that is made smaller is resized without a low-pass fil
 that; tiny models that see photographs at a fraction of their size need `antialias: true`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,8 +41,9 @@ class ScoreModel(Protocol):
     """What the harness asks of a model; pixels are ImageNet-normalised.
 
     A model may also have `regions(pixels)`, its hard masks; `project_text(texts)`, text vectors before their
-    normalisation; and `one_softmax`, True where the scores of a cell are one softmax over the words' logits, each of
-    them a cosine times a constant. How two words compare then does not depend on the others.
+    normalisation; `multiple`, of which the sides of a window must be whole numbers, pixels; and `one_softmax`, True
+    where the scores of a cell are one softmax over the words' logits, each of them a cosine times a constant. How two
+    words compare then does not depend on the others.
     """
 
     def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]: ...
@@ -95,6 +97,10 @@ class Geometry:
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The next multiples of `multiple`."""
         return height + -height % self.multiple, width + -width % self.multiple
+
+    def fitting(self, model: object) -> "Geometry":
+        """The same, with windows that the model can take: padded to whole numbers of its patches, too."""
+        return replace(self, multiple=math.lcm(self.multiple, getattr(model, "multiple", 1)))
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Resize and window, as reports hold them."""
@@ -152,9 +158,9 @@ BackgroundName = Literal[
     "extra_vocabulary_threshold",
     "none",
 ]
-# Of the words' length under "constant_logit". Source: TCL's sigmoid starts at 10 times the cosine; CLIP's softmax has
-# 100 times, at which a sigmoid is 0 or 1.
-SINGLE_SHARE = 0.1
+# Of "constant_logit". Source: TCL's sigmoid starts as that of 10 times the cosine less 2.5; CLIP's softmax has 100
+# times the cosine, at which a sigmoid is 0 or 1. Deviates: TCL learns both numbers.
+SINGLE_SHARE, SINGLE_BIAS = 0.1, -2.5
 
 
 @torch.inference_mode()
@@ -209,16 +215,16 @@ def pad(pixels: Float[Tensor, "1 3 height width"], size: tuple[int, int]) -> Flo
 
 
 def single_scores(scores: Float[Tensor, "words_and_zero height width"]) -> Float[Tensor, "words height width"]:
-    """Of a softmax over words and, last, a word whose logit is 0 everywhere, the sigmoid of each word's logit.
+    """Of a softmax over words and, last, a word whose logit is 0 everywhere, the sigmoid of each word's logit + bias.
 
-    p_word / (p_word + p_zero) = e^l / (e^l + 1): the other words cancel, so that the level of the score does not depend
-    on how many there are, and one constant serves every vocabulary. 0 where a word has no probability. They do not
-    cancel in a mixture of softmaxes, nor where the zero word can be left out.
+    p_word / (p_word + p_zero / e^b) = e^(l + b) / (e^(l + b) + 1): the other words cancel, so that the level of the
+    score does not depend on how many there are, and one constant serves every vocabulary. 0 where a word has no
+    probability. They do not cancel in a mixture of softmaxes, nor where the zero word can be left out.
 
     Source: evaluation card section 9 (TCL's masks are such sigmoids, background is a constant among them).
     """
     words, zero = scores[:-1], scores[-1:]
-    return torch.where(words > 0, words / (words + zero), 0)
+    return torch.where(words > 0, words / (words + zero * math.exp(-SINGLE_BIAS)), 0)
 
 
 class Answered(NamedTuple):
@@ -238,7 +244,8 @@ class Segmenter:
     Raises:
         ValueError: a background rule on a benchmark without background.
         ParamsError: a rule by group for a model without groups, or with `pamr`, which needs score maps; a constant
-            logit for a model that is not of `one_softmax`: by groups, a mixture, refined.
+            logit for a model that is not of `one_softmax`: by groups, a mixture, refined; one word alone under a rule
+            that compares words, where it is sure everywhere.
     """
 
     def __init__(
@@ -265,7 +272,12 @@ class Segmenter:
             raise ParamsError("pamr: background group_threshold has no score maps to refine; choose another rule")
         if background.by_group and (not thresholds or sorted(set(thresholds)) != list(thresholds)):
             raise ValueError(f"thresholds: a rule by group needs different ones, ascending, found {thresholds}")
-        self.model, self.embeddings, self.geometry = model, embeddings, geometry
+        if background.thresholded and not background.against_zero and len(embeddings) == 1:
+            raise ParamsError(
+                "one word alone has the probability 1 everywhere, and nothing is background: "
+                "name another word, stuff words with the rule extra_vocabulary, or the rule constant_logit or none"
+            )
+        self.model, self.embeddings, self.geometry = model, embeddings, geometry.fitting(model)
         self.background, self.device, self.pamr = background, device, pamr
         self.thresholds = torch.tensor(thresholds, dtype=torch.float32, device=device)
         # Label id of each channel: foreground classes in order, then background for every stuff word.

@@ -102,6 +102,7 @@ class ClipEncoder(Protocol):
     """A frozen image and text tower; an `nn.Module` in eval mode without gradients. All outputs are unit vectors."""
 
     image_size: int
+    patch_size: int
     embed_dim: int
     mean: Triple
     std: Triple

@@ -59,7 +59,7 @@ class TinyDino(nn.Module):
 class TinyClip(nn.Module):
     """Random projection of a small image; of a ClipEncoder, the part that the teacher stage uses is real."""
 
-    image_size, embed_dim, logit_scale = 8, 5, 100.0
+    image_size, patch_size, embed_dim, logit_scale = 8, 8, 5, 100.0
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
     def __init__(self) -> None:

@@ -16,10 +16,10 @@ from pipeline.project import Project
 
 RULES = {
     "templates": {"default": "single"},
-    "prompt_order": "average_first",
+    "prompt_order": {"default": "average_first"},
     "backgrounds": {"default": ["max_probability", "extra_vocabulary"]},
     "thresholds": {"default": 0.5, "tiny/voc": 0.25, "voc": 0.25},
-    "tune": True,
+    "tune": {"default": True},
     "pamr": False,
 }
 BLOCK = {
@@ -40,7 +40,7 @@ BLOCK = {
         **RULES,
         "templates": {"default": "tcl"},
         "backgrounds": {"default": ["max_probability"]},
-        "tune": False,
+        "tune": {"default": False},
     },
     "sweep_step": 0.01,
     "panels": {"seeded": 2, "best": 1, "worst": 1, "side": 40},

@@ -8,7 +8,7 @@ from torch import nn
 class FakeClip(nn.Module):
     """Patch embedding = mean colour of an 8 px patch in the encoder's own normalisation."""
 
-    image_size, embed_dim, logit_scale = 16, 3, 20.0
+    image_size, patch_size, embed_dim, logit_scale = 16, 8, 3, 20.0
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
     def __init__(self):

@@ -8,6 +8,7 @@ from pipeline import params
 from pipeline.artifacts.weights import save_model
 from pipeline.evaluation import Config, candidates
 from pipeline.evaluation.config import pick, thresholds
+from pipeline.evaluation.pairs import open_pair
 
 
 @pytest.fixture
@@ -19,6 +20,8 @@ def project(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"native": {**RULES, "thresholds": {"voc": 0.5}}}, "thresholds.default: missing key"),
+        ({"native": {**RULES, "tune": {"voc": True}}}, "tune.default: missing key"),
+        ({"native": {**RULES, "prompt_order": {"voc": "average_first"}}}, "prompt_order.default: missing key"),
         ({"native": {**RULES, "backgrounds": {"default": []}}}, "backgrounds.default: expected one or more"),
         ({"native": {**RULES, "thresholds": {"default": 1.5}}}, "evaluate.native.thresholds.default: 1.5 is outside"),
         ({"models": ["a", "a"]}, "evaluate.models: 'a' stands twice"),
@@ -45,6 +48,16 @@ def test_threshold_grid_has_both_ends():
     for step in (0.3, 0.4, 0.06, 0.0007):
         grid = thresholds(step)
         assert max(b - a for a, b in zip(grid, grid[1:], strict=False)) <= step and len(grid) <= 1 / step + 2
+
+
+def test_only_methods_without_a_published_threshold_choose_theirs(project):
+    rules = {**RULES, "tune": {"default": True, "tiny": False}, "prompt_order": {**RULES["prompt_order"]}}
+    rules["prompt_order"]["baseline-constant"] = "normalise_first"
+    config = params.build(Config, block(native=rules), "evaluate")
+    specs = ("tiny", "untrained:tiny", "baseline:constant")
+    pairs = [open_pair(s, config.benchmarks[0], project.path("sets"), "native", config, project) for s in specs]
+    assert [len(pair.settings.tune_ids) for pair in pairs] == [0, 0, 3]
+    assert [pair.settings.prompt_order for pair in pairs] == ["average_first", "average_first", "normalise_first"]
 
 
 def test_rules_go_by_the_method_and_by_the_folder(project):

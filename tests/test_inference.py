@@ -21,6 +21,7 @@ from pipeline.inference import (
     threshold_labels,
 )
 from pipeline.nn import windows
+from pipeline.params import ParamsError
 
 PAPER = Geometry(short_side=448, long_side=2048, window=448, stride=224, multiple=1, antialias=False)
 NATIVE = Geometry(short_side=None, long_side=2048, window=None, stride=1, multiple=1, antialias=False)
@@ -148,11 +149,11 @@ def test_a_constant_logit_is_compared_with_each_class_alone():
     vectors = F.normalize(vectors, dim=1)
     for y in range(6):
         for x in range(10):
-            scores = [1 / (1 + np.exp(-0.1 * float(cells[:, y, x] @ vector))) for vector in vectors]
+            scores = [1 / (1 + np.exp(2.5 - 0.1 * float(cells[:, y, x] @ vector))) for vector in vectors]
             assert best[y, x].item() == pytest.approx(max(scores), abs=1e-6)
             assert labels[y, x] == 1 + int(np.argmax(scores))
-    # A logit below 0 is background at the constant 0.5, whatever else is asked; the softmax has another order.
-    dark = threshold_labels(best, labels, 0.5) == 0
+    # A logit below 0 is background at the bias's sigmoid, whatever else is asked; the softmax has another order.
+    dark = threshold_labels(best, labels, 1 / (1 + np.exp(2.5))) == 0
     assert torch.equal(dark, (torch.einsum("dhw,cd->chw", cells, vectors).amax(0) < 0)) and 0 < dark.sum() < 60
     probability, _ = segmenter(PixelModel(), geometry, "max_probability", names)(image)
     assert probability[dark].max() > probability[~dark].min()
@@ -171,8 +172,16 @@ def test_more_words_do_not_move_a_constant_logit_but_a_softmax():
 
 def test_a_word_without_probability_scores_nothing():
     scores = torch.tensor([0.0, 0.25, 0.5]).view(3, 1, 1)  # the last is the word whose logit is 0
-    assert inference.single_scores(scores).flatten().tolist() == pytest.approx([0, 1 / 3])
+    assert inference.single_scores(scores).flatten().tolist() == pytest.approx([0, 1 / (1 + 2 * np.exp(2.5))])
     assert inference.single_scores(torch.zeros(2, 1, 1)).item() == 0
+
+
+def test_one_word_alone_is_refused_where_words_are_compared():
+    """Its share of the softmax is 1 at every pixel: whatever the threshold, nothing would be background."""
+    with pytest.raises(ParamsError, match="one word alone has the probability 1 everywhere.*name another word"):
+        segmenter(PixelModel(), names=("red",))
+    for background, stuff in (("constant_logit", ()), ("extra_vocabulary_threshold", ("grass",)), ("none", ())):
+        segmenter(PixelModel(), background=background, names=("red",), stuff=stuff)
 
 
 def test_benchmark_without_background():

@@ -304,6 +304,20 @@ def test_swin_pyramid():
     assert swin.norms is None
 
 
+def test_every_stage_of_a_swin_shifts_its_windows():
+    """Built for 224 px the last map is one window; in a picture of 448 px a change reaches past its own of four."""
+    torch.manual_seed(0)
+    swin = TimmPyramid("swin_tiny_patch4_window7_224", image_size=224, pretrained=False).eval()
+    last = swin.body.layers_3
+    maps = torch.randn(1, 28, 28, last.downsample.norm.normalized_shape[0] // 4)
+    with torch.inference_mode():
+        changed = maps.clone()
+        changed[:, :2, :2] += 1
+        moved = (last(changed) - last(maps)).abs().amax((0, 3))
+    assert moved.shape == (14, 14) and moved[:7, :7].min() > 0
+    assert moved[7:, :7].max() > 0 and moved[:7, 7:].max() > 0, "its first block's windows are apart, the second's not"
+
+
 def test_norms_are_a_swins_own():
     """MaskFormer's release normalises each map of its Swin over channels; other backbones stay as they are."""
     pixels, size = random(1, 3, 64, 96), {"image_size": 64, "pretrained": False}

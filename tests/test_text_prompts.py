@@ -10,11 +10,16 @@ from pipeline.text import prompts
 def test_the_published_sets() -> None:
     eighty = prompts.templates("imagenet")
     assert len(eighty) == len(set(eighty)) == 80
-    assert len(prompts.templates("subset")) == 7
-    assert len(prompts.templates("tcl")) == 9
+    assert prompts.templates("subset") == prompts.templates("tcl")[:7] and len(prompts.templates("tcl")) == 9
+    assert prompts.templates("subset")[1] == "a bad photo of a {}.", "GroupViT's, not CLIP's"
+    assert prompts.templates("maskclip")[:80] == eighty and len(set(prompts.templates("maskclip"))) == 85
+    assert prompts.templates("maskclip")[80:] == tuple(
+        f"{words} {{}} in the scene."
+        for words in ("there is a", "there is the", "this is a", "this is the", "this is one")
+    )
     assert prompts.templates("single") == ("a photo of a {}.",)
     assert set(prompts.templates("subset")) <= set(eighty)
-    for template in (*eighty, *prompts.templates("tcl")):
+    for template in (*prompts.templates("maskclip"), *prompts.templates("tcl")):
         assert template.count("{}") == 1 and template.endswith(".")
     with pytest.raises(ValueError, match="unknown template set"):
         prompts.templates("none")

@@ -145,6 +145,20 @@ def test_profiles_show_whole_patches(profile, size, seen):
     assert best.shape == size and model.seen == seen
 
 
+def test_windows_are_padded_to_a_models_own_patches_too(project):
+    """A picture so long that its windows are lower than 448 px, at patches of 14: 416 is no whole number of them."""
+    model, geometry = PatchModel(), dataclasses.replace(geometry_of("cc12m"), window=448)
+    assert geometry.multiple == 32 and geometry.fitting(model) == geometry
+    model.multiple = 14
+    assert geometry.fitting(model).multiple == 224
+    assert geometry.fitting(model).padded(410, 448) == (448, 448)
+    config = project.config("evaluate", Config)
+    unpadded = dataclasses.replace(config, geometry=dataclasses.replace(config.geometry, multiple=1))
+    pair = open_pair("baseline:clip_patches", config.benchmarks[0], project.path("sets"), "native", unpadded, project)
+    report = evaluate(pair, candidates.load(pair.spec, project, unpadded.geometry), bar=False).report
+    assert report["num_images"] == 2 and report["window"]["multiple"] == 8, "its towers have patches of 8"
+
+
 def test_scg_keeps_the_stored_size():
     for name in ("scg", "scg-lit"):
         assert geometry_of(name).square is None and geometry_of(name).multiple == 16

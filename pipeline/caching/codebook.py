@@ -4,7 +4,7 @@ A cluster means the same in every picture, so that SCG can learn a token for eac
 centroids.npy, float32 unit vectors, and codebook.json, which names the sample that they were made from. `groups` has a
 payload per shard: masks.zarr, the index of each token's most similar centroid.
 
-Source: SCG 3.1 and card methods/scg.md section 2, reading A. Deviates: the paper takes the 27 centroids of STEGO's
+Source: SCG 3.1, 4.1 and card methods/scg.md section 2, reading A. Deviates: the paper takes the 27 centroids of STEGO's
 cluster probe, learned on COCO; here they are k-means centroids of the towers' own tokens, without STEGO's head.
 
 Axes: rows (images), tokens, dim, clusters, grid (tokens of a side).

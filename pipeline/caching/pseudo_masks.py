@@ -6,7 +6,8 @@ last in `centroids` and nowhere in the mask. Seeds come from the sample's uid: t
 any shard and batch.
 
 Source: S-Seg section on pseudo-masks; card section 2 for what the paper leaves open.
-Deviates: the card's default reading is means of unit tokens without scaling them back; `metric` chooses.
+Deviates: the card's default readings are means of unit tokens without scaling them back (`metric` chooses), and
+masks of each crop in training, which no cache can hold; here the image is squashed to a square and clustered once.
 
 Axes: rows (images), tokens, dim, k (regions), grid_h = grid_w.
 """

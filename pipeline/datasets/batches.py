@@ -23,7 +23,6 @@ from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.text.verdicts import kept
 
 CaptionForm = Literal["caption", "nouns"]
-TemplateSet = Literal["single", "subset", "imagenet", "tcl"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +64,7 @@ class Prepared:
 class PairTransform:
     """One random view of pixels and pseudo-masks, one of the captions, and prompts made of its nouns.
 
-    `grid`: side of the moved label grid. `num_prompts` nouns are filled into drawn `templates` (GroupViT 3.3).
+    `grid`: side of the moved label grid. `num_prompts` nouns are filled into drawn `templates` (GroupViT 3.2).
     `rand_augment` operations and a rectangle erased with `erase_chance` are for pixels alone: they move them, and
     pseudo-masks would stay behind.
     """

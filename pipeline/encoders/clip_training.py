@@ -1,6 +1,6 @@
 """Training of the small CLIP: captions and noun prompts against images, with a learnable temperature.
 
-Source: CLIP 2.3 (loss, temperature), LiT (frozen image tower), GroupViT 3.3 (noun prompts).
+Source: CLIP 2.3 (loss, temperature), LiT (frozen image tower), GroupViT 3.2 (noun prompts).
 Deviates: equal texts of a batch are one another's positives, because short prompts repeat.
 
 Axes: batch, prompts (per image), length (text tokens), dim.
@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pipeline.datasets.batches import TemplateSet
 from pipeline.datasets.pairs import Shuffle
 from pipeline.datasets.transforms import ViewConfig
 from pipeline.encoders.small_clip import ClipArchitecture, SmallClip
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss
 from pipeline.params import Range
+from pipeline.text.prompts import TemplateSet
 from pipeline.training import Optimisation, Progress
 
 Positive = Annotated[float, Range(0, low_open=True)]

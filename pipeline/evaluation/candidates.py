@@ -108,6 +108,7 @@ def load(spec: str, project: Project, geometry: Geometry, benchmark: Benchmark |
     else:
         read = methods.load_untrained if spec.startswith(UNTRAINED) else methods.load
         model = read(model_folder(spec.removeprefix(UNTRAINED), project), project.encoder("dino").parent).to(device)
+    geometry = geometry.fitting(model)
     return Candidate(
         name=folder_name(spec),
         model=model,

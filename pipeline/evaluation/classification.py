@@ -39,7 +39,8 @@ class Classification:
         geometry: Geometry,
         device: str,
     ) -> None:
-        self._model, self._embeddings, self._geometry, self._device = model, embeddings.float(), geometry, device
+        self._model, self._embeddings, self._device = model, embeddings.float(), device
+        self._geometry = geometry.fitting(model)
         self._first, self._ignore = int(benchmark.has_background), benchmark.ignore_index
         self._right = self._images = 0
 

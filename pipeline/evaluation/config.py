@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 from pipeline.datasets.benchmarks import Protocol
 from pipeline.inference import BackgroundName, Geometry, PromptOrder
 from pipeline.params import ParamsError, Range
+from pipeline.text.prompts import TemplateSet
 
 T = TypeVar("T")
 DEFAULT = "default"
-TemplateSet = Literal["single", "subset", "imagenet", "tcl"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,28 +35,29 @@ class BenchmarkConfig:
 class Rules:
     """One protocol: prompts and background. Source: evaluation card sections 4, 6 and 9.
 
-    A mapping is read at the most special of its keys `<method>/<benchmark>`, `<method>`, `<benchmark>`, `default`,
-    where a method is named as its metrics folder: `sseg`, `sseg-untrained`, `baseline-clip_patches`. What no key names
-    goes by the part of its name before the last hyphen: `sseg-untrained` has the rules of `sseg`.
+    All but `pamr` are mappings, read at the most special of their keys `<method>/<benchmark>`, `<method>`,
+    `<benchmark>`, `default`, where a method is named as its metrics folder: `sseg`, `sseg-untrained`,
+    `baseline-clip_patches`. What no key names goes by the part of its name before the last hyphen: `sseg-untrained`
+    has the rules of `sseg`.
 
     Attributes:
         templates: template set.
         prompt_order: averaging over templates before or after normalising.
         backgrounds: background rules; the first gives the reported score, the others stand beside it.
         thresholds: score below which a pixel is background, where the rule has a threshold.
-        tune: choose the threshold on the benchmark's tune split instead, where there is one.
+        tune: whether the threshold is chosen on the benchmark's tune split instead, where there is one.
         pamr: refine each window's scores by the picture's edges; not for rules by group. Source: card section 9.
     """
 
     templates: dict[str, TemplateSet]
-    prompt_order: PromptOrder
+    prompt_order: dict[str, PromptOrder]
     backgrounds: dict[str, tuple[BackgroundName, ...]]
     thresholds: dict[str, Annotated[float, Range(0, 1)]]
-    tune: bool
+    tune: dict[str, bool]
     pamr: bool
 
     def __post_init__(self) -> None:
-        for name in ("templates", "backgrounds", "thresholds"):
+        for name in ("templates", "prompt_order", "backgrounds", "thresholds", "tune"):
             if DEFAULT not in getattr(self, name):
                 raise ParamsError(f"evaluate: {name}.{DEFAULT}: missing key")
         for key, rules in self.backgrounds.items():

@@ -55,10 +55,15 @@ def open_pair(
 ) -> Pair:
     """Open the benchmark, list its images, and resolve the protocol's rules for this candidate."""
     benchmark = open_benchmark(entry.name, root, protocol)
-    tuned = config.rules(protocol).tune and benchmark.has_background  # without background there is no threshold
-    tune_ids = benchmark.ids("tune", entry.tune_limit) if tuned else []
+    tune_ids = benchmark.ids("tune", entry.tune_limit) if tuned(spec, benchmark, config, project) else []
     settings = settings_for(spec, benchmark, tune_ids, config, project)
     return Pair(spec=spec, benchmark=benchmark, ids=benchmark.ids("test", entry.limit), settings=settings)
+
+
+def tuned(spec: str, benchmark: Benchmark, config: Config, project: Project) -> bool:
+    """Whether this candidate's threshold is chosen on masks; without a background class there is none."""
+    method, rules = candidates.rules_name(spec, project), config.rules(benchmark.protocol)
+    return benchmark.has_background and pick(rules.tune, method, benchmark.name)
 
 
 def settings_for(spec: str, benchmark: Benchmark, tune_ids: list[str], config: Config, project: Project) -> Settings:
@@ -70,7 +75,7 @@ def settings_for(spec: str, benchmark: Benchmark, tune_ids: list[str], config: C
     method, rules = candidates.rules_name(spec, project), config.rules(benchmark.protocol)
     return Settings(
         templates=templates(pick(rules.templates, method, benchmark.name)),
-        prompt_order=rules.prompt_order,
+        prompt_order=pick(rules.prompt_order, method, benchmark.name),
         backgrounds=_backgrounds(pick(rules.backgrounds, method, benchmark.name), benchmark),
         threshold=pick(rules.thresholds, method, benchmark.name),
         tune_ids=tuple(tune_ids),

@@ -265,7 +265,7 @@ def _rule_run(
             "sweep": None if sweep is None else curve(sweep),
             "templates": list(settings.templates),
             "threshold": threshold,
-            **settings.geometry.described(),
+            **segmenter.geometry.described(),
         }
 
     return Run(answer, described, Tally.of(benchmark))

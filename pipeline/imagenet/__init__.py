@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,13 +20,13 @@ from pipeline.artifacts.files import atomic_json
 from pipeline.artifacts.weights import load_config
 from pipeline.evaluation import candidates
 from pipeline.evaluation.classification import ImageModel
-from pipeline.evaluation.config import Config
+from pipeline.evaluation.config import Config, pick
 from pipeline.imagenet import folders, probe
 from pipeline.inference import class_embeddings
 from pipeline.interfaces import ClipEncoder
 from pipeline.params import ParamsError
 from pipeline.project import Project
-from pipeline.text.prompts import templates
+from pipeline.text.prompts import TemplateSet, templates
 
 __all__ = ["add_arguments", "run"]
 TOP = 5
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=Path, metavar="DIR", help="the same for training: a linear probe beside it")
     parser.add_argument(
         "--templates",
-        choices=("single", "subset", "imagenet", "tcl"),
+        choices=get_args(TemplateSet),
         default="subset",
-        help="sentences that a name is put in (default %(default)s: CLIP's 7, as GroupViT)",
+        help="sentences that a name is put in (default %(default)s: GroupViT's 7)",
     )
     parser.add_argument(
         "--side", type=int, metavar="PIXELS", help="of the crop, from a picture 256/224 as large (default: as trained)"
@@ -81,7 +81,8 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
 
     names = [name for _, name in folders.classes()]
     val = read(arguments.val)
-    vectors, order = class_embeddings(model, names, templates(arguments.templates), config.rules("native").prompt_order)
+    order = pick(config.rules("native").prompt_order, candidate.name, "imagenet")
+    vectors, order = class_embeddings(model, names, templates(arguments.templates), order)
     report: dict[str, Any] = {
         "method": candidate.name,
         "digests": candidate.digests,

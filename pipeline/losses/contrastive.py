@@ -63,7 +63,7 @@ def info_nce(
     """Cross-entropy of each image among the texts and of each text among the images.
 
     `scale` multiplies cosines. With `token_ids` equal texts are right as well, in both directions. The arithmetic is
-    fp32 whatever the autocast state. Source: S-Seg Eq. 1, 2 and the sum below them.
+    fp32 whatever the autocast state. Source: S-Seg Eq. 2, 3 and the sum below them.
     Deviates: CLIP (Fig. 3) halves that sum.
     """
     with torch.autocast(image.device.type, enabled=False):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.datasets.batches import PairCollate, PairTransform, StrongViews, TemplateSet, seen_vocabulary
+from pipeline.datasets.batches import PairCollate, PairTransform, StrongViews, seen_vocabulary
 from pipeline.datasets.pairs import Shuffle
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss, ContrastiveTerms, MultiLabelForm, Temperature, multi_label
@@ -34,7 +34,7 @@ from pipeline.nn.projector import Projector, demand_rows
 from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
-from pipeline.text.prompts import templates
+from pipeline.text.prompts import TemplateSet, templates
 from pipeline.text.tokenizers import BytePairTokenizer
 from pipeline.training import Optimisation
 from pipeline.training.distributed import gather_rows

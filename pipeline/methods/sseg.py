@@ -9,7 +9,9 @@ Deviates: no official code exists; what the paper leaves open is a parameter (ca
 (sums, no halves), not Fig. 5 (which halves them). Masks are compared at the prediction's resolution, where MaskFormer's
 release upsamples the prediction to the image. At test, too, sigmoids are combined with classes there and the class
 scores are upsampled, a few classes at a time; the release upsamples the logits of the masks first, which holds scores
-of classes x pixels of the image all at once.
+of classes x pixels of the image all at once. Pseudo-masks are of the whole image as a square and move with the crop,
+where the card clusters each crop as the student sees it: 60 % of the area has 22 x 22 of the 28 x 28 cells. At test the
+harness slides windows over a short side of 448, as GroupViT's release does; the paper says 448 x 448.
 
 Axes: batch, queries, targets (pseudo-masks), pixels (rows x columns of the mask grid), dim, classes.
 """

@@ -17,7 +17,7 @@ class ClipReader(WindowReader):
 
     def __init__(self, clip: ClipEncoder) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip, self.multiple = clip, clip.patch_size
 
     def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
         """Unit text vectors."""

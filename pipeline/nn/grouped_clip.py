@@ -2,7 +2,7 @@
 
 Axes: tokens (patches, row-major), dim (of the joint space), groups, rows x columns (patch grid), pixels.
 
-Source: GroupViT 4.2 and Table 4 (zero-shot baselines); SCG card section 12 for what it leaves open: tokens after the
+Source: GroupViT 4.4 and Table 4 (zero-shot baselines); SCG card section 12 for what it leaves open: tokens after the
 final norm and projection at unit length, their mean per group at unit length, the image as the mean of its tokens.
 """
 

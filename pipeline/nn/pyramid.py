@@ -77,6 +77,8 @@ def _shapes(shapes: Mapping[str, torch.Size]) -> str:
 class TimmPyramid(nn.Module):
     """A timm backbone's `features_only` maps, such as `swin_small_patch4_window7_224` (strides 4 to 32).
 
+    A Swin partitions and shifts its windows at every size, as MaskFormer's release does; timm alone would build the
+    last stage, one window wide at 224 px, without shifts, and leave its windows apart in larger pictures.
     `norms`: a Swin's maps each go through a LayerNorm of their own, as in MaskFormer's release; timm has none there.
     Other backbones are as timm has them.
     """
@@ -87,7 +89,7 @@ class TimmPyramid(nn.Module):
         import timm
 
         swin = name.startswith("swin")
-        sized = {"img_size": image_size, "strict_img_size": False} if swin else {}
+        sized = {"img_size": image_size, "strict_img_size": False, "always_partition": True} if swin else {}
         self.body = timm.create_model(name, features_only=True, pretrained=pretrained, **sized)
         info: Any = self.body.feature_info
         self.channels, self.strides = tuple(info.channels()), tuple(info.reduction())

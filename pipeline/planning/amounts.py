@@ -45,7 +45,7 @@ class Scored:
     """What a benchmark of the evaluation has.
 
     Attributes:
-        test, tuned, learned: images that count, those that choose the threshold, and those from which self-training
+        test, tuned, learned: images that count, those that choose a threshold, and those from which self-training
             learns.
         size: bytes of an image with its mask, on average.
     """
@@ -60,7 +60,7 @@ def of_benchmarks(project: Project) -> dict[str, Scored]:
     """By name, those that are here; generated ones have no size before they are."""
     config, learning = project.config("evaluate", Evaluation), project.config("selftrain", SelfTraining)
     found: dict[str, Scored] = {}
-    tunes = config.rules(config.protocol).tune
+    tunes = any(config.rules(config.protocol).tune.values())
     for entry in config.benchmarks:
         if entry.root == SCENES:
             block = project.params["scenes"]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pipeline.params import ParamsError
 from pipeline.prediction.drawing import found, label_png, overlay, png_bytes
 from pipeline.prediction.predictor import Options, Predictor, first_benchmark, read_labels
 from pipeline.project import Project
+from pipeline.text.prompts import TemplateSet
 
 __all__ = ["add_arguments", "run"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--templates",
-        choices=("single", "subset", "imagenet", "tcl"),
+        choices=get_args(TemplateSet),
         help="sentences that a label is put in (default: params.yaml's)",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photographs, or folders of them")

@@ -14,14 +14,14 @@ from pipeline.artifacts.files import BadInput, read_json
 from pipeline.baselines import ClosedVocabulary
 from pipeline.datasets.benchmarks import Benchmark, check_class_names, open_benchmark
 from pipeline.evaluation import candidates
-from pipeline.evaluation.config import Config, TemplateSet, pick
+from pipeline.evaluation.config import Config, pick
 from pipeline.evaluation.pairs import benchmark_root
 from pipeline.evaluation.scoring import Candidate
 from pipeline.inference import BACKGROUNDS, BackgroundName, ScoreModel, Segmenter, class_embeddings, threshold_labels
 from pipeline.params import ParamsError
 from pipeline.prediction.drawing import BACKGROUND
 from pipeline.project import Project
-from pipeline.text.prompts import templates
+from pipeline.text.prompts import TemplateSet, templates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +180,8 @@ class _NamedAnswer:
             self._threshold, source = _threshold(options, candidate, method, name, config, project)
             limit = f", threshold {self._threshold:g} ({source})"
         self.note = f"Background: {name}, {len(stuff)} words{limit}"
-        embeddings, _ = class_embeddings(model, (*labels, *stuff), sentences, rules.prompt_order)
+        order = pick(rules.prompt_order, method, first)
+        embeddings, _ = class_embeddings(model, (*labels, *stuff), sentences, order)
         self._segmenter = Segmenter(
             model,
             embeddings.to(project.machine.device),

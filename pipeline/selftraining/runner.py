@@ -19,7 +19,7 @@ from pipeline.encoders import has_key
 from pipeline.engine import interruptible
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config as Evaluation
-from pipeline.evaluation.pairs import benchmark_root
+from pipeline.evaluation.pairs import benchmark_root, tuned
 from pipeline.params import plain
 from pipeline.project import Project
 from pipeline.selftraining import crops, labels, students
@@ -81,11 +81,11 @@ def jobs(config: Config, evaluation: Evaluation, project: Project) -> Iterator[J
         root = benchmark_root(project, entry.name, entry.root)
         benchmark = open_benchmark(entry.name, root, evaluation.protocol)
         split: str = config.splits.get(entry.name) or benchmark.layout["tune"]
-        tuned = config.labels.tuned and evaluation.rules(evaluation.protocol).tune and benchmark.has_background
         job = partial(Job, benchmark=benchmark, split=split, config=config, evaluation=evaluation)
         for teacher in config.teachers:
             ids = benchmark.listed(split, masks=False)
-            tune_ids = benchmark.ids("tune", entry.tune_limit) if tuned else []
+            choose = config.labels.tuned and tuned(teacher, benchmark, evaluation, project)
+            tune_ids = benchmark.ids("tune", entry.tune_limit) if choose else []
             labelling = labels.plan(teacher, benchmark, ids, tune_ids, evaluation, project)
             yield job(spec=f"{candidates.SELFTRAINED}{teacher}", ids=ids, labelling=labelling)
         for encoder in config.transfer.encoders:

@@ -4,7 +4,6 @@ Axes: batch, height/width (pixels), grid_h/grid_w (cells of the scores), classes
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +105,7 @@ class _Scores:
     """A network as the `ScoreModel` of its own class list: class i is channel i whatever the embeddings say."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network
+        self.network, self.multiple = network, network.multiple
 
     def encode_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
         """A network without a text tower is never asked."""
@@ -124,14 +123,12 @@ class Student:
 
     def __init__(self, network: Any, config: Mapping[str, Any], geometry: Geometry, device: str) -> None:
         self.classes, self._learned_from = tuple(config["classes"]), config["learned_from"]
-        whole = dataclasses.replace(geometry, multiple=math.lcm(geometry.multiple, network.multiple))
-        self._geometry = whole
         self._segmenter = Segmenter(
             _Scores(network),
             torch.zeros(len(self.classes), 1, device=device),
             num_foreground=len(self.classes),
             has_background=False,  # of words: here it is the class that stands first
-            geometry=whole,
+            geometry=geometry,
             background=BACKGROUNDS["none"],
             device=device,
         )
@@ -152,7 +149,7 @@ class Student:
 
     def described(self) -> dict[str, Any]:
         """What a report says of its labels and geometry."""
-        return {**self._geometry.described(), "learned_from": self._learned_from}
+        return {**self._segmenter.geometry.described(), "learned_from": self._learned_from}
 
 
 def load(folder: Path, project: Project, geometry: Geometry) -> Student:

@@ -6,34 +6,55 @@ Randomness arrives as a `random.Random`.
 from collections.abc import Sequence
 from functools import cache
 from random import Random
+from typing import Literal, get_args
 
 from pipeline.text import wheel
 
+# Names of template sets; see `templates`.
+TemplateSet = Literal["single", "subset", "imagenet", "tcl", "maskclip"]
 # Source: CLIP; GroupViT, OVSegmentor evaluation (evaluation card section 4), full stop included.
 SINGLE = ("a photo of a {}.",)
+# Source: GroupViT card section 6. CLIP's own seven have "a bad photo of the {}." for the second.
+SUBSET = (
+    "itap of a {}.",
+    "a bad photo of a {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+# Source: TCL, evaluation card section 4.
+_TCL = ("a photo of many {}.", "a photo of {}s.")
+# Source: ViLD, whose five MaskCLIP adds to CLIP's 80; SCG card section 11.
+_SCENE = tuple(f"{start} {{}} in the scene." for start in ("there is a", "there is the", "this is a", "this is the"))
+_SCENE += ("this is one {} in the scene.",)
 
 
 @cache
-def _imagenet(name: str) -> tuple[str, ...]:
+def _imagenet() -> tuple[str, ...]:
     """open_clip's templates are functions of the name; filled with "{}" they are strings again."""
-    return tuple(template("{}") for template in getattr(wheel.module("open_clip", "zero_shot_metadata"), name))
+    known = wheel.module("open_clip", "zero_shot_metadata").OPENAI_IMAGENET_TEMPLATES
+    return tuple(template("{}") for template in known)
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """Template set: "single" (1), "subset" (CLIP's 7), "imagenet" (CLIP's 80), "tcl" (9).
+    """Template set: "single" (1), "subset" (GroupViT's 7), "imagenet" (CLIP's 80), "tcl" (9), "maskclip" (85).
 
-    Source: evaluation card section 4 and GroupViT card section 6; "tcl" is the 7 with "a photo of many {}." and
-    "a photo of {}s.". Raises ValueError on another name.
+    Raises:
+        ValueError: another name.
     """
     if name == "single":
         return SINGLE
     if name == "subset":
-        return _imagenet("SIMPLE_IMAGENET_TEMPLATES")
+        return SUBSET
     if name == "imagenet":
-        return _imagenet("OPENAI_IMAGENET_TEMPLATES")
+        return _imagenet()
     if name == "tcl":
-        return (*_imagenet("SIMPLE_IMAGENET_TEMPLATES"), "a photo of many {}.", "a photo of {}s.")
-    raise ValueError(f"unknown template set {name!r}: choose from 'single', 'subset', 'imagenet', 'tcl'")
+        return (*SUBSET, *_TCL)
+    if name == "maskclip":
+        return (*_imagenet(), *_SCENE)
+    raise ValueError(f"unknown template set {name!r}: choose from {', '.join(get_args(TemplateSet))}")
 
 
 def fill(template: str, name: str) -> str:

@@ -15,8 +15,9 @@ matches maps by their logits, where Eq. 10 and 11 match sigmoids, and smooths di
 masked by the clean rule unless `completion.strip` says `released`; partners are never the image itself where another
 exists (`pipeline.datasets.partners`); temperature, positions and group tokens take no weight decay unless `decayed` is
 `all_but_vectors`; the dead assignment module of the release's decoder is not built; BatchNorm is synchronised over
-processes in the bridge too. The stem may be convolutional and the text shrunk to the captions' tokens, neither of which
-the paper's configuration does.
+processes in the bridge too; the second training goes on from the first one's last weights, where the release takes
+those that were best on VOC's val split, and every epoch has an order of its own, where the release repeats one. The
+stem may be convolutional and the text shrunk to the captions' tokens, neither of which the paper's configuration does.
 """
 
 from pathlib import Path

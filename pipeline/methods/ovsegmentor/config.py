@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.datasets.batches import StrongViews, TemplateSet
+from pipeline.datasets.batches import StrongViews
 from pipeline.datasets.entity_batches import Completion
 from pipeline.datasets.pairs import Shuffle
 from pipeline.losses.mask_consistency import ConsistencyRules
@@ -14,6 +14,7 @@ from pipeline.params import ParamsError, Range
 from pipeline.text import entities
 from pipeline.text.mask_tokens import MaskedBytePairs, MaskTokenizer, WordPieces
 from pipeline.text.masking import Strip
+from pipeline.text.prompts import TemplateSet
 from pipeline.training import Optimisation
 
 Count = Annotated[int, Range(1)]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pipeline.datasets.batches import TemplateSet
 from pipeline.datasets.pairs import Shuffle
 from pipeline.datasets.transforms import ViewConfig
 from pipeline.losses import noun_region
@@ -11,6 +10,7 @@ from pipeline.nn.region_tokens import (
     ExtraKey,
 )
 from pipeline.params import ParamsError, Range
+from pipeline.text.prompts import TemplateSet
 from pipeline.training import Optimisation
 
 Count = Annotated[int, Range(1)]
