@@ -65,5 +65,5 @@ ablations: setup  ## a paper's ablation tables, small, from the caches that are 
 	python -m benchmarks.ablate $(METHOD) $(ARGS)
 
 clean:  ## remove what can be made again; downloads, and the tables of rows to retry and to reject, stay
-	find data/store -mindepth 1 -maxdepth 1 ! -name download ! -name retries ! -name decisions -exec rm -rf {} +
+	test ! -d data/store || find data/store -mindepth 1 -maxdepth 1 ! -name download ! -name retries ! -name decisions -exec rm -rf {} +
 	rm -rf data/checkpoints logs models/* reports/index.html reports/figures

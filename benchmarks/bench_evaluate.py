@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.paper import paper_config
 from benchmarks.peak import device_name, wait_for
 from pipeline.datasets.benchmarks import Benchmark, Sample, open_benchmark
-from pipeline.evaluation.scoring import Run, Tally, tally
+from pipeline.evaluation.scoring import Run, Tally, count_answers
 from pipeline.inference import (
     BACKGROUNDS,
     PIXELS_AT_ONCE,
@@ -99,7 +99,7 @@ def contestants(benchmark: Benchmark, classes: int, device: str) -> dict[str, Ca
         boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
         run = Run(answer, dict, Tally.of(benchmark))
         for samples in benchmark.parts(ids):
-            tally(samples, [run], lambda: None, [lambda sample, found: boundaries.update(found, sample.label)])
+            count_answers(samples, [run], lambda: None, [lambda sample, found: boundaries.update(found, sample.label)])
 
     return {"bare model": bare, "harness": harness}
 

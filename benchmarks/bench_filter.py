@@ -169,7 +169,7 @@ def main() -> None:
     )
     if len(runs) > 1:
         growth = max(runs[-1][f"{name} MB"] / runs[0][f"{name} MB"] for name in ("filter", "index"))
-        print(f"  peak memory, last size over first: {growth:.2f}, to stay within {FLAT}")
+        print(f"  peak memory, last size over first: {growth:.3f}, to stay within {FLAT:.2f}")
 
 
 if __name__ == "__main__":

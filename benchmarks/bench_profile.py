@@ -42,7 +42,7 @@ TOP = 6  # operations of the table
 LOADED = 4 * BATCH  # images that the loader's rate is measured with
 COPIED = 2**28  # bytes of the copy that measures the memory's rate
 OF_WEIGHTS = 11  # times 4 bytes: read twice, gradient written and read twice, AdamW: 3 read, 3 written
-HEADS = ("images/s", *PARTS, "FLOP floor", "byte floor", "MFU", "TFLOP/s", "GB/s", "data", "of all")
+HEADS = ("images/s", *PARTS, "FLOP floor", "byte floor", "MFU", "TFLOP/s", "GB/s", "data", "data's share of core time")
 AUGMENTED = ("groupvit", "ovsegmentor")  # Source: their cards: RandAugment and random erasing
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "cudnn_convolution", "convolution_backward")
 ABOUT = """Rates, data and step are measured one after the other, method by method, so that a busy machine slows all of
@@ -131,7 +131,7 @@ def report(options: argparse.Namespace) -> list[str]:
     name, device = str(precision).removeprefix("torch."), device_name(options.device)
     head = f"Steps of {options.batch} images of 224 px, {name}, {device}, torch {torch.__version__}."
     busy = f"Load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores when it began, with this process."
-    steps = [f"| ms a step | {' | '.join(HEADS)} |", f"| --- |{' ---: |' * len(HEADS)}"]
+    steps = [f"| method | {' | '.join(HEADS)} |", f"| --- |{' ---: |' * len(HEADS)}"]
     operations = ["| method | products | operations with the largest shares of the time |", "| --- | ---: | --- |"]
     with tempfile.TemporaryDirectory() as folder:
         shard = make_shard(Path(folder), LOADED)
@@ -140,7 +140,7 @@ def report(options: argparse.Namespace) -> list[str]:
                 table.append(row)
                 print(row, flush=True)
             gc.collect()
-    return [f"{head} {busy}", "", *steps, "", *operations, "", ABOUT]
+    return [f"{head} {busy}", "Times in ms a step.", "", *steps, "", *operations, "", ABOUT]
 
 
 def main() -> None:
@@ -158,6 +158,7 @@ def main() -> None:
     print("\n" + "\n".join(lines))
     if options.markdown:
         command = f"python -m benchmarks.bench_profile --batch {options.batch} --threads {options.threads}"
+        command += f" --markdown {options.markdown}"
         asked = f"`{command}`; its docstring says what a floor is."
         atomic_write(options.markdown, "\n".join(["# A training step on a CPU", "", asked, "", *lines, ""]))
 

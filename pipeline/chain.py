@@ -1,5 +1,9 @@
 """The chain as data: which module holds each shard stage, and which dataclass owns each block of params.yaml."""
 
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any
 
@@ -33,6 +37,8 @@ BLOCKS = {
     "report": "pipeline.reporting:Config",
 }
 
+UNIONS = (typing.Union, types.UnionType)
+
 
 def shard_stage(name: str) -> ShardStage:
     """The shard stage of that name."""
@@ -46,7 +52,7 @@ def validate(values: dict[str, Any]) -> None:
         ParamsError: names the first key that is unknown, missing or wrong.
     """
     expected = {"profile", "train", "baselines", *BLOCKS}
-    unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
+    unknown, missing = sorted(set(values) - expected, key=str), sorted(expected - set(values))
     if unknown:
         raise params.ParamsError(f"{unknown[0]}: unknown block; known blocks are {', '.join(sorted(expected))}")
     if missing:
@@ -54,15 +60,39 @@ def validate(values: dict[str, Any]) -> None:
     for name, address in BLOCKS.items():
         params.build(_resolve(address), values[name], name)
     known = methods.names()
-    for name in values["train"]:
+    for name, block in params.block(values, "train").items():
         if name not in known:
             raise params.ParamsError(f"train.{name}: no such method; pipeline/methods has {', '.join(known)}")
-        params.build(methods.get(name).Config, values["train"][name], f"train.{name}")
-    for name in values["baselines"]:
+        params.build(methods.get(name).Config, block, f"train.{name}")
+    for name, block in params.block(values, "baselines").items():
         config = getattr(baselines.get(name), "Config", None)
         if config is None:
             raise params.ParamsError(f"baselines.{name}: this baseline has no parameters")
-        params.build(config, values["baselines"][name], f"baselines.{name}")
+        params.build(config, block, f"baselines.{name}")
+
+
+def takes_any_key(path: Sequence[str]) -> bool:
+    """Whether a place in params.yaml, such as evaluate, native, thresholds, has keys that no dataclass names."""
+    place, *rest = path
+    kinds: list[Any] = []
+    if place in BLOCKS:
+        kinds = [_resolve(BLOCKS[place])]
+    elif place == "train" and rest and rest[0] in methods.names():
+        kinds = [methods.get(rest.pop(0)).Config]
+    elif place == "baselines" and rest and rest[0] in baselines.names():
+        kinds = [getattr(baselines.get(rest.pop(0)), "Config", None)]
+    for key in rest:
+        kinds = [inner for kind in kinds for inner in _fields(kind, key)]
+    return any(typing.get_origin(kind) is dict for kind in kinds)
+
+
+def _fields(kind: Any, key: str) -> Iterator[Any]:
+    """What may stand at a key of a value of that kind, a kind for each."""
+    if is_dataclass(kind):
+        hint = typing.get_type_hints(kind).get(key)  # without Annotated
+    else:
+        hint = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    yield from typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
 
 
 def _resolve(address: str) -> Any:

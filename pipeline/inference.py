@@ -82,6 +82,10 @@ class Geometry:
     multiple: Annotated[int, Range(1)]
     antialias: bool
 
+    def __post_init__(self) -> None:
+        if self.window is not None and self.stride > self.window:
+            raise ParamsError(f"evaluate.geometry.stride: {self.stride} leaves gaps between windows of {self.window}")
+
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the resized image; at least one pixel each."""
         if self.short_side is None:

@@ -4,6 +4,7 @@ They come from `machine.yaml` (ignored by git) or `TESSERA_*` variables; an abse
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +29,7 @@ class Machine:
             `dask` and `ray` as the tasks of a Prefect flow (`pipeline.flows`; the last two need the cluster group).
         workers: worker processes or threads, and the size of a local cluster; beside a GPU, also the processes that
             make the batches of a training.
-        device: torch device string, such as `cpu` or `cuda:0`.
+        device: `cpu`, `cuda` or `cuda:N`.
         threads: torch threads of one process (shared out among workers), and those of a worker that decode images.
             Sums are split among torch's threads, so another number rounds otherwise and weights trained with it differ
             in their last bits; hence the default does not grow with the machine.
@@ -112,15 +113,16 @@ def load(path: Path, environ: Mapping[str, str]) -> Machine:
     """Settings from the file, overridden by `TESSERA_RUNNER`, `TESSERA_WORKERS`, ...; both are optional.
 
     Raises:
-        ParamsError: an unknown key or a bad value; the message names it.
+        ParamsError: an unknown key or a bad value; the message names it. Or a GPU that torch does not see.
     """
-    values = defaults()
+    values, device_from = defaults(), ""
     if path.exists():
         found = params.read(path)
         unknown = sorted(set(found) - set(values))
         if unknown:
             raise params.ParamsError(f"{path}: unknown key {unknown[0]!r}; known keys are {', '.join(values)}")
         values |= found
+        device_from = f"{path}: device" if "device" in found else ""
     for name, default in defaults().items():
         text = environ.get(f"TESSERA_{name.upper()}")
         if text is not None:
@@ -132,4 +134,22 @@ def load(path: Path, environ: Mapping[str, str]) -> Machine:
                 wanted = "true or false" if isinstance(default, bool) else "a number"
                 raise params.ParamsError(f"TESSERA_{name.upper()}: expected {wanted}, found {text!r}")
             values[name] = value
-    return params.build(Machine, values, "machine")
+            device_from = "TESSERA_DEVICE" if name == "device" else device_from
+    machine = params.build(Machine, values, "machine")
+    if device_from:
+        _check_device(machine, device_from)
+    return machine
+
+
+def _check_device(machine: Machine, source: str) -> None:
+    """Refuse a device that is none, or that torch does not see. A cluster at an address has its own machines' GPUs."""
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", machine.device, re.ASCII)
+    if match is None:
+        raise params.ParamsError(f"{source}: {machine.device!r} is not cpu, cuda or cuda:N")
+    if machine.device == "cpu" or (machine.address and machine.runner in ("dask", "ray")):
+        return
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(match[1] or 0) >= seen:
+        raise params.ParamsError(f"{source}: {machine.device}, but torch sees {seen or 'no'} GPU here; set it to cpu")

@@ -1,13 +1,15 @@
-"""Strict parameters: YAML blocks to frozen dataclasses, with errors that name the key.
+"""Strict parameters: YAML blocks to frozen dataclasses, and values of the command line, with errors that name the key.
 
 Every block of params.yaml has one dataclass beside the code that uses it (frozen, keyword-only, slotted, no
 defaults). `build` refuses unknown and missing keys, wrong types and values out of range.
 """
 
+import argparse
 import dataclasses
+import tempfile
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
@@ -16,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 
 class ParamsError(ValueError):
@@ -105,6 +108,45 @@ def plain(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [plain(value) for value in config]
     return config
+
+
+def number(kind: type[Number], limits: Range) -> Callable[[str], Number]:
+    """A `type` for argparse: finite numbers of that kind within the limits; any other text is a usage error."""
+
+    def read_number(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not abs(value) < float("inf") or value not in limits:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {name} in {limits}, found {text!r}")
+        return value
+
+    return read_number
+
+
+positive = number(int, Range(1))
+
+
+def check_out(path: Path, option: str, *, folder: bool = False) -> None:
+    """Refuse a file, or a folder for files, that could not be written at the end of a long run.
+
+    Folders that are missing on the way are no fault: whoever writes makes them.
+
+    Raises:
+        ParamsError: a folder where a file is to be, or a file where a folder is; or nothing can be written there.
+    """
+    if path.is_dir() != folder and path.exists():
+        wanted, found = ("a folder", "a file") if folder else ("a file", "a folder")
+        raise ParamsError(f"{option}: expected {wanted}, and {path} is {found}")
+    place = path if folder else path.parent
+    there = next(ancestor for ancestor in (place, *place.parents) if ancestor.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ParamsError(f"{option}: {path} cannot be written: {there}: {error.strerror}") from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

@@ -1,6 +1,6 @@
 """A checkout with its parameters and machine: where every file of the chain lies."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,6 +99,17 @@ class Project:
             if key not in urls:
                 raise MissingPayload(problem.file, problem.problem, repair_command(stage))
         return [(row, urls.get(row.key) or self.store.folder(stage, row.key)) for row in rows]
+
+    def require_shards(self, found: Mapping[str, Collection[str]]) -> None:
+        """That every stage of `found`, which names each one's shards, has those of download and filter.
+
+        Raises:
+            BadInput: its manifest lacks one.
+        """
+        wanted = {*found["download"], *found["filter"]}
+        for stage, shards in found.items():
+            if lacking := wanted.difference(shards):
+                raise BadInput(self.manifest_path(stage), f"has no shard {min(lacking)}", f"Run `dvc repro {stage}`")
 
     def encoder(self, name: str) -> Path:
         """Folder of a frozen tower, `dino` or `clip`."""

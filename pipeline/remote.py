@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.files import BadInput, CorruptPayload, fsync_folder, fsync_tree, sha256_file
-from pipeline.artifacts.urls import open_url
+from pipeline.artifacts.urls import PUSH_AGAIN, asking, is_url, open_url
 from pipeline.store import NO_DESCRIPTION, OTHER_CONTENTS, PAYLOAD, Store, contents_digest, described
 
 MANIFESTS = "data/manifests"
@@ -31,7 +31,6 @@ THREADS = 8  # payloads under way at a time
 KEY_LENGTH = 64
 PULLED = "pulled"  # the store's scratch folder for what is on its way
 TABLES = {"retries": "download", "decisions": "filter"}  # the store's folders of tables: the stage that reads them
-_AGAIN = "Remove it there, then push it from a store that `tessera verify --deep` finds whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +134,7 @@ class Moved:
 
 
 class Remote:
-    """The store at an fsspec URL."""
+    """The store at an fsspec URL. Its methods raise `Unreachable` where it cannot be asked."""
 
     def __init__(self, url: str) -> None:
         self.files, self.root = open_url(url)
@@ -143,13 +142,34 @@ class Remote:
 
     def has(self, name: Named) -> bool:
         """Whether it is there, whole; a table may be cut off (see `push`)."""
-        return self.files.exists(f"{self.root}/{name.proof}")
+        return self._exists(name.proof)
+
+    def _exists(self, path: str) -> bool:
+        """fsspec's `exists` says False of a file system that cannot be asked, too."""
+        with asking(f"{self.url}/{path}"):
+            try:
+                self.files.info(f"{self.root}/{path}".rstrip("/"))
+            except FileNotFoundError:
+                return False
+            return True
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Of a file that has to be there: BadInput where it is not."""
+        try:
+            with asking(f"{self.url}/{path}"):
+                yield
+        except FileNotFoundError as error:
+            problem = "missing, though its payload is said to be there"
+            raise BadInput(f"{self.url}/{path}", problem, PUSH_AGAIN) from error
 
     def names(self) -> Iterator[tuple[Named, int]]:
         """Every payload and table that is there, whole or not, with its bytes."""
         sizes: dict[Named, int] = {}
-        if self.files.exists(self.root):
-            for path, entry in self.files.find(self.root, detail=True).items():
+        if self._exists(""):
+            with asking(self.url):
+                found = self.files.find(self.root, detail=True)
+            for path, entry in found.items():
                 parts = path.removeprefix(self.root).strip("/").split("/")
                 if len(parts) > 3 and len(parts[2]) == KEY_LENGTH and parts[2].startswith(parts[1]):
                     name = Name(parts[0], parts[2])
@@ -161,7 +181,8 @@ class Remote:
     def size(self, name: Named) -> int:
         """Bytes of what is there."""
         if isinstance(name, Table):
-            return self.files.size(f"{self.root}/{name.path}")
+            with self._reading(name.path):
+                return self.files.size(f"{self.root}/{name.path}")
         return sum(entry["bytes"] for entry in self._describe(name)[1].values())
 
     def locate(self, name: Name) -> str | None:
@@ -173,18 +194,21 @@ class Remote:
         if not self.has(name):
             return None
         for file, entry in self._describe(name)[1].items():
-            size = self.files.size(f"{self.root}/{name.path}/{file}")
+            with self._reading(f"{name.path}/{file}"):
+                size = self.files.size(f"{self.root}/{name.path}/{file}")
             if size != entry["bytes"]:
                 problem = f"{size} bytes where {entry['bytes']} were pushed"
-                raise BadInput(f"{self.url}/{name.path}/{file}", problem, _AGAIN)
-        return f"{self.url.rstrip('/')}/{name.path}"
+                raise BadInput(f"{self.url}/{name.path}/{file}", problem, PUSH_AGAIN)
+        place = f"{self.url.rstrip('/')}/{name.path}"
+        return place if is_url(place) else self.files.unstrip_protocol(f"{self.root}/{name.path}")
 
     def push(self, name: Named, store: Store) -> None:
         """Copy a payload there, payload.json last, or a table."""
         for file in name.files(store):
             target = f"{self.root}/{file}"
-            self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self.files.put_file(str(store.root / file), target)
+            with asking(f"{self.url}/{file}"):
+                self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self.files.put_file(str(store.root / file), target)
 
     def pull(self, name: Named, store: Store) -> None:
         """Fetch a payload or table and publish it here.
@@ -199,18 +223,20 @@ class Remote:
 
     def _describe(self, name: Name) -> tuple[bytes, dict[str, Any]]:
         """A payload's payload.json, and what it says of the files."""
-        data = self.files.cat_file(f"{self.root}/{name.proof}")
+        with self._reading(name.proof):
+            data = self.files.cat_file(f"{self.root}/{name.proof}")
         found = described(data)
         if found is None:
-            raise BadInput(f"{self.url}/{name.proof}", NO_DESCRIPTION, _AGAIN)
+            raise BadInput(f"{self.url}/{name.proof}", NO_DESCRIPTION, PUSH_AGAIN)
         if name.out and contents_digest(found["files"]) != name.out:
-            raise BadInput(f"{self.url}/{name.proof}", OTHER_CONTENTS, _AGAIN)
+            raise BadInput(f"{self.url}/{name.proof}", OTHER_CONTENTS, PUSH_AGAIN)
         return data, found["files"]
 
     def _fetch(self, path: str, target: Path, sha256: str) -> None:
-        self.files.get_file(f"{self.root}/{path}", str(target))
+        with self._reading(path):
+            self.files.get_file(f"{self.root}/{path}", str(target))
         if sha256_file(target) != sha256:
-            raise BadInput(f"{self.url}/{path}", "its bytes are not those that were pushed", _AGAIN)
+            raise BadInput(f"{self.url}/{path}", "its bytes are not those that were pushed", PUSH_AGAIN)
 
     def _pull_table(self, name: Table, store: Store) -> None:
         made = store.temporary(PULLED, name.key)
@@ -244,10 +270,12 @@ class Remote:
 
     def remove(self, name: Named) -> None:
         """Delete a payload, payload.json first, or a table."""
-        if self.has(name):
-            self.files.rm_file(f"{self.root}/{name.proof}")
-        if isinstance(name, Name):
-            self.files.rm(f"{self.root}/{name.path}", recursive=True)
+        there = self.has(name)
+        with asking(f"{self.url}/{name.path}"):
+            if there:
+                self.files.rm_file(f"{self.root}/{name.proof}")
+            if isinstance(name, Name):
+                self.files.rm(f"{self.root}/{name.path}", recursive=True)
 
 
 def push(store: Store, remote: Remote, names: Sequence[Named], *, dry_run: bool) -> Moved:

@@ -26,11 +26,13 @@ def read_data(project: Project, targets: tuple[str, ...]) -> TrainingData:
     """The payload folders, each checked for existence and size; images may stay in the remote (`Project.places`).
 
     Raises:
-        MissingPayload: one is neither here nor in the remote.
+        BadInput: the manifests are of different shards.
+        MissingPayload: a payload is neither here nor in the remote.
     """
     images = {row.shard: place for row, place in project.places("download")}
     stages = ("filter", *(target for target in targets if target not in SINGLE))
     found = {stage: {row.shard: folder for row, folder in project.inputs(stage)} for stage in stages}
+    project.require_shards({"download": images, **found})
     shards = [
         PairShard(
             name=name,

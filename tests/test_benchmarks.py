@@ -176,4 +176,4 @@ def test_real_voc(real_data):
     for image_id in ids[:40]:
         seen |= set(np.unique(bench.sample(image_id).label).tolist())
     assert seen <= {*range(21), 255} and {0, 255} < seen
-    assert bench.classes[8] == "cat" and bench.num_test_images == 1449
+    assert bench.classes[8] == "cat" and bench.whole(223) == 1449

@@ -1,6 +1,7 @@
 """What the command line and the stages say when something is wrong: one line, and exit status 1."""
 
 import errno
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import machine, params
+from pipeline.artifacts.weights import save_model
 from pipeline.cli import cluster, doctor, main, profile, status
 from pipeline.engine import StageFailed
 from pipeline.params import ParamsError
@@ -93,6 +96,47 @@ def test_doctor_finds_an_encoders_file_as_the_stage_does(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w/dino.pth").touch()
     assert said() == ("ok", str(tmp_path / "w/dino.pth"))
+
+
+def test_doctor_names_packages_that_are_absent_and_takes_the_gpus_faiss(monkeypatch, tmp_path):
+    installed = dict.fromkeys(doctor.PACKAGES, "1.0") | {"faiss-gpu-cu12": "1.9"}
+    del installed["faiss-cpu"]
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+
+    def said() -> tuple[str, str]:
+        return next((state, text) for state, name, text in doctor.checks(doctored(tmp_path), offline=True))
+
+    state, text = said()
+    assert state == "ok" and "faiss-gpu-cu12 1.9" in text and "zarr 1.0" in text
+    del installed["faiss-gpu-cu12"], installed["zarr"]
+    assert said() == ("missing", "faiss-cpu, zarr: not installed; `make setup` installs what the locks name")
+
+
+def test_doctor_vouches_for_no_weights_of_another_source(tmp_path):
+    project = doctored(tmp_path, "encoders.dino.source=timm:vit_small_patch16_224.dino")
+    folder = project.encoder("dino")
+
+    def said(offline: bool = False) -> tuple[str, str]:
+        checks = doctor.checks(project, offline=offline)
+        return next((state, text) for state, name, text in checks if name == "encoders.dino")
+
+    save_model(folder, {"w": torch.zeros(1)}, {"source": "train", "key": "x"})
+    state, text = said()
+    assert state == "fetch" and text.startswith("timm:vit_small_patch16_224.dino: downloads on first use")
+    assert text.endswith(f"{folder} is of another source (train) and will be replaced")
+    assert said(offline=True)[0] == "missing"
+    save_model(folder, {"w": torch.zeros(1)}, {"source": "timm:vit_small_patch16_224.dino", "key": "x"})
+    assert said(offline=True) == ("ok", f"timm:vit_small_patch16_224.dino, in {folder}")
+    save_model(folder, {"w": torch.zeros(1)}, {})
+    assert said()[1].endswith("(no source that is known) and will be replaced")
+    (folder / "config.json").write_text("{")
+    assert said()[0] == "missing" and "config.json: not JSON" in said()[1]
 
 
 def test_doctor_refuses_parameters_that_no_stage_takes(tmp_path):

@@ -79,6 +79,8 @@ def test_any_labels(checkout):
     [
         ({"models": ("sharp", "sharp")}, "two different"),
         ({"out": "page.txt"}, ".html"),
+        ({"out": "params.yaml/x.html"}, "--out: "),
+        ({"extra": ["--seed", "-1"]}, "--seed: expected 0 or more, found -1"),
         ({"extra": ["--images", "10"]}, "1 to 9"),
         ({"extra": ["--labels", "nowhere.txt"]}, "nowhere.txt"),
         ({"extra": ["--benchmark", "voc"]}, "--root"),

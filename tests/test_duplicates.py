@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from pipeline import cli
 from pipeline.artifacts import decisions
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.tables import read_table
 from pipeline.engine import StageFailed, run
 from pipeline.machine import Machine
 from pipeline.project import Project
@@ -94,7 +95,7 @@ def test_rows_are_marked_and_rejected_only_where_asked(chain: Project, capsys) -
     first = run(STAGE, chain)
     assert cli.main(["duplicates", "--against", str(chain.root / "benchmark")]) == 0
     assert "4 of 6 rows" in capsys.readouterr().out
-    table = decisions.read(decisions.find(chain.root, chain.store.root)[1]).to_pylist()
+    table = read_table(decisions.find(chain.root, chain.store.root)[1], decisions.SCHEMA).to_pylist()
     assert [(row["key"], row["decision"]) for row in table] == [
         ("000000002", "image"),
         ("000010000", "near"),

@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.manifest import Row
 from pipeline.artifacts.weights import load_config, model_digest
 from pipeline.datasets.pairs import PairShard
 from pipeline.encoders import load_clip, load_dino
@@ -27,12 +28,16 @@ class TwelvePictures(Project):
     """A project whose manifests are stood in for."""
 
     shard: PairShard
+    lacking: str = ""
 
     def manifest(self, stage: str):
         return SimpleNamespace(digest=f"digest of {stage}")
 
     def inputs(self, stage: str):
-        return [(SimpleNamespace(shard="00000"), self.shard.download if stage == "download" else self.shard.filtered)]
+        if stage == self.lacking:
+            return []
+        row = Row(shard="00000", key="", rows_in=12, rows=12, bytes=0, out="")
+        return [(row, self.shard.download if stage == "download" else self.shard.filtered)]
 
 
 @pytest.fixture
@@ -115,6 +120,12 @@ def test_lit_follows_the_tower_it_projects(project):
     provide(project, "dino")
     provide(project, "clip")
     assert load_config(project.encoder("clip"))["key"] != first["key"]
+
+
+@pytest.mark.parametrize("stage", ["download", "filter"])
+def test_manifests_of_different_shards_are_refused(project, stage):
+    with pytest.raises(BadInput, match=f"{stage}.json: has no shard 00000. Run `dvc repro {stage}`"):
+        provide(replace(project, lacking=stage), "dino")
 
 
 def test_a_file_is_resolved_and_followed(project, capfd):

@@ -8,6 +8,7 @@ import pytest
 from evaluate_cases import colours_project
 from PIL import Image
 
+from pipeline import methods
 from pipeline.cli import main as tessera
 
 
@@ -51,7 +52,6 @@ def test_the_command_writes_a_metrics_file(project, capsys):
         (["--model", "baseline:nope", "--benchmark", "scenes"], "unknown baseline 'nope': choose from .*constant"),
         (["--model", "tiny", "--benchmark", "voc"], "--root: params.yaml names no root for voc"),
         (["--model", "tiny", "--benchmark", "voc", "--root", "/nowhere"], "Give the folder that holds VOCdevkit"),
-        (["--model", "tiny", "--benchmark", "scenes", "--limit", "0"], "--limit: expected at least 1"),
     ],
 )
 def test_the_command_says_what_is_wrong(project, capsys, arguments, message):
@@ -59,3 +59,28 @@ def test_the_command_says_what_is_wrong(project, capsys, arguments, message):
     out = str(project.root / "out.json")
     assert tessera(["--root", str(project.root), "evaluate", *arguments, "--out", out]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5"])
+def test_a_limit_is_a_whole_number_from_one_on(project, capsys, text):
+    with pytest.raises(SystemExit):
+        tessera(["evaluate", "--model", "tiny", "--benchmark", "scenes", "--out", "x.json", "--limit", text])
+    assert f"argument --limit: expected a whole number in [1, inf), found '{text}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "{}"], "--out: expected a file, and .* is a folder"),
+        (["--out", "{}/params.yaml/x.json"], "--out: .*x.json cannot be written: .*params.yaml: Not a directory"),
+        (["--out", "/proc/none/x.json"], "--out: /proc/none/x.json cannot be written: /proc: "),
+        (["--out", "{}/new/x.json", "--maps", "{}/params.yaml"], "--maps: expected a folder, and .* is a file"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(project, monkeypatch, capsys, arguments, message):
+    write_params(project)
+    monkeypatch.setattr(methods, "load", lambda folder, encoders: pytest.fail("a model was loaded"))
+    base = ["--root", str(project.root), "evaluate", "--model", "tiny", "--benchmark", "scenes"]
+    before = sorted(project.root.rglob("*"))
+    assert tessera([*base, *(text.format(project.root) for text in arguments)]) == 1
+    assert re.search(message, capsys.readouterr().err) and sorted(project.root.rglob("*")) == before

@@ -106,10 +106,44 @@ def test_bad_arguments_are_named(checkout, capsys, changes, message):
     assert not (checkout / "over_labels.png").exists()
 
 
-def test_without_a_benchmark_there_are_no_rules(checkout, capsys):
+@pytest.mark.parametrize("model", ["tiny", "selftrained:tiny", "transfer:dino"])
+def test_without_a_benchmark_there_are_no_rules(checkout, capsys, model):
     (checkout / "params.yaml").write_text(json.dumps({"evaluate": {**block(), "benchmarks": []}}))
-    assert run(checkout) == 1
+    assert run(checkout, "--model", model) == 1
     assert "evaluate.benchmarks: expected one or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--background", "extra_vocabulary", "--threshold", "0.9"],
+            "--threshold: .*extra_vocabulary, which has no use",
+        ),
+        (["--background", "none", "--threshold", "0.9"], "--threshold: the rule for background is none"),
+        (["--background", "max_probability", "--stuff", "sky"], "--stuff: the rule for background is max_probability"),
+        (["--stuff", "sky"], "--stuff: the rule for background is max_probability"),  # the parameters' rule
+    ],
+)
+def test_an_option_that_the_rule_does_not_read_is_refused(checkout, capsys, arguments, message):
+    assert run(checkout, *arguments) == 1
+    assert re.search(message, capsys.readouterr().err) and not (checkout / "over.png").exists()
+
+
+@pytest.mark.parametrize("text", ["5", "-0.1", "nan", "inf", "half"])
+def test_a_threshold_is_a_share(checkout, capsys, text):
+    with pytest.raises(SystemExit):
+        run(checkout, "--background", "max_probability", f"--threshold={text}")
+    assert f"argument --threshold: expected a number in [0, 1], found '{text}'" in capsys.readouterr().err
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(methods, "load", lambda folder, encoders: pytest.fail("a model was loaded"))
+    (checkout / "over.png").mkdir()
+    assert run(checkout) == 1
+    assert "over.png is a folder" in capsys.readouterr().err
+    assert run(checkout, str(checkout / "photo.png"), out="params.yaml") == 1  # of two photographs
+    assert "--out: expected a folder, and" in capsys.readouterr().err
 
 
 def test_a_baseline_that_reads_no_labels_is_refused(checkout, capsys):

@@ -86,7 +86,6 @@ def test_the_crop_has_the_size_that_the_model_was_trained_on(checkout, capsys):
     assert json.loads((checkout / "found.json").read_text())["image_side"] == 32
     assert run(checkout, "--side", "40") == 0
     assert json.loads((checkout / "found.json").read_text())["image_side"] == 40
-    assert run(checkout, "--side", "0") == 1 and "--side: expected at least 1" in capsys.readouterr().err
     for config in ({}, {"patches": {"image_size": 32}, "augmentation": {"image_size": 48}}):
         save_model(checkout / "models/tiny", ColorModel().state_dict(), {"method": "tiny", "config": config})
         assert run(checkout) == 1 and "--side: tiny does not say" in capsys.readouterr().err
@@ -176,3 +175,22 @@ def test_nothing_readable_is_an_error(tmp_path):
 def test_a_model_without_image_vectors_is_refused(checkout, capsys):
     assert run(checkout, "--model", "baseline:constant") == 1
     assert "no vector of a whole image" in capsys.readouterr().err
+
+
+def test_a_student_is_refused(checkout, capsys):
+    assert run(checkout, "--model", "selftrained:sseg") == 1
+    assert "--model: selftrained:sseg answers one benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--side", "--batch-size"])
+@pytest.mark.parametrize("text", ["0", "-1", "many"])
+def test_numbers_below_one_are_refused(checkout, capsys, argument, text):
+    with pytest.raises(SystemExit):
+        run(checkout, argument, text)
+    assert f"argument {argument}: expected a whole number in [1, inf), found '{text}'" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(methods, "load", lambda folder, encoders: pytest.fail("a model was loaded"))
+    assert run(checkout, "--out", str(checkout)) == 1
+    assert f"--out: expected a file, and {checkout} is a folder" in capsys.readouterr().err

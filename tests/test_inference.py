@@ -37,6 +37,12 @@ def picture(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def test_windows_leave_no_gaps():
+    with pytest.raises(ParamsError, match="stride: 449 leaves gaps between windows of 448"):
+        dataclasses.replace(PAPER, stride=449)
+    dataclasses.replace(PAPER, stride=448)
+
+
 def test_canvas_and_windows_of_the_paper():
     assert PAPER.canvas(375, 500) == (448, 597)
     assert [(left, wide) for _, left, _, wide in PAPER.windows(448, 597)] == [(0, 448), (149, 448)]

@@ -1,5 +1,6 @@
 """Images that stay in a second store: the same batches as from a disk, and what goes wrong there is said."""
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -15,8 +16,11 @@ from sseg_cases import make_project
 from store_cases import clone
 
 from pipeline import history, remote
+from pipeline.artifacts import urls
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.urls import Unreachable
 from pipeline.artifacts.weights import model_digest
+from pipeline.datasets import preparing
 from pipeline.datasets.pairs import PairLoader, PairShard, Shuffle, captions
 from pipeline.datasets.partners import Partners
 from pipeline.project import MissingPayload
@@ -97,18 +101,71 @@ def test_partners_are_drawn_from_there(here, tmp_path):
     assert pictures(away) == pictures(here) and len(set(pictures(here))) > 5
 
 
-def test_what_cannot_be_read_stops_the_training_and_a_cut_off_picture_does_not(here, tmp_path):
-    away = [put(shard, tmp_path.as_uri()) for shard in here]
-    tar = tmp_path / "00001" / "00001.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[: len(whole) // 2])
+@pytest.fixture(params=["disk", "bucket"])
+def second(request, tmp_path) -> str:
+    """URL of a second store: a folder, or a bucket."""
+    return tmp_path.as_uri() if request.param == "disk" else request.getfixturevalue("s3")
+
+
+@pytest.mark.filterwarnings("default")  # botocore's and moto's own
+def test_what_cannot_be_read_stops_the_training_and_a_cut_off_picture_does_not(here, second, monkeypatch):
+    monkeypatch.setattr(urls, "PAUSES", ())
+    away = [put(shard, second) for shard in here]
+    files, tar = fsspec.core.url_to_fs(f"{second}/00001/00001.tar")
+    files.pipe_file(tar, files.cat_file(tar)[:20_000])
     reasons = [reason for loaded in islice(loader(away).batches(0), 4) for _, reason in loaded.failures]
-    assert any("00001.tar" in reason and "cut off inside" in reason for reason in reasons)
-    tar.unlink()
-    with pytest.raises(BadInput, match=r"00001\.tar: cannot be read .*same command again"):
+    assert sum("00001.tar: cut off inside" in reason and "push it from" in reason for reason in reasons) > 2
+    files.rm_file(tar)
+    with pytest.raises(Unreachable, match=r"00001\.tar: cannot be read .*same command again"):
         content(loader(away))
-    with pytest.raises(BadInput, match=r"00001\.tar: cannot be read"):
+
+
+def test_workers_and_partners_stop_too_and_nobody_else_is_drawn(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(urls, "PAUSES", ())
+    away = [put(shard, tmp_path.as_uri()) for shard in here]
+    index = make_index(tmp_path / "index", [[[0]] * 9, [[0]] * 10])
+    found = []
+    next(loader(here, batch_size=1, threads=0, prepare=lambda sample, rng: found.append(sample)).batches(0))
+    for number in range(2):
+        (tmp_path / f"0000{number}/0000{number}.tar").unlink()
+    with pytest.raises(Unreachable, match=r"\.tar: cannot be read"):
+        Partners(away, index).draw(found[0], Random(0))
+    with pytest.raises(Unreachable, match=r"\.tar: cannot be read"):
         content(loader(away, workers=1))
+
+
+class Flaky:
+    """A file system of ten bytes that fails the first times, or that knows no parts of files."""
+
+    def __init__(self, failing=0, whole=False):
+        self.failing, self.whole, self.asked = failing, whole, []
+
+    def cat_ranges(self, paths, starts, ends, on_error):
+        self.asked.append(list(zip(starts, ends, strict=True)))
+        self.failing -= 1
+        return [self._answer(start, end) for start, end in self.asked[-1]]
+
+    def _answer(self, start, end):
+        if self.failing >= 0 and start:
+            return OSError("the line is down")
+        return b"0123456789"[slice(0, 10) if self.whole else slice(start, end)]
+
+
+def test_only_what_failed_is_asked_for_again(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(urls.time, "sleep", pauses.append)
+    places = [("x://a", 0, 2), ("x://a", 3, 4), ("x://a", 5, 0)]
+    flaky = Flaky(failing=2)
+    monkeypatch.setattr(urls, "open_url", lambda url: (flaky, "a"))
+    assert urls.read_ranges(places) == [b"01", b"3456", b""]
+    assert flaky.asked == [[(0, 2), (3, 7)], [(3, 7)], [(3, 7)]] and pauses == [1, 2]
+    flaky = Flaky(failing=99)
+    with pytest.raises(Unreachable, match="OSError: the line is down"):
+        urls.read_ranges(places)
+    assert len(flaky.asked) == 1 + len(urls.PAUSES) and sum(urls.PAUSES) > 60
+    flaky = Flaky(whole=True)
+    with pytest.raises(BadInput, match="10 bytes came where 2 were asked for: the server gives no parts"):
+        urls.read_ranges(places)
 
 
 @pytest.fixture
@@ -140,6 +197,43 @@ def test_a_training_streams_to_the_same_weights(elsewhere, tmp_path, monkeypatch
     assert stored >= {"filter", "pseudo_masks"} and "download" not in stored
 
 
+def test_a_training_whose_store_goes_away_keeps_what_it_did(elsewhere, tmp_path, monkeypatch):
+    """No checkpoint is due before the end: what is saved was saved because no batch came; the rest is the same."""
+    monkeypatch.setenv("TESSERA_THREADS", "1")
+    root, url = elsewhere
+    other = streaming(root, tmp_path / "clone", url)
+    for folder in (root, other):
+        values = yaml.safe_load((folder / "params.yaml").read_text())
+        values["train"]["sseg"]["optimisation"]["checkpoint_images"] = 1000
+        (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    train(open_project(root), "sseg")
+    read, left = preparing.read_ranges, iter(range(6))
+
+    def fails(places):
+        if next(left, None) is None:
+            raise Unreachable(url, "cannot be read", "Wait")
+        return read(places)
+
+    monkeypatch.setattr(preparing, "read_ranges", fails)
+    with pytest.raises(Unreachable):
+        train(open_project(other), "sseg")
+    saved = json.loads(next(other.glob("data/checkpoints/sseg/*/state-*.json")).read_text())["images"]
+    assert 0 < saved <= 48
+    monkeypatch.undo()
+    monkeypatch.setenv("TESSERA_THREADS", "1")
+    train(open_project(other), "sseg")
+    assert model_digest(other / "models/sseg") == model_digest(root / "models/sseg")
+
+
+@pytest.mark.parametrize("name", ["~/second", "file:HOME/second"])
+def test_a_remote_may_be_named_without_a_protocol(elsewhere, tmp_path, monkeypatch, name):
+    root, _ = elsewhere
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = remote.Remote(name.replace("HOME", str(tmp_path)))
+    payload = next(name for name in history.current(root) if name.stage == "download")
+    assert place.locate(payload) == f"{tmp_path.as_uri()}/second/{payload.path}"
+
+
 def test_a_stream_that_is_not_whole_is_refused_before_the_first_step(elsewhere, tmp_path):
     root, url = elsewhere
     project = open_project(streaming(root, tmp_path / "clone", url))
@@ -147,6 +241,9 @@ def test_a_stream_that_is_not_whole_is_refused_before_the_first_step(elsewhere, 
     tar = next((tmp_path / "second" / name.path).glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[:-512])
     with pytest.raises(BadInput, match=r"\.tar: \d+ bytes where \d+ were pushed"):
+        project.places("download")
+    tar.unlink()
+    with pytest.raises(BadInput, match=r"\.tar: missing, though its payload is said to be there"):
         project.places("download")
     remote.Remote(url).remove(name)
     with pytest.raises(MissingPayload, match="no such payload. Repair it"):

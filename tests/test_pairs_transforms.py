@@ -1,5 +1,6 @@
 """Joint transforms against torchvision, and pixels and masks that stay together."""
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -128,3 +129,13 @@ def test_collate():
     assert batch.regions is not None and batch.regions.shape == (3, 4, 4) and batch.regions.dtype == torch.uint8
     black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
     torch.testing.assert_close(batch.pixels[0, :, 3, 5], black)
+
+
+def test_a_batch_has_the_pseudo_masks_of_all_its_images_or_of_none():
+    """Those of some would be taken for those of its first images."""
+    transform, collate = PairTransform(views=augmentation(), grid=4), PairCollate(BytePairTokenizer(8))
+    masked = transform(sample(["a dog"]), Random(0))
+    bare = replace(masked, regions=None)
+    assert collate([bare, bare], ["x", "y"]).to("cpu").regions is None
+    with pytest.raises(ValueError, match="1 of 3 images of a batch have no pseudo-masks"):
+        collate([masked, bare, masked], ["x", "y", "z"])

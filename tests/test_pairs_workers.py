@@ -73,6 +73,8 @@ def test_the_same_batches_in_any_number_of_workers_from_any_sample(pairs):
 
     batches = pairs(1).batches(12)  # an epoch has 20
     held = list(islice(batches, 8))
+    tensors = [loaded.batch.to("cpu").token_ids for loaded in held]
+    assert not any(tensor.untyped_storage().data_ptr() % 8 for tensor in tensors), "slots begin where numbers may"
     assert [content(loaded) for loaded in held] == expected[4:], "all held, so that memory to share runs out"
     batches.close()
 

@@ -1,6 +1,8 @@
 """Shards at a URL make what the same shards in a folder make; each tar is listed once, and none stays here."""
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -127,3 +129,85 @@ def test_a_tar_that_goes_between_listing_and_fetching_fails_its_shards(tmp_path,
     monkeypatch.setattr(buckets, "fetch", late)
     with pytest.raises(StageFailed, match="2 of 3 shards failed"):
         taken(tmp_path / "far", folder, url)
+
+
+class Broken:
+    """A file system none of whose files comes."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def get_file(self, path: str, target: str) -> None:
+        raise self.error
+
+    def unstrip_protocol(self, path: str) -> str:
+        return f"s3://{path}"
+
+
+class NoCredentialsError(Exception):
+    """As botocore calls it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (Exception("could not connect"), OSError, "^bucket/a.tar: could not connect$"),
+        (FileNotFoundError("bucket/a.tar"), FileNotFoundError, "^bucket/a.tar$"),
+        (OSError(28, "No space left on device"), OSError, "No space left"),
+        (MemoryError(), MemoryError, "^$"),
+        (BadInput("f", "p", "r"), BadInput, "f: p. r"),
+        (NoCredentialsError("none"), BadInput, r"^s3://bucket/a.tar: cannot be read \(none\). Check download.images"),
+    ],
+)
+def test_what_a_file_system_raises_is_an_error_that_may_pass_or_one_with_a_remedy(tmp_path, error, expected, message):
+    with pytest.raises(expected, match=message) as raised:
+        buckets.bring(Broken(error), "bucket/a.tar", tmp_path / "deep" / "a.tar")
+    assert type(raised.value) is expected
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_bucket_that_cannot_be_asked_for_a_while_is_asked_again(tmp_path, s3, monkeypatch):
+    """botocore's own errors: of an address where nobody answers, and of nothing to log in with."""
+    import s3fs
+    from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+
+    monkeypatch.setattr(logging.getLogger("s3fs"), "disabled", True)
+    monkeypatch.setattr("pipeline.engine.BACK_OFF", 0.01)
+    folder = shards(tmp_path / "here")
+    url = copy(folder, s3)
+    chain = project(
+        tmp_path / "far", source="shards", annotations=str(tmp_path / "list.txt"), images=url, rows_per_shard=4
+    )
+    chain = replace(chain, machine=replace(chain.machine, retries=1))
+    tasks = STAGE.tasks(chain)
+
+    get_file, failures = s3fs.S3FileSystem._get_file, [EndpointConnectionError(endpoint_url=url)]
+
+    async def flaky(self, *arguments, **options):
+        if failures:
+            raise failures.pop()
+        await get_file(self, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_get_file", flaky)
+    s3fs.S3FileSystem.clear_instance_cache()  # an instance has its own of what it does not await
+    assert run(replace(STAGE, tasks=lambda _: tasks[:1]), chain).totals["rows"] == 4 and not failures
+    failures.append(NoCredentialsError())
+    with pytest.raises(StageFailed, match=f"{url}/a.tar: cannot be read .*needs to log in"):
+        run(replace(STAGE, tasks=lambda _: tasks[1:2]), chain)
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_a_tar_that_is_replaced_between_listing_and_fetching_fails_its_shards(tmp_path, cut_off):
+    folder = shards(tmp_path / "here")
+    url = copy(folder, (tmp_path / "there").as_uri())
+    chain = project(
+        tmp_path / "far", source="shards", annotations=str(tmp_path / "list.txt"), images=url, rows_per_shard=4
+    )
+    tasks = STAGE.tasks(chain)
+    tar, larger = tmp_path / "there/shards/deep/c.tar", encode(picture(40, 30), quality=95)
+    if cut_off:
+        tar.write_bytes(tar.read_bytes()[:700])
+    else:
+        write_tar(tar, [(f"{number:09d}.jpg", larger) for number in range(3)])
+    with pytest.raises(StageFailed, match=f"(?s)2 of 3 shards failed.*{url}/deep/c.tar: changed since the stage began"):
+        run(replace(STAGE, tasks=lambda _: tasks), chain)

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from download_project import encode, payload, picture, project
-from sources_cases import annotations, foreign, listed, pairs
+from sources_cases import IMAGE, annotations, foreign, listed, pairs
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import SUCCESS, read_rows
-from pipeline.artifacts.tars import index_tar
+from pipeline.artifacts.tars import index_tar, write_tar
 from pipeline.engine import run
 from pipeline.sources import prebuilt
 from pipeline.sources.annotations import cut, read, read_slice
@@ -105,6 +105,75 @@ def test_a_suffix_counts_whatever_the_layout(tmp_path: Path) -> None:
     (tmp_path / "list.tsv.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(BadInput, match=r"lists of kind '.gz' are not read"):
         list(cut(annotations(tmp_path / "list.tsv.gz", layout="cc12m"), 4, None))
+
+
+def parquet(path: Path, caption: str) -> None:
+    pq.write_table(pa.table({"URL": ["http://a.test/1.jpg"], "TEXT": [caption], "rejected": [""]}), path)
+
+
+def redcaps(path: Path, caption: str) -> None:
+    path.write_text(json.dumps({"annotations": [{"url": "http://a.test/1.jpg", "caption": caption}]}))
+
+
+def coco(path: Path, caption: str) -> None:
+    notes = [{"image_id": 7, "caption": caption}]
+    path.write_text(json.dumps({"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": notes}))
+
+
+def tar(path: Path, caption: str) -> None:
+    write_tar(path, [("0.jpg", IMAGE), ("0.txt", caption.encode())])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "changes"),
+    [
+        ("a.tsv", lambda path, text: path.write_text(f"http://a.test/1.jpg\t{text}\n"), {"layout": "cc12m"}),
+        ("a.csv", lambda path, text: path.write_text(f"URL,TEXT\nhttp://a.test/1.jpg,{text}\n"), {}),
+        ("a.jsonl", lambda path, text: path.write_text(json.dumps({"URL": "", "TEXT": text})), {}),
+        ("a.parquet", parquet, {}),
+        ("dogs_2019.json", redcaps, {"kind": "redcaps", "caption_column": "caption"}),
+        ("captions.txt", lambda path, text: path.write_text(f"image,caption\n1.jpg,{text}\n"), {"kind": "flickr8k"}),
+        ("captions.json", coco, {"kind": "coco_captions"}),
+        ("00000.tar", tar, {"kind": "shards"}),
+    ],
+)
+def test_a_list_that_changes_after_it_was_cut_is_not_stored_under_its_old_key(tmp_path, name, write, changes) -> None:
+    path = tmp_path / name
+    folder = {"redcaps": tmp_path, "shards": tmp_path}.get(changes.get("kind", ""), path)
+    images = None if changes.get("kind", "urls") in ("urls", "redcaps") else tmp_path
+    found = annotations(folder, images=images, **changes)
+    write(path, "a dog")
+    (part,) = cut(found, 4, None)
+    assert [row.caption for row in read_slice(found, part)] == ["a dog"]
+    write(path, "a cat")
+    with pytest.raises(BadInput, match="changed since the stage began. Run it again"):
+        read_slice(found, part)
+
+
+def test_an_image_that_is_replaced_and_a_list_that_is_cut_off_have_changed_too(tmp_path: Path) -> None:
+    path, image = tmp_path / "captions.txt", tmp_path / "1.jpg"
+    path.write_text("image,caption\n1.jpg,a dog\n2.jpg,a cat\n")
+    image.write_bytes(b"four")
+    found = annotations(path, kind="flickr8k", images=tmp_path)
+    first, second = cut(found, 1, None)
+    image.write_bytes(b"fives")
+    with pytest.raises(BadInput, match="captions.txt: it, or a file that it names, changed since"):
+        read_slice(found, first)
+    assert pairs(read_slice(found, second)) == [("2.jpg", "a cat")]
+    path.write_text("image,caption\n1.jpg,a dog\n")
+    with pytest.raises(BadInput, match="changed since"):
+        read_slice(found, second)
+
+
+def test_a_short_record_of_a_list_of_images_is_a_failed_row(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.jpg").write_bytes(IMAGE)
+    (tmp_path / "captions.csv").write_text("caption,image\na dog,1.jpg\nshort\n")
+    chain = project(tmp_path, source="flickr8k", annotations="captions.csv", images="images")
+    assert run(STAGE, chain).totals["failed"] == 1
+    rows = read_rows(payload(chain) / "00000.parquet").to_pylist()
+    assert [(row["url"], row["caption"]) for row in rows] == [("1.jpg", "a dog"), ("", "short")]
+    assert "no such file in the folder" in rows[1]["error_message"]
 
 
 def test_a_name_that_no_file_can_have_is_a_failed_row(tmp_path: Path) -> None:

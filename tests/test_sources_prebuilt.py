@@ -87,6 +87,59 @@ def test_a_list_names_the_tars_and_their_order(tmp_path: Path) -> None:
         list(read(listed(tmp_path / "list.txt", folder)))
 
 
+def hub(root: Path) -> Path:
+    """As Hugging Face's cache has a snapshot: links to files that are named by their digests."""
+    folder = with_parquet(foreign(root / "made", "plain"), caption=["zero", "one", "two"])
+    snapshot = root / "snapshots" / "main"
+    (root / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate(("00000.tar", "00000.parquet")):
+        (folder / name).rename(root / "blobs" / f"{number}beef")
+        (snapshot / name).symlink_to(f"../../blobs/{number}beef")
+    return snapshot
+
+
+@pytest.mark.parametrize("below", ["", "snapshots/main/"])
+def test_links_to_tars_count_under_their_own_names(tmp_path: Path, below: str) -> None:
+    snapshot = hub(tmp_path)
+    (tmp_path / "list.txt").write_text(f"{below}00000.tar\n")
+    for changes in ({"annotations": str(snapshot)}, {"annotations": "list.txt", "images": str(snapshot)}):
+        if below:
+            changes = {"annotations": "list.txt", "images": "."}
+        chain = take(tmp_path, **changes)
+        rows = rows_of(chain)
+        assert [(row["status"], row["caption"]) for row in rows] == [(SUCCESS, text) for text in ("zero", "one", "two")]
+        assert Shard.open(payload(chain), "00000").image_bytes("000000000") == IMAGE
+        images = [row.image for row in read(listed(tmp_path / "list.txt", tmp_path if below else snapshot))]
+        assert images[0] == f"{below}00000.tar/000000000.jpg"
+
+
+def test_a_name_of_a_list_does_not_leave_the_folder_by_a_link(tmp_path: Path) -> None:
+    snapshot = hub(tmp_path)
+    (tmp_path / "inner").symlink_to(snapshot)
+    for name, place in (("../main/00000.tar", "00000.tar"), (f"{tmp_path}/inner/00000.tar", "00000.tar")):
+        (tmp_path / "list.txt").write_text(f"{name}\n")
+        rows = list(read(listed(tmp_path / "list.txt", snapshot)))
+        assert rows[0].image == f"{place}/000000000.jpg"
+    (snapshot / "up").symlink_to(tmp_path / "made")
+    for name in ("up/../made/plain.tar", "../../made/plain.tar", f"{tmp_path}/made/plain.tar"):
+        (tmp_path / "list.txt").write_text(f"{name}\n")
+        with pytest.raises(BadInput, match="lies outside"):
+            list(read(listed(tmp_path / "list.txt", snapshot)))
+
+
+@pytest.mark.parametrize("name", ["00000.TAR", "00000.wds", "00000", "00000.tar.gz"])
+def test_a_file_that_is_not_named_as_a_tar_is_refused_when_it_is_listed(tmp_path: Path, name: str) -> None:
+    folder = foreign(tmp_path / "shards", "00000")
+    (folder / "00000.tar").rename(folder / name)
+    (tmp_path / "list.txt").write_text(f"{name}\n")
+    with pytest.raises(BadInput, match=rf"list.txt: {name} is not named \*.tar. Rename it, or name a link"):
+        take(tmp_path, annotations="list.txt", images="shards")
+    (folder / "link.tar").symlink_to(name)
+    (tmp_path / "list.txt").write_text("link.tar\n")
+    assert [row["status"] for row in rows_of(take(tmp_path, annotations="list.txt", images="shards"))] == [SUCCESS] * 3
+
+
 def with_parquet(folder: Path, **columns: list) -> Path:
     foreign(folder, "00000")
     keys = ["000000000", "000000001", "000000002"]

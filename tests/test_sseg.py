@@ -293,7 +293,7 @@ def test_folders_that_are_no_method(tmp_path):
 
 def test_registry():
     assert "sseg" in methods.names() and methods.get("sseg") is sseg
-    with pytest.raises(KeyError, match="no method 'ssegg'"):
+    with pytest.raises(params.ParamsError, match="unknown method 'ssegg': choose from .*sseg"):
         methods.get("ssegg")
 
 

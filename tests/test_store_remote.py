@@ -10,6 +10,7 @@ from toy_stage import STAGE, project
 
 from pipeline import history, remote
 from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.urls import Unreachable
 from pipeline.engine import run
 from pipeline.project import MissingPayload
 
@@ -62,7 +63,7 @@ def test_an_interrupted_push_goes_on_and_is_not_pulled_from(tmp_path, checkout, 
 
     monkeypatch.setattr(place.files, "put_file", fails)
     monkeypatch.setattr(remote, "THREADS", 1)
-    with pytest.raises(OSError, match="the line is down"):
+    with pytest.raises(Unreachable, match=r"payload\.json: cannot be .* written \(OSError: the line is down\)"):
         remote.push(project(checkout).store, place, history.current(checkout)[:1], dry_run=False)
     assert not place.has(history.current(checkout)[0])
     monkeypatch.undo()

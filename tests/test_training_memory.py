@@ -1,6 +1,7 @@
 """The batch that fits: the count of tensors alive, the searches, recomputed blocks, and the command."""
 
 import gc
+import pickle
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from pipeline import methods, trainer
 from pipeline.cli import fit_batch, main
 from pipeline.methods import sseg
 from pipeline.nn.attention import Attention, one_kernel
+from pipeline.nn.matching import BadCost
 from pipeline.training import Loaded
 from pipeline.training.compiling import recompute_blocks
 from pipeline.training.memory import Alive, Spent, allocate, count, largest_counted, largest_tried
@@ -180,3 +182,9 @@ def test_the_command_says_what_fits(tmp_path, monkeypatch, capsys):
     assert int(lines[3].split()[0].replace(",", "")) > 1000
     assert main(["--root", str(root), "fit-batch", "sseg", "--memory", "1M"]) == 1
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_diverged_matching_comes_whole_out_of_another_process():
+    error = BadCost([1, 4])
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is BadCost and other.images == [1, 4] and str(other) == str(error)

@@ -14,6 +14,9 @@ import yaml
 from sseg_cases import make_project
 
 from pipeline import methods
+from pipeline.artifacts.files import BadInput
+from pipeline.artifacts.manifest import Manifest
+from pipeline.params import ParamsError
 from pipeline.project import MissingPayload
 from pipeline.trainer import train
 from stages import open_project
@@ -103,3 +106,22 @@ def test_a_missing_payload_stops_it_first(tmp_path):
     with pytest.raises(MissingPayload, match="--repair pseudo_masks"):
         finish(root)
     assert not (root / "data/checkpoints").exists()
+
+
+@pytest.mark.parametrize("stage", ["download", "filter", "pseudo_masks"])
+def test_manifests_of_different_shards_stop_it_first(tmp_path, stage):
+    root = make_project(tmp_path)
+    path = root / f"data/manifests/{stage}.json"
+    Manifest(stage, Manifest.read(path).rows[:2]).write(path)
+    with pytest.raises(BadInput, match=f"{stage}.json: has no shard 00002. Run `dvc repro {stage}`"):
+        finish(root)
+    assert not (root / "data/checkpoints").exists()
+
+
+def test_parameters_that_do_not_fit_one_another_are_named(tmp_path):
+    root = make_project(tmp_path)
+    values = yaml.safe_load((root / "params.yaml").read_text())
+    values["train"]["sseg"]["decoder"]["heads"] = 5
+    (root / "params.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ParamsError, match=r"train\.sseg: width 16 is not a multiple of 5 heads"):
+        finish(root)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.files import BadInput, atomic_json, fsync_folder, read_json, sha256_file
-from pipeline.artifacts.tables import read_table, write_table
+from pipeline.artifacts.tables import write_table
 
 FILE = "data/manifests/decisions.json"
 SCHEMA = pa.schema([(name, pa.string()) for name in ("shard", "key", "uid", "decision", "of")])
@@ -73,8 +73,3 @@ def of_shard(path: Path, shard: str, uids: Mapping[str, str]) -> dict[str, str]:
             problem = f"row {row['key']} of shard {shard} was another sample when these decisions were made"
             raise BadInput(path, problem, REMEDY)
     return {row["key"]: row["decision"] for row in rows}
-
-
-def read(path: Path) -> pa.Table:
-    """The whole table."""
-    return read_table(path, SCHEMA)

@@ -57,4 +57,4 @@ def decode(
 ) -> Float16[ndarray, "*vectors dim"]:
     """The vectors that the codes stand for, rounded to float16."""
     found = codebook.astype(np.float16)[np.arange(len(codebook)), codes]
-    return found.reshape(*codes.shape[:-1], -1)
+    return found.reshape(*codes.shape[:-1], codebook[:, 0].size)  # -1 is not known of no vectors

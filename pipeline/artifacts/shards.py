@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.artifacts.files import BadInput, atomic_json
 from pipeline.artifacts.tars import index_tar, write_tar
-from pipeline.artifacts.urls import is_url, read_file, read_ranges
+from pipeline.artifacts.urls import PUSH_AGAIN, is_url, read_file, read_ranges
 
 __all__ = ["SCHEMA", "SUCCESS", "Shard", "decode_rgb", "decode_stored", "index_tar", "make_uid", "open_rgb"]
 __all__ += ["read_member", "write_shard", "write_tar"]
@@ -117,7 +117,8 @@ def read_member(tar: Path | str, place: tuple[int, int], name: str) -> bytes:
     """What lies at an offset with a size; no file stays open between two reads. `tar`: its path, or its URL.
 
     Raises:
-        BadInput: the tar ends before (`name` is what the message calls it), or a URL cannot be read.
+        BadInput: the tar ends before; `name` is what the message calls it.
+        Unreachable: a URL cannot be read.
     """
     if is_url(tar):
         return whole(read_ranges([(str(tar), *place)])[0], tar, place, name)
@@ -132,7 +133,7 @@ def read_member(tar: Path | str, place: tuple[int, int], name: str) -> bytes:
 def whole(data: bytes, tar: Path | str, place: tuple[int, int], name: str) -> bytes:
     """`data`, if that is all of the member at `place`; raises BadInput as `read_member`."""
     if len(data) != place[1]:
-        raise BadInput(tar, f"cut off inside {name}", _REPAIR)
+        raise BadInput(tar, f"cut off inside {name}", PUSH_AGAIN if is_url(tar) else _REPAIR)
     return data
 
 
@@ -142,16 +143,17 @@ def read_rows(path: Path | str) -> pa.Table:
     Raises:
         BadInput: absent, torn, or columns of `SCHEMA` missing or of another type.
     """
+    remedy = PUSH_AGAIN if is_url(path) else _REPAIR
     try:
         file = pa.BufferReader(read_file(str(path))) if is_url(path) else path
         table = pq.ParquetFile(file).read()  # read_table takes `a=b` in a path for a column
     except FileNotFoundError:
-        raise BadInput(path, "no such file", _REPAIR) from None
+        raise BadInput(path, "no such file", remedy) from None
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-        raise BadInput(path, f"not a whole Parquet file ({error})", _REPAIR) from error
+        raise BadInput(path, f"not a whole Parquet file ({error})", remedy) from error
     for field in SCHEMA:
         if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
-            raise BadInput(path, f"column {field.name!r} of type {field.type} is missing", _REPAIR)
+            raise BadInput(path, f"column {field.name!r} of type {field.type} is missing", remedy)
     return table
 
 

@@ -74,6 +74,18 @@ def clip_digests(project: Project, block: str, config: type) -> dict[str, str]:
     return {"clip": model_digest(project.encoder("clip")), "settings": settings}
 
 
+def pixel_digests(project: Project, block: str, config: type) -> dict[str, str]:
+    """What a baseline depends on that clusters pixels: no weights, its block and the number of the pseudo-masks."""
+    return {"settings": digest([plain(project.config(block, config)), num_regions(project)])}
+
+
+def num_regions(project: Project) -> int:
+    """Regions of an image's pseudo-mask."""
+    from pipeline.caching import pseudo_masks  # here: it imports numba, and every command imports this package
+
+    return project.config("pseudo_masks", pseudo_masks.Config).k
+
+
 def project_clip(project: Project) -> ClipEncoder:
     """The project's CLIP encoder, on its device."""
     return encoders.load_clip(project.encoder("clip")).to(project.machine.device)

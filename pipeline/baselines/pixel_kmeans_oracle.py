@@ -12,14 +12,12 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from pipeline.artifacts.files import digest
-from pipeline.baselines import RegionOracle
-from pipeline.caching import pseudo_masks
+from pipeline.baselines import RegionOracle, num_regions, pixel_digests
 from pipeline.clustering import kmeans
 from pipeline.inference import nearest
 from pipeline.nn.reading import seed_of
 from pipeline.nn.token_groups import shrunk_colours
-from pipeline.params import Range, plain
+from pipeline.params import Range
 from pipeline.project import Project
 
 BLOCK = "baselines.pixel_kmeans_oracle"
@@ -40,13 +38,12 @@ class Config:
 
 def digests(project: Project) -> dict[str, str]:
     """The parameters: there are no weights."""
-    k = project.config("pseudo_masks", pseudo_masks.Config).k
-    return {"settings": digest([plain(project.config(BLOCK, Config)), k])}
+    return pixel_digests(project, BLOCK, Config)
 
 
 def build(project: Project) -> RegionOracle:
     """The baseline; it runs on the CPU."""
-    config, k = project.config(BLOCK, Config), project.config("pseudo_masks", pseudo_masks.Config).k
+    config, k = project.config(BLOCK, Config), num_regions(project)
 
     def image_regions(image: UInt8[np.ndarray, "height width 3"]) -> Int64[Tensor, "height width"]:
         colours = shrunk_colours(torch.tensor(image), config.shrink)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts.files import BadInput
 from pipeline.checkpoints.source import Source
-from pipeline.checkpoints.tables import Converted, Rule, apply, count, unwrap
+from pipeline.checkpoints.tables import Converted, Rule, converted_file, count
 from pipeline.encoders import open_clip_towers
 
 ENTRY = "state_dict"
@@ -30,10 +30,7 @@ RULES = (
 
 def convert(entries: Mapping[str, Any]) -> Converted:
     """The towers under open_clip's names, float32."""
-    state, left = unwrap(entries, ("state_dict", "model"), BESIDE)
-    converted = apply(state, RULES, IGNORED)
-    converted.ignored.update(left)
-    return converted
+    return converted_file(entries, RULES, IGNORED, wrappers=("state_dict", "model"), beside=BESIDE)
 
 
 def describe(converted: Converted, source: Source) -> tuple[dict[str, Any], nn.Module]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.artifacts.files import BadInput
 from pipeline.checkpoints.source import Source
-from pipeline.checkpoints.tables import Converted, Rule, apply, unwrap
+from pipeline.checkpoints.tables import Converted, Rule, converted_file
 from pipeline.encoders import timm_dino
 from pipeline.encoders.files import WRAPPERS
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
@@ -31,10 +31,7 @@ IGNORED = {
 
 def convert(entries: Mapping[str, Any]) -> Converted:
     """The backbone under timm's names."""
-    state, left = unwrap(entries, WRAPPERS, BESIDE)
-    converted = apply(state, RULES, IGNORED)
-    converted.ignored.update(left)
-    return converted
+    return converted_file(entries, RULES, IGNORED, wrappers=WRAPPERS, beside=BESIDE)
 
 
 def describe(converted: Converted, source: Source) -> tuple[dict[str, Any], nn.Module]:

@@ -19,7 +19,7 @@ from pipeline.checkpoints.groupvit_keys import (
     stage_rules,
 )
 from pipeline.checkpoints.source import Source
-from pipeline.checkpoints.tables import Converted, Rule, apply, count, position_grid, unwrap
+from pipeline.checkpoints.tables import Converted, Rule, converted_file, count, position_grid
 from pipeline.methods import groupvit
 
 METHOD = "groupvit"
@@ -127,10 +127,7 @@ SECOND_SCALE = "multi_label_temperature.log_scale"
 
 def convert(entries: Mapping[str, Any]) -> Converted:
     """The model under our names."""
-    state, left = unwrap(entries, (ENTRY,), BESIDE)
-    converted = apply(state, RULES, IGNORED)
-    converted.ignored.update(left)
-    return converted
+    return converted_file(entries, RULES, IGNORED, wrappers=(ENTRY,), beside=BESIDE)
 
 
 def describe(converted: Converted, _source: Source) -> tuple[dict[str, Any], nn.Module]:

@@ -16,7 +16,7 @@ from pipeline.artifacts.files import BadInput
 from pipeline.checkpoints import groupvit
 from pipeline.checkpoints.groupvit_keys import STAGES, fused, mlp, projector, renamed, stage_rules
 from pipeline.checkpoints.source import Source
-from pipeline.checkpoints.tables import Converted, Rule, apply, position_grid, unwrap
+from pipeline.checkpoints.tables import Converted, Rule, converted_file, position_grid
 
 ENTRY = "state_dict"
 IGNORED = {
@@ -69,8 +69,7 @@ EXPECTED = {
 
 def convert(entries: Mapping[str, Any]) -> Converted:
     """The model under our names."""
-    state, _ = unwrap(entries, (ENTRY,), {})
-    return apply(state, RULES, IGNORED)
+    return converted_file(entries, RULES, IGNORED, wrappers=(ENTRY,), beside={})
 
 
 def describe(converted: Converted, source: Source) -> tuple[dict[str, Any], nn.Module]:

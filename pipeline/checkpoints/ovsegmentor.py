@@ -18,7 +18,7 @@ from pipeline.artifacts.files import BadInput
 from pipeline.checkpoints.groupvit import BESIDE, ENTRY, IMAGE, PROJECTORS, RELEASED
 from pipeline.checkpoints.groupvit_keys import BLOCK, grouping_of, mlp, patches_of, projections, projector, renamed
 from pipeline.checkpoints.source import Source
-from pipeline.checkpoints.tables import Converted, Rule, apply, count, unwrap
+from pipeline.checkpoints.tables import Converted, Rule, converted_file, count
 from pipeline.methods import ovsegmentor
 
 METHOD = "ovsegmentor"
@@ -123,10 +123,7 @@ MASK = {
 
 def convert(entries: Mapping[str, Any]) -> Converted:
     """The model under our names."""
-    state, left = unwrap(entries, (ENTRY,), BESIDE)
-    converted = apply(state, RULES, IGNORED)
-    converted.ignored.update(left)
-    return converted
+    return converted_file(entries, RULES, IGNORED, wrappers=(ENTRY,), beside=BESIDE)
 
 
 def describe(converted: Converted, source: Source) -> tuple[dict[str, Any], nn.Module]:

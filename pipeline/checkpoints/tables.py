@@ -127,6 +127,21 @@ def unwrap(
         values = inner
 
 
+def converted_file(
+    entries: Mapping[str, Any],
+    rules: Sequence[Rule],
+    ignored: Mapping[str, str],
+    *,
+    wrappers: Sequence[str],
+    beside: Mapping[str, str],
+) -> Converted:
+    """The tensors under `wrappers` by the rules (`unwrap`, `apply`); what lay beside them is ignored too."""
+    state, left = unwrap(entries, wrappers, beside)
+    converted = apply(state, rules, ignored)
+    converted.ignored.update(left)
+    return converted
+
+
 def count(state: Mapping[str, Tensor], pattern: str) -> int:
     """How many different numbers the pattern's group takes over all names: depths, stages, layers."""
     return len({match.group(1) for name in state if (match := re.match(pattern, name))})

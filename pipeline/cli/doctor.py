@@ -22,6 +22,7 @@ PACKAGES = (
     "zarr",
     "dvc",
 )
+INSTEAD = {"faiss-cpu": "faiss-gpu-cu12"}  # GROUPS="... gpu" puts it in the other's place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
 
 def checks(project: Project, *, offline: bool) -> Iterator[tuple[str, str, str]]:
     """(state, what, text) with state `ok`, `missing` or `fetch` (would be downloaded)."""
-    yield "ok", "packages", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    yield _packages()
     yield _device(project)
     free = shutil.disk_usage(project.root).free
     yield "ok" if free > GIB else "missing", "disk", f"{free / GIB:.1f} GiB free at {project.root}"
@@ -55,6 +56,22 @@ def checks(project: Project, *, offline: bool) -> Iterator[tuple[str, str, str]]
         yield _encoder(project, name, offline=offline)
     for benchmark in project.params["evaluate"]["benchmarks"]:
         yield _benchmark(project, benchmark)
+
+
+def _packages() -> tuple[str, str, str]:
+    found, absent = [], []
+    for name in PACKAGES:
+        for package in (name, INSTEAD.get(name, name)):
+            try:
+                found.append(f"{package} {importlib.metadata.version(package)}")
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        else:
+            absent.append(name)
+    if absent:
+        return "missing", "packages", f"{', '.join(absent)}: not installed; `make setup` installs what the locks name"
+    return "ok", "packages", ", ".join(found)
 
 
 def _device(project: Project) -> tuple[str, str, str]:
@@ -91,18 +108,31 @@ def _annotations(project: Project) -> Iterator[tuple[str, str, str]]:
 
 
 def _encoder(project: Project, name: str, *, offline: bool) -> tuple[str, str, str]:
-    from pipeline.artifacts.weights import CONFIG
+    from pipeline.artifacts.weights import CONFIG, load_config
 
-    source = project.params["encoders"][name]["source"]
-    if (project.encoder(name) / CONFIG).exists():
-        return "ok", f"encoders.{name}", f"{source}, in {project.encoder(name)}"
+    source, folder = project.params["encoders"][name]["source"], project.encoder(name)
+    replaced = ""
+    if (folder / CONFIG).exists():
+        try:
+            saved = load_config(folder).get("source", "no source that is known")
+        except BadInput as error:
+            return "missing", f"encoders.{name}", str(error)
+        if saved == source:
+            return "ok", f"encoders.{name}", f"{source}, in {folder}"
+        replaced = f"; {folder} is of another source ({saved}) and will be replaced"
+    state, text = _absent_encoder(project, source, offline=offline)
+    return state, f"encoders.{name}", text + replaced
+
+
+def _absent_encoder(project: Project, source: str, *, offline: bool) -> tuple[str, str]:
+    """How the weights of that source will come."""
     if source == "train":
-        return "ok", f"encoders.{name}", "will be trained here by the encoders stage"
+        return "ok", "will be trained here by the encoders stage"
     if source.startswith("file:"):
         path = project.path(source.removeprefix("file:").partition("#")[0])
-        return "ok" if path.exists() else "missing", f"encoders.{name}", str(path)
+        return "ok" if path.exists() else "missing", str(path)
     advice = "downloads on first use; without a network set source to file:<path of the weights>"
-    return "missing" if offline else "fetch", f"encoders.{name}", f"{source}: {advice}"
+    return "missing" if offline else "fetch", f"{source}: {advice}"
 
 
 def _benchmark(project: Project, benchmark: dict[str, Any]) -> tuple[str, str, str]:

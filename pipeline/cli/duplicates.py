@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", type=Path, action="append", default=[], help="folder of a benchmark's test images; may be repeated"
     )
-    parser.add_argument("--distance", type=int, default=3, help="bits of 64 in which near images differ (default: 3)")
+    parser.add_argument(
+        "--distance", type=int, default=3, help="most differing bits, of 64, between near images (default: 3)"
+    )
 
 
 def run(arguments: argparse.Namespace, project: Project) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline import methods
-from pipeline.cli.sizes import parse_size
+from pipeline.cli.sizes import UNITS, parse_size
 from pipeline.machine import use_device
 from pipeline.project import Project
 from pipeline.trainer import pair_loader, read_data, start
@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("method", choices=methods.names())
     parser.add_argument(
-        "--memory", type=parse_size, metavar="SIZE", help="such as 24G; default: all that this device has"
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help=f"such as 24G or 24GiB ({UNITS}); default: all that this device has",
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import get_args
 
 from pipeline.artifacts.files import BadInput, atomic_write, json_bytes
 from pipeline.artifacts.shards import SUCCESS, read_rows
+from pipeline.params import check_out, positive
 from pipeline.project import Project
-from pipeline.sources import annotations, yfcc15m
+from pipeline.sources import annotations, rows, yfcc15m
 from pipeline.sources.annotations import Annotations
 from pipeline.text import abstract, mining, tagging
 from pipeline.text.verdicts import where
+
+# What readers of lists say for the download stage, said for the options of this command.
+REMEDY = "Set --list (and --source, --layout, --url-column, --caption-column) to a list that is there"
+SETTING = re.compile(r"\bdownload\.(\w+)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,18 +31,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", default="named", choices=get_args(annotations.Layout))
     parser.add_argument("--url-column", help="default: url; of yfcc15m, s3")
     parser.add_argument("--caption-column", help="default: caption; of yfcc15m, description")
-    parser.add_argument("--top", type=int, default=500, help="words, synonyms not counted (default: 500)")
-    parser.add_argument("--min-count", type=int, default=20, help="captions that mention a word (default: 20)")
     parser.add_argument(
-        "--rule", default="auto", choices=("auto", "wordnet", "shipped"), help="what tells things apart"
+        "--top", type=positive, default=500, help="most words that are taken, synonyms not counted (default: 500)"
+    )
+    parser.add_argument(
+        "--min-count",
+        type=positive,
+        default=20,
+        metavar="CAPTIONS",
+        help="leave out words that fewer captions mention (default: 20)",
+    )
+    parser.add_argument(
+        "--rule",
+        default="auto",
+        choices=("auto", "wordnet", "shipped"),
+        help="how things (dog) are told from other nouns (joy): by WordNet's categories, or by a list that comes with "
+        "this program; auto: WordNet where nltk has it",
     )
     parser.add_argument("--tagger", default="auto", choices=get_args(tagging.Choice))
 
 
 def run(arguments: argparse.Namespace, project: Project) -> int:
-    """Count nouns, choose, write both files."""
-    if arguments.out.suffix != ".json" or arguments.top < 1 or arguments.min_count < 1:
-        raise BadInput(arguments.out, "not a .json file, or --top or --min-count below 1", "See tessera mine --help")
+    """Count nouns, choose, write both files.
+
+    Raises:
+        BadInput: the captions or WordNet's files are absent or broken, or no word is left.
+        ParamsError: OUT cannot be written.
+    """
+    if arguments.out.suffix != ".json":
+        raise BadInput(arguments.out, "not a .json file", "See tessera mine --help")
+    check_out(arguments.out, "OUT")
     paths = [] if arguments.rule == "shipped" else tagging.nltk_paths()
     rule, source = abstract.find(arguments.rule, paths), tagging.resolve(arguments.tagger)
     counts = mining.count(_captions(arguments, project), tagging.load(source))
@@ -68,6 +92,15 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
 
 def _captions(arguments: argparse.Namespace, project: Project) -> Iterator[str]:
     if arguments.list is not None:
+        yield from _listed(arguments, project)
+        return
+    for row, folder in project.inputs("download"):
+        table = where(read_rows(folder / f"{row.shard}.parquet"), "status", SUCCESS)
+        yield from (caption or "" for caption in table["caption"].to_pylist())
+
+
+def _listed(arguments: argparse.Namespace, project: Project) -> Iterator[str]:
+    try:
         path, usual = arguments.list, ("s3", "description") if arguments.source == "yfcc15m" else ("url", "caption")
         columns = (arguments.url_column or usual[0], arguments.caption_column or usual[1])
         if arguments.source == "yfcc15m":
@@ -82,7 +115,10 @@ def _captions(arguments: argparse.Namespace, project: Project) -> Iterator[str]:
             weight=1.0,
         )
         yield from (row.caption for row in annotations.read(wanted))
-        return
-    for row, folder in project.inputs("download"):
-        table = where(read_rows(folder / f"{row.shard}.parquet"), "status", SUCCESS)
-        yield from (caption or "" for caption in table["caption"].to_pylist())
+    except BadInput as error:
+        remedy = SETTING.sub(_option, error.remedy.replace(rows.REMEDY, REMEDY))
+        raise BadInput(error.file, error.problem, remedy) from error
+
+
+def _option(setting: re.Match[str]) -> str:
+    return "--list" if setting[1] == "annotations" else f"--{setting[1].replace('_', '-')}"

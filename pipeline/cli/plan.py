@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
 
-from pipeline.cli.sizes import parse_size
+from pipeline.cli.sizes import UNITS, parse_size
 from pipeline.params import ParamsError
 from pipeline.planning import amounts, record
 from pipeline.planning.disk import Budget, budget
@@ -23,12 +24,14 @@ TFLOPS = 200.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "--disk", type=parse_size, metavar="SIZE", help="bytes that the plan may take in all, such as 500G"
+        "--disk", type=parse_size, metavar="SIZE", help=f"what the plan may take in all, such as 500G ({UNITS})"
     )
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help=f"core-seconds of one measurement, at most (default {SECONDS:g})"
     )
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help=f"a GPU's pace (default {TFLOPS:g})")
+    parser.add_argument(
+        "--tflops", type=float, default=TFLOPS, help=f"TFLOP/s at which GPU-hours are counted (default {TFLOPS:g})"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again, though nothing changed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
         BadInput: the parameters ask for inputs that are absent.
         ParamsError: a number that makes no sense.
     """
-    if arguments.seconds <= 0 or arguments.tflops <= 0:
+    if not (0 < arguments.seconds < math.inf and 0 < arguments.tflops < math.inf):
         raise ParamsError("--seconds, --tflops: expected a number above 0")
     os.environ["HF_HUB_OFFLINE"] = "1"  # a plan asks no other machine; timm's weights are not needed
     amount = amounts.of_download(project)

@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace, _project: None) -> int:
 def write(folder: Path, name: str, settings: list[str], target: Path) -> None:
     """Write `target` from the base, the overlay of that name and `key=value` settings, and check every value.
 
-    Comments and the order of the base are kept. A value is YAML (`[1, 2]`, `true`, `0.5`).
+    Comments and the order of the base are kept. A value is YAML (`[1, 2]`, `true`, `0.5`). Mappings that
+    have names of models, benchmarks or weights as keys (`chain.takes_any_key`) take further keys; nothing else does.
 
     Raises:
         ParamsError: a key that the base does not have, or a bad value; nothing is written.
@@ -50,7 +51,7 @@ def write(folder: Path, name: str, settings: list[str], target: Path) -> None:
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     values = editor.load((folder / "base.yaml").read_text(encoding="utf-8"))
-    _overlay(values, params.read(folder / f"{name}.yaml"), "")
+    _overlay(values, params.read(folder / f"{name}.yaml"), ())
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
@@ -62,7 +63,7 @@ def write(folder: Path, name: str, settings: list[str], target: Path) -> None:
             raise params.ParamsError(f"-S {setting}: the value is not YAML ({problem})") from error
         for part in reversed(key.split(".")):
             change = {part: change}
-        _overlay(values, change, "")
+        _overlay(values, change, ())
     values["profile"] = name
     temporary = target.with_suffix(".candidate.yaml")
     try:
@@ -74,14 +75,13 @@ def write(folder: Path, name: str, settings: list[str], target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _overlay(values: MutableMapping, changes: Mapping, where: str) -> None:
+def _overlay(values: MutableMapping, changes: Mapping, place: tuple[str, ...]) -> None:
+    """Put the changes into the mapping at that place of the parameters; mappings are merged, all else is replaced."""
     for key, value in changes.items():
-        name = f"{where}{key}"
-        if key not in values:
+        if key not in values and not (place and chain.takes_any_key(place)):
+            name = ".".join((*place, str(key)))
             raise params.ParamsError(f"{name}: unknown key; known keys here are {', '.join(map(str, values))}")
-        if (
-            isinstance(value, Mapping) and isinstance(values[key], Mapping) and values[key]
-        ):  # an empty one takes any keys
-            _overlay(values[key], value, f"{name}.")
+        if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
+            _overlay(values[key], value, (*place, str(key)))
         else:
             values[key] = value

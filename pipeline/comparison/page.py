@@ -17,9 +17,9 @@ from pipeline.datasets.benchmarks import Benchmark, open_benchmark
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config
 from pipeline.evaluation.pairs import benchmark_root
-from pipeline.params import ParamsError
+from pipeline.params import ParamsError, check_out
 from pipeline.prediction.drawing import overlay
-from pipeline.prediction.predictor import Options, Predictor, read_labels
+from pipeline.prediction.predictor import Options, Predictor, first_entry, read_labels
 from pipeline.project import Project
 
 SIDE = 480  # longer side of a photograph in the page, at most, pixels
@@ -37,6 +37,9 @@ def make(arguments: argparse.Namespace, project: Project) -> str:
     torch.set_num_threads(project.machine.threads)
     if arguments.out.suffix.lower() != ".html":
         raise ParamsError(f"--out: expected a name that ends in .html, found {arguments.out}")
+    check_out(arguments.out, "--out")
+    if arguments.seed < 0:
+        raise ParamsError(f"--seed: expected 0 or more, found {arguments.seed}")
     if arguments.models[0] == arguments.models[1]:
         raise ParamsError("--models: expected two different ones")
     benchmark = _benchmark(arguments, config, project)
@@ -75,10 +78,8 @@ def make(arguments: argparse.Namespace, project: Project) -> str:
 
 
 def _benchmark(arguments: argparse.Namespace, config: Config, project: Project) -> Benchmark:
-    known = {entry.name: entry.root for entry in config.benchmarks}
-    if not known:  # the first one's rules hold for any photograph, see `Predictor`
-        raise ParamsError("evaluate.benchmarks: expected one or more, found none")
-    name = arguments.benchmark or config.benchmarks[0].name
+    first = first_entry(config).name  # needed whatever is named, see `Predictor`
+    name, known = arguments.benchmark or first, {entry.name: entry.root for entry in config.benchmarks}
     if arguments.layout_root:
         return open_benchmark(name, Path(arguments.layout_root), config.protocol)
     if name not in known:

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int16, UInt8
 
-from pipeline.artifacts.files import BadInput, digest, read_json, sha256_file
+from pipeline.artifacts.files import BadInput, read_json
 from pipeline.conversion.shapes import image_size, is_finite, segmentation_mask
-from pipeline.conversion.writing import MaskJob, write_masks
+from pipeline.conversion.writing import MaskJob, MaskKeys, write_masks
 from pipeline.datasets.benchmarks import read_layout
 from pipeline.datasets.label_ids import label_table, read_indices, to_labels
 from pipeline.datasets.splits import is_image_id
 
 NAME = "coco_object"
 VERSION = 1  # of what the masks hold
+MAPS_KEYS = MaskKeys(NAME, "maps", VERSION)
+INSTANCES_KEYS = MaskKeys(NAME, "instances", VERSION)
 MADE = "TrainIds"  # in the name of a map that is no original
 MAPS_REMEDY = "Unpack stuffthingmaps_trainval2017.zip into coco/annotations, or convert with --instances"
 JSON_REMEDY = "Unpack annotations_trainval2017.zip into coco again"
@@ -64,7 +66,7 @@ def _from_maps(folder: Path, layout: dict[str, Any], split: str) -> tuple[list[M
     jobs = [
         MaskJob(
             path=_mask_path(folder, layout, f"{split}/{source.stem}"),
-            key=partial(_file_key, source),
+            key=partial(MAPS_KEYS.of_file, source),
             make=partial(_read_map, source),
         )
         for source in sources
@@ -149,17 +151,9 @@ def _paint(parts: list[tuple[int, int, Any]], size: tuple[int, int], path: Path)
     return label
 
 
-def _key(source: str, value: Any) -> str:
-    return digest([NAME, source, VERSION, value])
-
-
 def _parts_key(parts: list[tuple[int, int, Any]], size: tuple[int, int], path: Path) -> str:
     try:
-        return _key("instances", (*size, parts))
+        return INSTANCES_KEYS.of((*size, parts))
     except ValueError as error:
         number = next(number for number, _, segmentation in parts if not is_finite(segmentation))
         raise BadInput(path, f"annotation {number} is broken ({error})", JSON_REMEDY) from error
-
-
-def _file_key(path: Path) -> str:
-    return _key("maps", sha256_file(path))

@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int16, UInt8
 
-from pipeline.artifacts.files import BadInput, atomic_write, digest, read_json, sha256_file
+from pipeline.artifacts.files import BadInput, atomic_write, read_json
 from pipeline.conversion.shapes import image_size, is_finite, rle_mask
-from pipeline.conversion.writing import MaskJob, Written, write_masks
+from pipeline.conversion.writing import MaskJob, MaskKeys, Written, write_masks
 from pipeline.datasets.benchmarks import read_layout
 from pipeline.datasets.label_ids import label_table, to_labels
 from pipeline.datasets.splits import is_image_id, listed_ids
 
 NAME = "context"
 VERSION = 1  # of what the masks hold
+MAPS_KEYS = MaskKeys(NAME, "mat", VERSION)
+DETAIL_KEYS = MaskKeys(NAME, "detail", VERSION)
 RAW_IDS = 460  # 0 and the annotated classes
 SPLITS = ("train", "val")
 JSON_FILE = "trainval_merged.json"
@@ -138,7 +140,7 @@ def _from_maps(folder: Path, layout: dict[str, Any], maps: Path) -> tuple[dict[s
         source = maps / f"{name}.mat"
         if not source.is_file():
             raise BadInput(source, "no such file, but ImageSets/Main lists it", MAT_REMEDY)
-        key = partial(_file_key, source)
+        key = partial(MAPS_KEYS.of_file, source)
         jobs.append(MaskJob(path=folder / layout["masks"].format(id=name), key=key, make=partial(_read_map, source)))
     return ids, jobs
 
@@ -155,20 +157,12 @@ def _read_map(path: Path) -> UInt8[np.ndarray, "height width"]:
     return to_labels(raw.astype(np.int64), raw_table(), path)
 
 
-def _key(source: str, value: Any) -> str:
-    return digest([NAME, source, VERSION, value])
-
-
 def _parts_key(parts: Iterable[tuple[int, dict[str, Any]]], size: tuple[int, int], path: Path, name: str) -> str:
     try:
-        return _key("detail", (*size, parts))
+        return DETAIL_KEYS.of((*size, parts))
     except ValueError as error:
         category = next(category for category, segmentation in parts if not is_finite(segmentation))
         raise _broken(path, name, category, error) from error
-
-
-def _file_key(path: Path) -> str:
-    return _key("mat", sha256_file(path))
 
 
 def _image_id(file_name: str, path: Path) -> str:

@@ -8,14 +8,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from pipeline.artifacts.files import atomic_write
+from pipeline.artifacts.files import atomic_write, digest, sha256_file
 
 ENTRY = "tessera"
+
+
+@dataclass(frozen=True, slots=True)
+class MaskKeys:
+    """Digests of what a conversion's masks are made from.
+
+    Attributes:
+        benchmark: whose masks they are.
+        source: what they are made from, of the several that the benchmark may have.
+        version: of what the masks hold.
+    """
+
+    benchmark: str
+    source: str
+    version: int
+
+    def of(self, value: Any) -> str:
+        """Of plain values."""
+        return digest([self.benchmark, self.source, self.version, value])
+
+    def of_file(self, path: Path) -> str:
+        """Of a file's bytes."""
+        return self.of(sha256_file(path))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -93,23 +93,35 @@ class PairTransform:
 
 @dataclass(frozen=True, slots=True)
 class PairCollate:
-    """Stack and tokenise."""
+    """Stack and tokenise.
+
+    Raises:
+        ValueError: of a batch's images some have pseudo-masks, and some none.
+    """
 
     tokenizer: Callable[[list[str]], Int64[Tensor, "batch length"]]
 
     def __call__(self, prepared: list[Prepared], uids: list[str]) -> Packed[TrainBatch]:
         captions = [item.caption for item in prepared]
-        regions = [item.regions for item in prepared if item.regions is not None]
         rows = [self.tokenizer(list(texts)) for texts in zip(*(item.prompts for item in prepared), strict=True)]
         others = {
             "captions": captions,
             "token_ids": self.tokenizer(captions),
-            "regions": torch.from_numpy(np.stack(regions)) if regions else None,
+            "regions": _stacked([item.regions for item in prepared]),
             "uids": uids,
             "prompt_ids": torch.stack(rows) if rows else None,
         }
         pixels = stack_pixels([item.pixels for item in prepared], [item.erased for item in prepared])
         return Packed(TrainBatch, {"pixels": pixels}, others)
+
+
+def _stacked(
+    regions: Sequence[UInt8[ndarray, "grid_h grid_w"] | None],
+) -> UInt8[Tensor, "batch grid_h grid_w"] | None:
+    there = [labels for labels in regions if labels is not None]
+    if there and len(there) < len(regions):
+        raise ValueError(f"{len(regions) - len(there)} of {len(regions)} images of a batch have no pseudo-masks")
+    return torch.from_numpy(np.stack(there)) if there else None
 
 
 def seen_tokens(

@@ -95,11 +95,6 @@ class Benchmark:
         return self.classes[1:] if self.has_background else self.classes
 
     @property
-    def num_test_images(self) -> int | None:
-        """Size of the whole test split; None where it is not fixed."""
-        return self.test_sizes[0] if self.test_sizes else None
-
-    @property
     def folder(self) -> Path:
         """The folder that holds images, masks and splits."""
         return self.root / self.layout["folder"]

@@ -21,6 +21,7 @@ from numpy import ndarray
 
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.shards import decode_stored, read_member
+from pipeline.artifacts.urls import Unreachable
 from pipeline.datasets.joined import PairShard, Sample, aligned
 from pipeline.text.index import EntityIndex
 from pipeline.text.verdicts import kept
@@ -61,7 +62,11 @@ class Partners:
         return type(self), self._made_of
 
     def draw(self, sample: Sample, rng: Random) -> Partner | None:
-        """A partner, or None for a sample without an entity or when no drawn picture decodes."""
+        """A partner, or None for a sample without an entity or when no drawn picture decodes.
+
+        Raises:
+            Unreachable: a second store cannot be read; another partner would be another result.
+        """
         for _ in range(ATTEMPTS):
             found = self.place(sample, rng)
             if found is None:
@@ -69,6 +74,8 @@ class Partners:
             entity, shard, row = found
             try:
                 return Partner(entity, self._image(shard, row), (shard, row))
+            except Unreachable:
+                raise
             except BadInput:
                 continue
         return None

@@ -69,7 +69,7 @@ class Preparation:
         """The batch of the rows whose images decode. `begin` is called with the number of each row in turn.
 
         Raises:
-            BadInput: none decodes; or one that lies in a second store cannot be read there.
+            BadInput: none decodes. Unreachable: one that lies in a second store cannot be read there.
             SampleFailed: `prepare` raised another error than BadInput.
         """
         prepared, uids, failures = [], [], []
@@ -122,6 +122,7 @@ class Workers:
         context.set_forkserver_preload(PRELOADED)
         slots = ready + HELD
         self._size = int(MARGIN * sum(len(buffer) + ALIGNMENT for buffer in _dump(like)[1]))
+        self._size += -self._size % ALIGNMENT
         self._memory = context.RawArray("B", self._size * slots)
         self._free = deque(range(0, self._size * slots, self._size) if self._size else ())
         self._idle: SimpleQueue[_Worker] = SimpleQueue()

@@ -31,14 +31,14 @@ def key_of(project: Project, name: released.Kind, config: Any) -> str:
 
 
 def obtain(project: Project, name: released.Kind, config: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and config, read, downloaded or trained."""
+    """Weights and config, read, downloaded or trained.
+
+    Raises:
+        BadInput: the manifests are of different shards; or an input is not there, or cannot be used.
+    """
     if config.source != released.TRAIN:
         return released.resolve(name, config.source, project.root)
-    filtered = dict((row.shard, folder) for row, folder in project.inputs("filter"))
-    pairs = [
-        PairShard(name=row.shard, download=folder, filtered=filtered[row.shard], masks=None)
-        for row, folder in project.places("download")
-    ]
+    pairs = _pairs(project)
     run = Run.of(project, f"encoders-{name}", key)
     torch.set_num_threads(project.machine.threads)
     if name == "dino":
@@ -47,6 +47,13 @@ def obtain(project: Project, name: released.Kind, config: Any, key: str) -> tupl
         found = runs.train_clip(config.train, pairs, project.encoder("dino"), run, project.machine)
     remove_siblings(run.checkpoints)
     return found
+
+
+def _pairs(project: Project) -> list[PairShard]:
+    filtered = {row.shard: folder for row, folder in project.inputs("filter")}
+    images = {row.shard: place for row, place in project.places("download")}
+    project.require_shards({"download": images, "filter": filtered})
+    return [PairShard(name=name, download=place, filtered=filtered[name], masks=None) for name, place in images.items()]
 
 
 def provide(project: Project, name: released.Kind) -> None:

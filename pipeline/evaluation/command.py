@@ -16,7 +16,7 @@ from pipeline.evaluation.config import BenchmarkConfig, Config
 from pipeline.evaluation.pairs import SCENES, benchmark_root, evaluate, open_pair
 from pipeline.evaluation.scoring import Watcher
 from pipeline.evaluation.stage import summary
-from pipeline.params import ParamsError
+from pipeline.params import ParamsError, check_out, positive
 from pipeline.project import Project
 
 
@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--root",
         dest="layout_root",  # `tessera --root` is the checkout
         metavar="DIR",
-        help="folder that holds the official layout, such as VOCdevkit (default: the one in params.yaml)",
+        help="folder that contains VOCdevkit, coco, ... (default: the one in params.yaml)",
     )
     parser.add_argument("--protocol", choices=("native", "unified"), help="default: evaluate.protocol in params.yaml")
-    parser.add_argument("--limit", type=int, metavar="N", help="score the first N images only")
+    parser.add_argument("--limit", type=positive, metavar="N", help="score the first N images only")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     parser.add_argument(
         "--maps",
@@ -54,8 +54,9 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     """
     config = project.config("evaluate", Config)
     torch.set_num_threads(project.machine.threads)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ParamsError(f"--limit: expected at least 1, found {arguments.limit}")
+    check_out(arguments.out, "--out")
+    if arguments.maps is not None:
+        check_out(arguments.maps, "--maps", folder=True)
     entry, root = _entry(arguments, config, project)
     protocol = arguments.protocol or config.protocol
     pair = open_pair(arguments.model, entry, root, protocol, config, project)

@@ -140,42 +140,50 @@ def score(
         BadInput: every pixel of the images is ignored.
     """
     model = candidate.model
-    if isinstance(model, ScoreModel):
-        runs = _rule_runs(model, benchmark, settings, step)
-    else:
-        runs = [_label_run(model, benchmark)]
+    scores = isinstance(model, ScoreModel)
+    runs = _rule_runs(model, benchmark, settings, step) if scores else [_label_run(model, benchmark)]
     boundaries = BoundaryIoU(len(benchmark.classes), benchmark.ignore_index)
     reported: list[Watcher] = [lambda sample, predicted: boundaries.update(predicted, sample.label), *watchers]
     regions = None
-    if candidate.regions is not None or isinstance(model, ScoreModel):
+    if candidate.regions is not None or scores:
         regions = RegionScore(benchmark, candidate.regions)
         reported.append(regions.update)
     names = _classification(model, benchmark, settings) if isinstance(model, ImageModel) else None
     started = time.perf_counter()
     for samples in benchmark.parts(ids):
-        tally(samples, runs, step, reported)
+        count_answers(samples, runs, step, reported)
         if names is not None:
             names.update(samples)
     rate = len(ids) / max(time.perf_counter() - started, 1e-9)
-    first, *others = runs
+    first = runs[0]
     if not first.counts.total.counts.any():
         remedy = "Are these the masks of this benchmark? Name images that hold one of its classes"
         raise BadInput(benchmark.split_path("test"), "no pixel of these images counts", remedy)
+    beside = {
+        "boundary_miou": fraction(boundaries.miou()),
+        **(names.report() if names else {}),
+        **(regions.report() if regions else {}),
+    }
+    report = _report(candidate, benchmark, runs) | beside
+    return Scored(report=report, per_image=first.counts.per_image, answer=first.answer, rate=rate)
+
+
+def _report(candidate: Candidate, benchmark: Benchmark, runs: Sequence[Run]) -> dict[str, Any]:
+    """What the label maps of the first run say, and of the others in brief."""
+    first, *others = runs
+    num_images = len(first.counts.areas)
     report = {
         "benchmark": benchmark.name,
         "class_names": list(benchmark.classes),
         "method": candidate.name,
-        "num_images": len(ids),
-        "num_test_images": benchmark.whole(len(ids)),
+        "num_images": num_images,
+        "num_test_images": benchmark.whole(num_images),
         "precision": candidate.precision,
         "protocol": benchmark.protocol,
         **first.described(),
         **figures(first.counts.total, benchmark),
         **by_split(first.counts.total, benchmark),
-        "boundary_miou": fraction(boundaries.miou()),
         **uncertainty(torch.stack(first.counts.areas).numpy()),
-        **(names.report() if names else {}),
-        **(regions.report() if regions else {}),
         "confused": confused(first.counts.total, benchmark.classes, MISTAKES),
         "other_backgrounds": {
             (said := run.described())["background"]: brief(said, run.counts.total, benchmark) for run in others
@@ -183,10 +191,10 @@ def score(
     }
     if len(benchmark.classes) <= CONFUSION_CLASSES:
         report["confusion"] = first.counts.total.counts.tolist()
-    return Scored(report=report, per_image=first.counts.per_image, answer=first.answer, rate=rate)
+    return report
 
 
-def tally(
+def count_answers(
     samples: Sequence[Sample], runs: Sequence[Run], step: Callable[[], object], watchers: Sequence[Watcher] = ()
 ) -> None:
     """Count each run's answers to the images; the watchers are told the first run's."""

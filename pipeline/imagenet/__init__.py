@@ -21,10 +21,11 @@ from pipeline.artifacts.weights import load_config
 from pipeline.evaluation import candidates
 from pipeline.evaluation.classification import ImageModel
 from pipeline.evaluation.config import Config, pick
+from pipeline.evaluation.scoring import Candidate
 from pipeline.imagenet import folders, probe
 from pipeline.inference import class_embeddings
 from pipeline.interfaces import ClipEncoder
-from pipeline.params import ParamsError
+from pipeline.params import ParamsError, check_out, positive
 from pipeline.project import Project
 from pipeline.text.prompts import TemplateSet, templates
 
@@ -44,9 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sentences that a name is put in (default %(default)s: GroupViT's 7)",
     )
     parser.add_argument(
-        "--side", type=int, metavar="PIXELS", help="of the crop, from a picture 256/224 as large (default: as trained)"
+        "--side",
+        type=positive,
+        metavar="PIXELS",
+        help="of the crop, from a picture 256/224 as large (default: as trained)",
     )
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="IMAGES", help="default %(default)s")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
 
 
@@ -58,15 +62,11 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     """
     config, machine = project.config("evaluate", Config), project.machine
     torch.set_num_threads(machine.threads)
-    candidate = candidates.load(arguments.model, project, config.geometry)
-    model = candidate.model
-    if not isinstance(model, ImageModel):
-        raise ParamsError(f"--model: {candidate.name} has no vector of a whole image; choose a model that has")
+    check_out(arguments.out, "--out")
+    candidate, model = _load(arguments.model, config, project)
     side = trained_side(arguments.model, model, project) if arguments.side is None else arguments.side
     if side is None:
         raise ParamsError(f"--side: {candidate.name} does not say on how large images it was trained; name their side")
-    if side < 1:
-        raise ParamsError(f"--side: expected at least 1, found {side}")
 
     def read(root: Path) -> folders.Encoded:
         images = folders.list_images(root)
@@ -100,6 +100,20 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     atomic_json(arguments.out, report)
     print(f"{summary(report)}. Written to {arguments.out}")
     return 0
+
+
+def _load(spec: str, config: Config, project: Project) -> tuple[Candidate, ImageModel]:
+    """The candidate, and its model.
+
+    Raises:
+        BadInput: its weights are absent or broken. ParamsError: it has no vector of an image, or is none.
+    """
+    if candidates.is_student(spec):
+        raise ParamsError(f"--model: {spec} answers one benchmark and has no vector of a whole image")
+    candidate = candidates.load(spec, project, config.geometry)
+    if not isinstance(candidate.model, ImageModel):
+        raise ParamsError(f"--model: {candidate.name} has no vector of a whole image; choose a model that has")
+    return candidate, candidate.model
 
 
 def trained_side(spec: str, model: object, project: Project) -> int | None:

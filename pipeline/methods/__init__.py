@@ -27,6 +27,7 @@ from pipeline import params
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.weights import CONFIG, REMEDY, load_config, load_model, model_digest
 from pipeline.nn.text import Vocabulary
+from pipeline.params import ParamsError
 
 
 def names() -> list[str]:
@@ -38,10 +39,10 @@ def get(name: str) -> ModuleType:
     """The method's module.
 
     Raises:
-        KeyError: no such method.
+        ParamsError: no such method.
     """
     if name not in names():
-        raise KeyError(f"no method {name!r}; there are {', '.join(names())}")
+        raise ParamsError(f"unknown method {name!r}: choose from {', '.join(names())}")
     return import_module(f"{__name__}.{name}")
 
 
@@ -77,9 +78,16 @@ def load_untrained(folder: Path, encoders: Path) -> Any:
 
 
 def fresh(method: ModuleType, config: Any, vocabulary: Vocabulary | None, encoders: Path) -> Any:
-    """The model that training starts from; seeds torch with the config's seed."""
+    """The model that training starts from; seeds torch with the config's seed.
+
+    Raises:
+        ParamsError: the parameters do not fit one another, such as a width that its heads do not divide.
+    """
     torch.manual_seed(config.seed)
-    model = method.build(config, vocabulary)
+    try:
+        model = method.build(config, vocabulary)
+    except (ValueError, RuntimeError) as error:
+        raise ParamsError(f"train.{method.__name__.rpartition('.')[2]}: {error}") from error
     method.start(model, config, encoders)
     return model
 

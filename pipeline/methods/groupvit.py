@@ -28,10 +28,9 @@ from pipeline.datasets.batches import PairCollate, PairTransform, StrongViews, s
 from pipeline.datasets.pairs import Shuffle
 from pipeline.interfaces import TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss, ContrastiveTerms, MultiLabelForm, Temperature, multi_label
-from pipeline.nn.group_reader import GroupReader, GroupReading
-from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingEncoder, PatchConfig, effective_number
+from pipeline.nn.group_model import ProjectedGroups
+from pipeline.nn.grouping import GroupingConfig, GroupingEncoder, PatchConfig, effective_number
 from pipeline.nn.projector import Projector, demand_rows
-from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import TextConfig, TextTransformer, Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.text.prompts import TemplateSet, templates
@@ -106,7 +105,7 @@ class Config:
         return self.optimisation.seed
 
 
-class GroupViT(GroupReader, ReadingModule):
+class GroupViT(ProjectedGroups):
     """Grouping encoder, text tower, and the projector of each into the shared space."""
 
     def __init__(self, config: Config, vocabulary: Vocabulary | None) -> None:
@@ -131,10 +130,6 @@ class GroupViT(GroupReader, ReadingModule):
         if loss.multi_label and not loss.share_scale:
             self.multi_label_temperature = Temperature(**scale, cap="forward")
 
-    def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Unit vector of the whole image."""
-        return self._embed_image(self.image(pixels))
-
     def project_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
         """Text vectors in the shared space before they are normalised."""
         return self.text_projector(self.text(self.tokenizer(texts).to(self.contrast.log_scale.device)))
@@ -155,8 +150,8 @@ class GroupViT(GroupReader, ReadingModule):
         settings = self.settings
         self.image_projector.demand_rows(batch.uids)
         grouped = self.image(batch.pixels)
-        self._sizes = grouped.sizes()
-        image = self._embed_image(grouped)
+        self.sizes = grouped.sizes()
+        image = self.image_vectors(grouped)
         captions, prompts = self._embed_batch(batch)
         caption = multi = image.new_zeros(())
         if settings.caption:
@@ -167,31 +162,13 @@ class GroupViT(GroupReader, ReadingModule):
             "total": settings.caption * caption + settings.multi_label * multi,
             "caption": caption,
             "multi_label": multi,
-            "groups": effective_number(self._sizes),
+            "groups": effective_number(self.sizes),
         }
-
-    def watch(self) -> dict[str, Tensor]:
-        """`group_sizes`: share of the last batch's tokens in each group."""
-        return {"group_sizes": self._sizes.mean(dim=0)}
 
     @property
     def logit_scale(self) -> float:
         """Of the captions' contrast."""
         return float(self.contrast.scale)
-
-    def _read(self, pixels: Float[Tensor, "windows 3 height width"]) -> list[GroupReading]:
-        """Segments' and images' vectors, and the segments' soft maps.
-
-        The projector saw only mean segments in training; its BatchNorm uses their statistics here.
-        Source: card groupvit.md section 9, steps 1-5.
-        """
-        grouped = self.image(pixels)
-        segments = F.normalize(self.image_projector(grouped.segments).float(), dim=-1)
-        maps = grouped.soft_maps().unflatten(2, self.image.grid(pixels))
-        return list(zip(segments, self._embed_image(grouped), maps, strict=True))
-
-    def _embed_image(self, grouped: Grouped) -> Float[Tensor, "batch dim"]:
-        return F.normalize(self.image_projector(grouped.segments.mean(dim=1)).float(), dim=-1)
 
     def _embed_batch(
         self, batch: TrainBatch

@@ -37,7 +37,8 @@ from pipeline.losses.views import (
     reconstruction_loss,
     view_weights,
 )
-from pipeline.nn.group_reader import GroupReader, GroupReading
+from pipeline.nn.group_model import GroupModel
+from pipeline.nn.group_reader import GroupReading
 from pipeline.nn.grouping import Grouped, GroupingConfig, GroupingStages, effective_number
 from pipeline.nn.masked_autoencoder import (
     DecoderConfig,
@@ -48,7 +49,6 @@ from pipeline.nn.masked_autoencoder import (
     patchify,
 )
 from pipeline.nn.projector import Projector, demand_rows
-from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Vocabulary
 from pipeline.params import ParamsError, Range
 from pipeline.training import Optimisation
@@ -142,7 +142,7 @@ class Config:
         return self.optimisation.seed
 
 
-class ZeroSeg(GroupReader, ReadingModule):
+class ZeroSeg(GroupModel):
     """Masked autoencoder, grouping head, projector; and a CLIP that is lent to it (`lend`) and not saved."""
 
     def __init__(self, config: Config) -> None:
@@ -216,7 +216,7 @@ class ZeroSeg(GroupReader, ReadingModule):
             self.projector.demand_rows(batch.uids)
         settings = self.settings
         encoded, grouped, decoded = self._forward(batch.pixels)
-        self._sizes = grouped.sizes()
+        self.sizes = grouped.sizes()
         predicted = self.autoencoder.predict(self.autoencoder.decode(encoded) if decoded is None else decoded)
         image, segments = self._project(grouped.segments)
         with torch.autocast(batch.pixels.device.type, enabled=False):
@@ -235,12 +235,8 @@ class ZeroSeg(GroupReader, ReadingModule):
             "multi_scale": multi_scale,
             "match": match,
             "tiles": tiles,
-            "groups": effective_number(self._sizes),
+            "groups": effective_number(self.sizes),
         }
-
-    def watch(self) -> dict[str, Tensor]:
-        """`group_sizes`: share of the last batch's tokens in each group."""
-        return {"group_sizes": self._sizes.mean(dim=0)}
 
     def _multi_scale(
         self, image: Float[Tensor, "batch dim"], views: Float[Tensor, "batch views dim"]

@@ -3,7 +3,7 @@
 A stage runs transformer blocks over segments and group tokens together, then its grouping block assigns every segment
 to one of fewer output groups. GroupViT has two such stages, OVSegmentor one, ZeroSeg's head two.
 
-Source: GroupViT Eq. 1 to 5 and its release (card groupvit.md, section 2); the release differs from the print and is what
+Source: GroupViT Eq. 1-5 and its release (card groupvit.md, section 2); the release differs from the print and is what
 is followed: the grouping block has norms, a token mixer and a cross-attention that are in no equation, the logits are
 scaled by dim^-0.5, and the average divides by the group's size + 1.
 

@@ -20,6 +20,9 @@ class BadCost(ValueError):
         super().__init__(f"the matching cost of images {images} of the batch is not finite")
         self.images = images
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.images,)
+
 
 def assign(
     cost: Float[Tensor, "batch queries targets"], present: Bool[Tensor, "batch targets"]

@@ -17,7 +17,7 @@ from pipeline.artifacts.shards import decode_rgb
 from pipeline.evaluation import candidates
 from pipeline.evaluation.config import Config
 from pipeline.inference import BACKGROUNDS
-from pipeline.params import ParamsError
+from pipeline.params import ParamsError, Range, check_out, number
 from pipeline.prediction.drawing import found, label_png, overlay, png_bytes
 from pipeline.prediction.predictor import Options, Predictor, first_benchmark, read_labels
 from pipeline.project import Project
@@ -31,14 +31,19 @@ INDEX = "predictions.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder under models/, baseline:NAME, or selftrained:TEACHER"
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="folder under models/, untrained:METHOD, baseline:NAME, selftrained:TEACHER, or transfer:ENCODER",
     )
     parser.add_argument("--labels", required=True, help='class names, such as "cat,sofa", or a .txt file, one per line')
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PATH", help="OVERLAY.png, or a folder for several images"
     )
     parser.add_argument("--background", choices=tuple(BACKGROUNDS), help="rule for background (default: params.yaml's)")
-    parser.add_argument("--threshold", type=float, help="best score below which a pixel is background")
+    parser.add_argument(
+        "--threshold", type=number(float, Range(0, 1)), help="best score, 0 to 1, below which a pixel is background"
+    )
     parser.add_argument(
         "--stuff", help="words that are background, for the rules with extra vocabulary (default: the benchmark's)"
     )
@@ -69,6 +74,7 @@ def run(arguments: argparse.Namespace, project: Project) -> int:
     if single and arguments.out.suffix.lower() != ".png":
         raise ParamsError(f"--out: expected a name that ends in .png for one image, found {arguments.out}")
     # Before a model is loaded, which takes seconds.
+    check_out(arguments.out, "--out", folder=not single)
     image = _read(arguments.images[0]) if single else None
     pairs = [] if single else targets(arguments.images, arguments.out)
     student = candidates.is_student(arguments.model)

@@ -14,7 +14,7 @@ from pipeline.artifacts.files import BadInput, read_json
 from pipeline.baselines import ClosedVocabulary
 from pipeline.datasets.benchmarks import Benchmark, check_class_names, open_benchmark
 from pipeline.evaluation import candidates
-from pipeline.evaluation.config import Config, pick
+from pipeline.evaluation.config import BenchmarkConfig, Config, pick
 from pipeline.evaluation.pairs import benchmark_root
 from pipeline.evaluation.scoring import Candidate
 from pipeline.inference import BACKGROUNDS, BackgroundName, ScoreModel, Segmenter, class_embeddings, threshold_labels
@@ -168,11 +168,10 @@ class _NamedAnswer:
         config: Config,
         project: Project,
     ) -> None:
-        if not config.benchmarks:
-            raise ParamsError("evaluate.benchmarks: expected one or more, whose first one's rules hold; found none")
-        rules, first = config.rules(config.protocol), config.benchmarks[0].name
+        rules, first = config.rules(config.protocol), first_entry(config).name
         name: BackgroundName = options.background or pick(rules.backgrounds, method, first)[0]
         rule = BACKGROUNDS[name]
+        _refuse_unused(options, name)
         stuff = _stuff(options, labels, config, project) if rule.stuff_words else ()
         sentences = templates(options.templates or pick(rules.templates, method, first))
         self._threshold, limit = None, ""
@@ -215,9 +214,33 @@ def _closed_ids(
     return np.array([0 if word == BACKGROUND else 1 + labels.index(word) for word in model.classes])
 
 
+def _refuse_unused(options: Options, name: BackgroundName) -> None:
+    """Raise ParamsError for an option that the rule for background does not read."""
+    rule = BACKGROUNDS[name]
+    for option, used in (("threshold", rule.thresholded), ("stuff", rule.stuff_words)):
+        if getattr(options, option) is not None and not used:
+            problem = f"the rule for background is {name}, which has no use for it"
+            raise ParamsError(f"--{option}: {problem}; leave it out, or choose another --background")
+
+
+def first_entry(config: Config) -> BenchmarkConfig:
+    """The first benchmark in the parameters, whose rules hold for any photograph.
+
+    Raises:
+        ParamsError: there is none.
+    """
+    if not config.benchmarks:
+        raise ParamsError("evaluate.benchmarks: expected one or more, whose first one's rules hold; found none")
+    return config.benchmarks[0]
+
+
 def first_benchmark(config: Config, project: Project) -> Benchmark:
-    """The first benchmark in the parameters."""
-    entry = config.benchmarks[0]
+    """The first benchmark in the parameters, opened.
+
+    Raises:
+        BadInput: its files are absent or broken. ParamsError: there is none.
+    """
+    entry = first_entry(config)
     return open_benchmark(entry.name, benchmark_root(project, entry.name, entry.root), config.protocol)
 
 

@@ -73,8 +73,7 @@ def cut(annotations: Annotations, rows_per_slice: int, limit: int | None) -> Ite
     start = 0
     while True:
         digest, count, after = hashlib.sha256(), 0, start
-        for row in islice(rows, rows_per_slice):
-            digest.update(json.dumps(_identity(annotations, row), ensure_ascii=True).encode() + b"\n")
+        for row in _hashed(annotations, islice(rows, rows_per_slice), digest):
             count, after = count + 1, row.position
         if not count and not start:
             problem = "no rows in it" if annotations.weight == 1 else f"no rows in the share {annotations.weight} of it"
@@ -86,8 +85,16 @@ def cut(annotations: Annotations, rows_per_slice: int, limit: int | None) -> Ite
 
 
 def read_slice(annotations: Annotations, part: Slice) -> list[Row]:
-    """A slice's rows."""
-    return list(islice(_taken(read(annotations, part.start), annotations.weight), part.rows))
+    """A slice's rows.
+
+    Raises:
+        BadInput: they are no longer those that it was cut from, and its shard's key would name others.
+    """
+    digest, rows = hashlib.sha256(), _taken(read(annotations, part.start), annotations.weight)
+    found = list(_hashed(annotations, islice(rows, part.rows), digest))
+    if digest.hexdigest() != part.digest:
+        raise BadInput(annotations.path, "it, or a file that it names, changed since the stage began", "Run it again")
+    return found
 
 
 def read(annotations: Annotations, start: int = 0) -> Rows:
@@ -126,6 +133,13 @@ def _taken(rows: Rows, weight: float) -> Rows:
     )
 
 
+def _hashed(annotations: Annotations, rows: Rows, digest: "hashlib._Hash") -> Rows:
+    """The rows, as they come; what decides their shard's bytes goes into `digest`."""
+    for row in rows:
+        digest.update(json.dumps(_identity(annotations, row), ensure_ascii=True).encode() + b"\n")
+        yield row
+
+
 def _identity(annotations: Annotations, row: Row) -> list[str | int]:
     """What of a row decides its shard's bytes: link, caption, size of its image; why it is rejected, its given name."""
     extra = [row.rejected, row.uid] if row.rejected or row.uid else []
@@ -149,7 +163,8 @@ def _flickr_pairs(path: Path) -> Iterator[tuple[str, str]]:
     header, first = next(tables.csv_records(path, 0), ([], 0))
     name, caption = tables.columns(path, header, ("image", "caption"))
     for record, _ in tables.csv_records(path, first):
-        yield record[name], record[caption] if caption < len(record) else ""
+        padded = [*record, *[""] * (len(header) - len(record))]
+        yield padded[name], padded[caption]
 
 
 def _coco_pairs(path: Path) -> Iterator[tuple[str, str]]:

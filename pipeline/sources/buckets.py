@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.files import BadInput, atomic_write, digest
-from pipeline.artifacts.urls import open_url
+from pipeline.artifacts.tars import index_tar
+from pipeline.artifacts.urls import asking, open_url
 from pipeline.sources import prebuilt
 from pipeline.sources.rows import Row, Rows, chained
 from pipeline.store import Store
@@ -25,6 +26,9 @@ THREADS = 8  # tars that are listed at a time
 _TEXTS = ("url", "caption", "rejected", "image", "uid")
 _SCHEMA = pa.schema([*((name, pa.string()) for name in _TEXTS), ("size", pa.int64())])
 _BATCH = 4096  # rows in memory
+_REMEDY = "Check download.images and what it needs to log in"
+# botocore's, and Google's
+_NO_LOGIN = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})
 
 
 def listed(path: Path, url: str, wanted: tuple[str, str], store: Store) -> Path:
@@ -62,10 +66,25 @@ def read(path: Path, start: int) -> Rows:
 
 
 def fetch(url: str, rows: Sequence[Row], folder: Path) -> None:
-    """Brings the tars that hold the images of `rows` into `folder`."""
+    """Brings the tars that hold the images of `rows` into `folder`.
+
+    Raises:
+        BadInput: a tar is no longer the one that was listed; see also `bring`.
+    """
     files, root = open_url(url)
-    for name in sorted({row.image.rpartition("/")[0] for row in rows if row.image}):
+    sizes: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row.image:
+            name, _, member = row.image.rpartition("/")
+            sizes.setdefault(name, {})[member] = row.size
+    for name in sorted(sizes):
         bring(files, f"{root}/{name}", folder / name)
+        try:
+            found = {member: size for member, (_, size) in index_tar(folder / name).items()}
+        except BadInput:
+            found = {}  # it was whole when it was listed
+        if not sizes[name].items() <= found.items():
+            raise BadInput(f"{url}/{name}", "changed since the stage began", "Run it again")
 
 
 def _table(name: str) -> str:
@@ -80,9 +99,7 @@ def _stamps(url: str) -> dict[str, list[str]]:
     try:
         found = files.find(root, detail=True)
     except Exception as error:  # of the file system's own kinds: no credentials, no connection
-        raise BadInput(
-            url, f"cannot be listed ({error})", "Check download.images and what it needs to log in"
-        ) from error
+        raise BadInput(url, f"cannot be listed ({error})", _REMEDY) from error
     return {
         path.removeprefix(root).removeprefix("/"): [f"{key}={info[key]}" for key in sorted(info)]
         for path, info in found.items()
@@ -93,9 +110,10 @@ def _list(url: str, name: str, wanted: tuple[str, str], scratch: Path) -> Path:
     """One tar's rows as a Parquet file below `scratch`, which is then without the tar."""
     files, root = open_url(url)
     tar = scratch / name
-    bring(files, f"{root}/{name}", tar)
-    if files.exists(f"{root}/{_table(name)}"):
-        bring(files, f"{root}/{_table(name)}", scratch / _table(name))
+    with asking(f"{url}/{name}"):
+        bring(files, f"{root}/{name}", tar)
+        if files.exists(f"{root}/{_table(name)}"):
+            bring(files, f"{root}/{_table(name)}", scratch / _table(name))
     try:
         rows = list(prebuilt.read(tar.parent, scratch, wanted, 0))
     except BadInput as error:
@@ -107,9 +125,22 @@ def _list(url: str, name: str, wanted: tuple[str, str], scratch: Path) -> Path:
 
 
 def bring(files: Any, path: str, target: Path) -> None:
-    """Copies one file of an fsspec file system to this machine, block by block."""
+    """Copies one file of an fsspec file system to this machine, block by block.
+
+    Raises:
+        OSError: it did not come, such as FileNotFoundError; errors of the file system's own kinds become one, so that
+            the engine tries again.
+        BadInput: there is nothing to log in with.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    files.get_file(path, str(target))
+    try:
+        files.get_file(path, str(target))
+    except (OSError, MemoryError, BadInput):
+        raise
+    except Exception as error:
+        if type(error).__name__ in _NO_LOGIN:
+            raise BadInput(files.unstrip_protocol(path), f"cannot be read ({error})", _REMEDY) from error
+        raise OSError(f"{path}: {error}") from error
 
 
 def _rows(path: Path) -> Rows:

@@ -199,14 +199,14 @@ class Vetted:
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple:
         data = stream.getvalue()
         try:
-            if not _is_plain_jpeg(data):
+            if not _cv2_reads_rightly(data):
                 data = _as_png(decode_rgb(data))
         except BadInput as error:
             return None, None, None, None, None, error.problem
         return self._resizer(io.BytesIO(data), boxes)
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
+def _cv2_reads_rightly(data: bytes) -> bool:
     """Whether cv2 reads it as it is meant: grey or RGB, upright, of a sane size, and with an end."""
     from PIL import Image
 

@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 # Answers that may be another one later. Source: RFC 9110 15.5.9, 15.6; RFC 6585 4 (429); RFC 8470 5.2 (425).
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+RETRIED_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class Refused(Exception):
@@ -156,7 +156,7 @@ def _load(response: Any) -> None:
 def is_transient(error: BaseException) -> bool:
     """Whether another try may end otherwise."""
     if isinstance(error, urllib.error.HTTPError):
-        return error.code in TRANSIENT
+        return error.code in RETRIED_CODES
     reason = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, socket.gaierror):
         return reason.errno == socket.EAI_AGAIN

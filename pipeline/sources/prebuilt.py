@@ -21,6 +21,7 @@ from pipeline.artifacts.shards import SUCCESS
 from pipeline.artifacts.tars import index_tar
 from pipeline.sources.rows import Row, Rows, chained, clean, one_line
 from pipeline.sources.tables import readable
+from pipeline.sources.web import is_below
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _REMEDY = (
@@ -40,7 +41,8 @@ def read(path: Path, folder: Path, wanted: tuple[str, str], start: int) -> Rows:
     """Rows tar after tar; an image is named `<tar>/<member>`, relative to `folder`.
 
     Args:
-        path: the folder, whose tars are taken in the order of their names, or a text file that names them.
+        path: the folder, whose tars are taken in the order of their names, or a text file that names them. A link to
+            a tar, as Hugging Face's cache has it, counts under its own name, wherever it leads.
         wanted: columns of link and caption in Parquet files and JSON members.
     Raises:
         BadInput: a tar is absent, cut off or holds what no shard holds; a Parquet file is torn or has no keys.
@@ -52,7 +54,7 @@ def names(path: Path) -> list[str]:
     """What a text file names, a tar a line.
 
     Raises:
-        BadInput: it is not there, or is no text.
+        BadInput: it is not there, is no text, or names something else.
     """
     if not path.is_file():
         raise BadInput(path, "no such folder or list of shards", _REMEDY)
@@ -60,7 +62,10 @@ def names(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise BadInput(path, f"not a list of shards ({error})", _REMEDY) from error
-    return [name for line in lines if (name := line.strip())]
+    found = [name for line in lines if (name := line.strip())]
+    if strange := [name for name in found if not name.endswith(".tar")]:
+        raise BadInput(path, f"{strange[0]} is not named *.tar", "Rename it, or name a link to it that ends so")
+    return found
 
 
 def _tars(path: Path, folder: Path) -> list[Path]:
@@ -68,9 +73,17 @@ def _tars(path: Path, folder: Path) -> list[Path]:
     if not tars:
         raise BadInput(path, "no tar in it", _REMEDY)
     for tar in tars:
-        if not tar.resolve().is_relative_to(folder.resolve()):
+        if _place(tar, folder) is None:
             raise BadInput(path, f"{tar} lies outside {folder}", "Set download.images to the folder of the tars")
     return tars
+
+
+def _place(tar: Path, folder: Path) -> str | None:
+    """The tar's name below the folder. What a link there leads to its owner chose; a stranger's list chose the name."""
+    for path, above in ((tar, folder), (tar.parent.resolve() / tar.name, folder.resolve())):
+        if is_below(path, above):
+            return path.relative_to(above).as_posix()
+    return None
 
 
 def _rows(tar: Path, folder: Path, wanted: tuple[str, str]) -> Rows:
@@ -80,7 +93,8 @@ def _rows(tar: Path, folder: Path, wanted: tuple[str, str]) -> Rows:
         key, _, kind = name.partition(".")
         samples.setdefault(key, {})[kind.lower()] = name
     table = tar.with_suffix(".parquet")
-    place = tar.resolve().relative_to(folder.resolve()).as_posix()
+    place = _place(tar, folder)
+    assert place is not None
     with tar.open("rb") as file:
         if table.exists():
             for record in _records(table, wanted):

@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.artifacts.tars import index_tar
 from pipeline.sources.polite import CutOff, Manners, Polite, Refused
 
-__all__ = ["FOLDER_SCHEME", "Refused", "build_opener", "folder_address", "installed", "is_public"]
+__all__ = ["FOLDER_SCHEME", "Refused", "build_opener", "folder_address", "installed", "is_below", "is_public"]
 
 FOLDER_SCHEME = "folder"
 _CHUNK = 1 << 16
@@ -281,7 +281,10 @@ class _Bounded:
 
 
 class _Folder(urllib.request.BaseHandler):
-    """`folder:///<name>` is a file below one folder, and nothing outside it; `<tar>/<member>` is in a tar there."""
+    """`folder:///<name>` is a file below one folder, and nothing outside it; `<tar>/<member>` is in a tar there.
+
+    A tar may be a link that leads elsewhere, as in Hugging Face's cache: the folder's owner made it.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
@@ -290,11 +293,12 @@ class _Folder(urllib.request.BaseHandler):
 
     def folder_open(self, request: urllib.request.Request) -> "_Bounded":
         name = urllib.parse.unquote(urllib.parse.urlsplit(request.full_url).path).removeprefix("/")
-        path = (self._root / name).resolve()
+        named = self._root / name
+        if named.parent.suffix == ".tar" and is_below(named, self._root) and named.parent.is_file():
+            return self._member(named.parent, named.name)
+        path = named.resolve()
         if not path.is_relative_to(self._root):
             raise Refused(f"refused: {name} lies outside the folder")
-        if path.parent.suffix == ".tar" and path.parent.is_file():
-            return self._member(path.parent, path.name)
         if not path.is_file():
             raise Refused("no such file in the folder")
         return _Bounded(_File(path), path.stat().st_size, float("inf"))
@@ -329,6 +333,11 @@ class _Member(io.BytesIO):
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
         self.headers = http.client.HTTPMessage()
+
+
+def is_below(path: Path, folder: Path) -> bool:
+    """Whether a path as it is spelled stays in the folder; links are not followed."""
+    return path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
 
 
 def folder_address(name: str) -> str:

@@ -169,6 +169,7 @@ class _Fitting:
         self.settings = steps.optimisation
         self.clock = Clock(state.images, self.settings.images, run.peak_flops * distributed.ranks())
         self.before = state.seconds
+        self.begun = False  # whether a step has taken a batch
 
     def all(self, batches: Iterator[Loaded]) -> FitResult:
         """Step until the budget is spent."""
@@ -198,15 +199,26 @@ class _Fitting:
         )
 
     def _timed(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
-        """The batches, with the waits for them on the clock."""
+        """The batches, with the waits for them on the clock.
+
+        Where none comes, such as from a store that cannot be reached, what was done so far is saved; of several
+        processes, which save together, the others know nothing of it.
+        """
         while True:
             asked = perf_counter()
-            loaded = next(batches)
+            try:
+                loaded = next(batches)
+            except Exception:
+                if self.state.step and not self.begun and distributed.ranks() == 1:
+                    self._save()
+                    self.watch.say(f"no batch came; saved at {self.state.images:,} images")
+                raise
+            self.begun = True
             self.clock.waited += perf_counter() - asked
             yield loaded
 
     def _step(self, batches: Iterator[Loaded], stop: list[int]) -> None:
-        state, settings, clock = self.state, self.settings, self.clock
+        state, settings, clock, self.begun = self.state, self.settings, self.clock, False
         count = clock.peak > 0 and not clock.flops
         own, loaded, flops = counted_step(self.steps, batches, state.step, count=count)
         previous, state.images, state.step = state.images, loaded.position, state.step + 1

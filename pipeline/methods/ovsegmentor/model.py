@@ -19,16 +19,15 @@ from pipeline.losses.mask_consistency import group_consistency, mask_consistency
 from pipeline.methods.ovsegmentor.config import Config, make_tokenizer, read_vocabulary
 from pipeline.nn.bert import Bert
 from pipeline.nn.entity_decoder import EntityDecoder
-from pipeline.nn.group_reader import GroupReader, GroupReading
+from pipeline.nn.group_model import ProjectedGroups
 from pipeline.nn.grouping import Grouped, GroupingEncoder, effective_number
 from pipeline.nn.projector import Projector
-from pipeline.nn.reading import ReadingModule
 from pipeline.nn.text import Vocabulary, inside_text
 from pipeline.text.prompts import entity_prompt
 from pipeline.training.distributed import balanced, gather_rows
 
 
-class OVSegmentor(GroupReader, ReadingModule):
+class OVSegmentor(ProjectedGroups):
     """Grouping encoder, BERT, projectors, and the decoder that completes captions. Parts that no loss uses are absent.
 
     NOTE the teacher exists from the second phase on and is saved with the weights so that a run can continue; a model
@@ -77,10 +76,6 @@ class OVSegmentor(GroupReader, ReadingModule):
         self._known: Tensor | None = None
         self.register_load_state_dict_pre_hook(_leave_teacher_out)
 
-    def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Unit vector of the whole image."""
-        return self._image_vector(self.image(pixels))
-
     def project_text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
         """Text vectors in the shared space before they are normalised; of [CLS], the first position."""
         ids = self.tokenizer(texts).to(self.contrast.log_scale.device)
@@ -95,13 +90,6 @@ class OVSegmentor(GroupReader, ReadingModule):
         """Of the captions' contrast."""
         return float(self.contrast.scale)
 
-    def _read(self, pixels: Float[Tensor, "windows 3 height width"]) -> list[GroupReading]:
-        """Vectors come from the hard assignment, maps from the soft one. Source: card section 6."""
-        grouped = self.image(pixels)
-        groups = F.normalize(self.image_projector(grouped.segments).float(), dim=-1)
-        maps = grouped.soft_maps().unflatten(2, self.image.grid(pixels))
-        return list(zip(groups, self._image_vector(grouped), maps, strict=True))
-
     def loss(self, batch: EntityBatch) -> dict[str, Tensor]:
         """Unweighted terms and `total`; `mask` is 0 for a batch without partners.
 
@@ -112,8 +100,8 @@ class OVSegmentor(GroupReader, ReadingModule):
         """
         self.image_projector.demand_rows(batch.uids)
         grouped = self.image(batch.pixels)
-        self._sizes = grouped.sizes()
-        image = self._image_vector(grouped)
+        self.sizes = grouped.sizes()
+        image = self.image_vectors(grouped)
         text, _ = self._text(batch.token_ids)
         contrast = self.contrast(image, F.normalize(text.float(), dim=-1)).loss(halved=True)
         completion, mask = self._completion(grouped, image, batch), contrast.new_zeros(())
@@ -125,12 +113,8 @@ class OVSegmentor(GroupReader, ReadingModule):
             "contrast": contrast,
             "completion": completion,
             "mask": mask,
-            "groups": effective_number(self._sizes),
+            "groups": effective_number(self.sizes),
         }
-
-    def watch(self) -> dict[str, Tensor]:
-        """`group_sizes`: share of the last batch's tokens in each group."""
-        return {"group_sizes": self._sizes.mean(dim=0)}
 
     def begin_mask_phase(self) -> None:
         """Freeze BERT (its dropout stays active) and copy the image encoder as the teacher, where configured."""
@@ -146,9 +130,6 @@ class OVSegmentor(GroupReader, ReadingModule):
         if self.momentum is not None:
             for slow, fast in zip(self.momentum.parameters(), self.image.parameters(), strict=True):
                 slow.lerp_(fast, 1 - self.config.consistency.momentum)
-
-    def _image_vector(self, grouped: Grouped) -> Float[Tensor, "batch dim"]:
-        return F.normalize(self.image_projector(grouped.segments.mean(dim=1)).float(), dim=-1)
 
     def _text(
         self, token_ids: Int64[Tensor, "batch length"]

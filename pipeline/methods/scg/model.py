@@ -121,7 +121,7 @@ class SCG(ReadingModule):
     ) -> Float[Tensor, "classes height width"]:
         """Class probabilities of every pixel's region: softmax over the given classes.
 
-        Source: SCG 3.1, Region Recognition (arg max of cosines); the softmax is for rules with a threshold, and keeps the arg max.
+        Source: SCG 3.1, Region Recognition (arg max of cosines), which the softmax, for rules with a threshold, keeps.
         """
         owner, vectors = self.seen(pixels)
         probabilities = (self.temperature.scale * vectors @ class_embeddings.float().T).softmax(-1)
