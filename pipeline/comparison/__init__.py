@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make = halves.add_parser("make", help="write the page and its key")
     make.add_argument("--models", required=True, nargs=2, metavar="MODEL", help="as `tessera evaluate` names them")
     make.add_argument("--benchmark", choices=names(), help="whose test images (default: the first in params.yaml)")
-    make.add_argument("--root", dest="layout_root", metavar="DIR", help="folder that holds the official layout")
+    make.add_argument("--root", dest="layout_root", metavar="DIR", help="folder that contains VOCdevkit, coco, ...")
     make.add_argument("--images", type=int, default=40, metavar="N", help="drawn by --seed (default %(default)s)")
     make.add_argument("--labels", help="as `tessera predict` reads them (default: the benchmark's classes)")
     make.add_argument("--seed", type=int, default=0, help="draws images and sides (default %(default)s)")
