@@ -331,7 +331,10 @@ def located(url: str, names: Sequence[Name]) -> dict[Name, str]:
     """URLs of those of the payloads that the remote at `url` has; see `Remote.locate`."""
     remote = Remote(url)
     found = zip(names, _each(names, remote.locate), strict=True)
-    return {name: place for name, place in found if place}
+    there = {name: place for name, place in found if place}
+    if there:
+        print(f"{names[0].stage}: {len(there)} of {len(names)} payloads stay at {url}", file=sys.stderr)
+    return there
 
 
 def _fetch(store: Store, remote: Remote, names: Sequence[Named]) -> None:

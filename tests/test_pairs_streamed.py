@@ -186,7 +186,7 @@ def streaming(root: Path, other: Path, url: str) -> Path:
     return other
 
 
-def test_a_training_streams_to_the_same_weights(elsewhere, tmp_path, monkeypatch):
+def test_a_training_streams_to_the_same_weights(elsewhere, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TESSERA_THREADS", "1")
     root, url = elsewhere
     other = streaming(root, tmp_path / "clone", url)
@@ -195,6 +195,7 @@ def test_a_training_streams_to_the_same_weights(elsewhere, tmp_path, monkeypatch
     assert model_digest(other / "models/sseg") == model_digest(root / "models/sseg")
     stored = {path.name for path in (other / "data/store").iterdir()}
     assert stored >= {"filter", "pseudo_masks"} and "download" not in stored
+    assert f"download: 3 of 3 payloads stay at {url}" in capsys.readouterr().err
 
 
 def test_a_training_whose_store_goes_away_keeps_what_it_did(elsewhere, tmp_path, monkeypatch):

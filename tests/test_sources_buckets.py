@@ -12,7 +12,7 @@ import pytest
 from download_project import encode, payload, picture, project
 
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, Shard
+from pipeline.artifacts.shards import SUCCESS, Shard, read_rows
 from pipeline.artifacts.tars import write_tar
 from pipeline.engine import StageFailed, run
 from pipeline.planning import amounts
@@ -87,6 +87,16 @@ def test_an_s3_bucket_makes_the_manifest_that_a_folder_makes(tmp_path, s3, fetch
     kept = {path.name for path in (tmp_path / "far/data/store").rglob("*.tar")}
     assert kept == {"00000.tar", "00001.tar", "00002.tar"}, "the shards that were made"
     assert not list((tmp_path / "far/data/store/.tmp/download").iterdir())
+
+
+def test_a_list_takes_the_table_beside_a_tar_whatever_exists_says(tmp_path, monkeypatch):
+    """fsspec's `exists` answers False where a bucket does not answer; the listing already knew the file."""
+    folder = shards(tmp_path / "here")
+    url = copy(folder, (tmp_path / "there").as_uri())
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "exists", lambda *asked, **options: False)
+    assert [row.rows for row in taken(tmp_path / "far", folder, url).manifest("download").rows] == [4, 3, 2]
+    texts = read_rows(payload(project(tmp_path / "far"), "00000") / "00000.parquet")["caption"].to_pylist()
+    assert "number 0" in texts, "a's captions are its table's"
 
 
 def test_a_tar_is_listed_again_when_it_is_another(tmp_path, fetched):

@@ -51,7 +51,11 @@ def listed(path: Path, url: str, wanted: tuple[str, str], store: Store) -> Path:
         store.scratch("download").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=store.scratch("download")) as scratch, ThreadPoolExecutor(THREADS) as pool:
             places = [Path(scratch) / str(number) for number in range(len(absent))]
-            wholes = pool.map(lambda name, place: _list(url, name, wanted, place), absent.values(), places)
+            wholes = pool.map(
+                lambda name, place: _list(url, name, wanted, place, tabled=_table(name) in found),
+                absent.values(),
+                places,
+            )
             for file, whole in zip(absent, wholes, strict=True):
                 folder.mkdir(exist_ok=True)
                 whole.replace(folder / file)
@@ -106,13 +110,17 @@ def _stamps(url: str) -> dict[str, list[str]]:
     }
 
 
-def _list(url: str, name: str, wanted: tuple[str, str], scratch: Path) -> Path:
-    """One tar's rows as a Parquet file below `scratch`, which is then without the tar."""
+def _list(url: str, name: str, wanted: tuple[str, str], scratch: Path, *, tabled: bool) -> Path:
+    """One tar's rows as a Parquet file below `scratch`, which is then without the tar.
+
+    `tabled`: whether the tar's own Parquet file lies beside it. That is not asked again: fsspec's `exists` says False of
+    a bucket that does not answer, and the list would lack what it holds for good.
+    """
     files, root = open_url(url)
     tar = scratch / name
     with asking(f"{url}/{name}"):
         bring(files, f"{root}/{name}", tar)
-        if files.exists(f"{root}/{_table(name)}"):
+        if tabled:
             bring(files, f"{root}/{_table(name)}", scratch / _table(name))
     try:
         rows = list(prebuilt.read(tar.parent, scratch, wanted, 0))
