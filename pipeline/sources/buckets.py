@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,8 @@ def listed(path: Path, url: str, wanted: tuple[str, str], store: Store) -> Path:
         store.scratch("download").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=store.scratch("download")) as scratch, ThreadPoolExecutor(THREADS) as pool:
             places = [Path(scratch) / str(number) for number in range(len(absent))]
-            wholes = pool.map(
-                lambda name, place: _list(url, name, wanted, place, tabled=_table(name) in found),
-                absent.values(),
-                places,
-            )
+            tabled = [_table(name) in found for name in absent.values()]
+            wholes = pool.map(partial(_list, url, wanted), absent.values(), tabled, places)
             for file, whole in zip(absent, wholes, strict=True):
                 folder.mkdir(exist_ok=True)
                 whole.replace(folder / file)
@@ -110,11 +108,11 @@ def _stamps(url: str) -> dict[str, list[str]]:
     }
 
 
-def _list(url: str, name: str, wanted: tuple[str, str], scratch: Path, *, tabled: bool) -> Path:
+def _list(url: str, wanted: tuple[str, str], name: str, tabled: bool, scratch: Path) -> Path:
     """One tar's rows as a Parquet file below `scratch`, which is then without the tar.
 
-    `tabled`: whether the tar's own Parquet file lies beside it. That is not asked again: fsspec's `exists` says False of
-    a bucket that does not answer, and the list would lack what it holds for good.
+    `tabled`: whether the tar's own Parquet file lies beside it. That is not asked again: fsspec's `exists` says False
+    of a bucket that does not answer, and the list would lack what it holds for good.
     """
     files, root = open_url(url)
     tar = scratch / name
