@@ -36,8 +36,10 @@ from torch.utils.data import DataLoader
 
 from benchmarks.bench_encoders import SHARD, SHORT_SIDE, make_shard
 from benchmarks.paper import paper_config
-from pipeline.artifacts.shards import Shard, decode_stored
+from pipeline.artifacts.shards import decode_stored, read_rows
 from pipeline.datasets.batches import PairCollate, PairTransform
+from pipeline.datasets.images import StoredImage, read_images
+from pipeline.datasets.joined import PLACE
 from pipeline.datasets.pairs import SPARE_BATCHES, PairLoader, PairShard
 from pipeline.datasets.transforms import resized
 from pipeline.text.prompts import templates
@@ -54,13 +56,14 @@ Decode = Callable[[bytes], np.ndarray]
 
 
 @cache
-def opened(images: Path) -> Shard:
-    """The shard, once a process."""
-    return Shard.open(images, SHARD)
+def stored(images: Path) -> list[StoredImage]:
+    """The shard's images where they lie, read once a process."""
+    columns = (read_rows(images / f"{SHARD}.parquet")[name].to_pylist() for name in ("key", *PLACE))
+    return [StoredImage(f"{images}/{SHARD}.tar", *row) for row in zip(*columns, strict=True)]
 
 
 def ours(data: bytes) -> np.ndarray:
-    return resized(decode_stored(data), SIDE)
+    return resized(decode_stored(data), np.empty((SIDE, SIDE, 3), np.uint8))
 
 
 def by_pillow(data: bytes) -> np.ndarray:
@@ -69,9 +72,9 @@ def by_pillow(data: bytes) -> np.ndarray:
 
 def decode_batch(images: Path, decode: Decode, first: int) -> None:
     """Decode and resize the images of a batch."""
-    shard = opened(images)
-    for row in range(first, first + BATCH):
-        decode(shard.image_bytes(f"{row % len(shard):09d}"))
+    there = stored(images)
+    for data in read_images([there[row % len(there)] for row in range(first, first + BATCH)]):
+        decode(data)
 
 
 def limit(images: Path, pool: Executor, decode: Decode = ours) -> Run:
@@ -88,13 +91,9 @@ def limit(images: Path, pool: Executor, decode: Decode = ours) -> Run:
 def loader(images: Path, filtered: Path, threads: int, workers: int, *, augmented: bool) -> Iterator[Run]:
     """GroupViT's batches."""
     config = paper_config("groupvit")
-    views = config.augmentation
+    views = config.augmentation if augmented else replace(config.augmentation, rand_augment=0, erase_chance=0.0)
     prepare = PairTransform(
-        views=views,
-        num_prompts=config.loss.num_prompts,
-        templates=templates(config.loss.templates),
-        rand_augment=views.rand_augment if augmented else 0,
-        erase_chance=views.erase_chance if augmented else 0.0,
+        views=views, num_prompts=config.loss.num_prompts, templates=templates(config.loss.templates)
     )
     batches = PairLoader(
         [PairShard(name=SHARD, download=images, filtered=filtered)],

@@ -7,12 +7,13 @@ from random import Random
 import numpy as np
 import torch
 import yaml
-from pair_shards import picture, write_pairs
+from pair_shards import painted, picture, stored, write_pairs
 
 from pipeline import params
 from pipeline.datasets.entity_batches import EntityBatch, EntityCollate, EntityTransform
 from pipeline.datasets.joined import Sample
 from pipeline.datasets.pairs import PairShard
+from pipeline.datasets.pixels import Pixels
 from pipeline.methods import ovsegmentor
 from pipeline.text import entities, index
 from pipeline.text.prompts import templates
@@ -69,7 +70,7 @@ def model(**changes) -> ovsegmentor.OVSegmentor:
 
 def sample(number: int) -> Sample:
     nouns = [CC4M.classes[entity] for entity in NAMED[number]]
-    return Sample(f"{number:016x}", [CAPTIONS[number]], nouns, NAMED[number], picture(number))
+    return Sample(f"{number:016x}", [CAPTIONS[number]], nouns, NAMED[number], stored())
 
 
 def batch(
@@ -87,12 +88,13 @@ def batch(
         num_prompts=2,
     )
     collate = EntityCollate(tower.tokenizer, settings.completion.kind, partners, longest=False)
-    rows = [prepare(row, Random(300 + number)) for number, row in enumerate(samples)]
+    drawn = [prepare(row, Random(300 + number)) for number, row in enumerate(samples)]
+    rows, shown = [row.item for row in drawn], painted(drawn, [picture(number) for number in range(len(drawn))])
     if partners:
-        rows = [
-            replace(row, partner=(rows[(i + 1) % 6].picture, DOG) if NAMED[i] else None) for i, row in enumerate(rows)
-        ]
-    return collate(rows, [f"{number:016x}" for number in range(len(rows))]).to("cpu")
+        rows = [replace(row, partner=DOG if NAMED[number] else None) for number, row in enumerate(rows)]
+        own, places = shown["pixels"], [(i + 1) % 6 if NAMED[i] else i for i in range(6)]
+        shown["partner_pixels"] = Pixels(own.images[places], [own.erased[place] for place in places])
+    return collate(rows, [f"{number:016x}" for number in range(len(rows))], shown).to("cpu")
 
 
 def make_shard(root: Path, name: str, rows: int, **options) -> PairShard:

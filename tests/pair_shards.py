@@ -5,12 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from pipeline.artifacts.arrays import ArrayWriter
 from pipeline.artifacts.shards import SCHEMA, make_uid, write_shard
 from pipeline.artifacts.tables import write_table
+from pipeline.datasets.images import StoredImage
+from pipeline.datasets.looks import Drawn
 from pipeline.datasets.pairs import PairShard
+from pipeline.datasets.pixels import Pixels
 from pipeline.text import filtering
 
 GRID = 4
@@ -37,6 +41,19 @@ def label_map(number: int) -> np.ndarray:
     """[GRID, GRID]: four quadrants, numbered from `number % 3`."""
     half = np.arange(GRID) >= GRID // 2
     return (number % 3 + 2 * half[:, None] + half[None]).astype(np.uint8)
+
+
+def stored(size: tuple[int, int] = (24, 32)) -> StoredImage:
+    """An image of a height and width that lies nowhere: what is drawn needs no pixels."""
+    return StoredImage("none.tar", "none.jpg", 0, 0, *size)
+
+
+def painted(drawn: list[Drawn], images: list[np.ndarray]) -> dict[str, Pixels]:
+    """The looks of several samples, each of its own image, as the loader paints them."""
+    names = drawn[0].looks
+    shown = {name: [row.looks[name].shown(image) for row, image in zip(drawn, images, strict=True)] for name in names}
+    erased = {name: [row.looks[name].erased for row in drawn] for name in names}
+    return {name: Pixels(torch.from_numpy(np.stack(shown[name])), erased[name]) for name in names}
 
 
 def write_pairs(

@@ -12,8 +12,9 @@ from sklearn.datasets import load_sample_image
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, rand_augment_transform
 
 from pipeline.datasets import augmentation, operations
-from pipeline.datasets.augmentation import OPERATIONS, Operation, draw_erased, noise, rand_augment
-from pipeline.datasets.pixels import stack_pixels
+from pipeline.datasets.augmentation import OPERATIONS, Operation, changed, draw_erased, draw_operations, noise
+from pipeline.datasets.looks import Erased
+from pipeline.datasets.pixels import Pixels
 
 # What is not exactly timm's: moved pixels, and what is computed in floats.
 MOVES = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
@@ -84,10 +85,10 @@ def test_an_operation_is_timms(name, strength, sign):
 def test_the_same_generator_gives_the_same_view_and_the_input_stays():
     image = picture()
     before = image.copy()
-    views = [rand_augment(image, 2, Random(seed)) for seed in (1, 1, 2, 3, 4)]
+    views = [changed(image, draw_operations(2, Random(seed))) for seed in (1, 1, 2, 3, 4)]
     assert np.array_equal(views[0], views[1]) and np.array_equal(image, before)
     assert len({view.tobytes() for view in views}) > 2
-    assert np.array_equal(rand_augment(image, 0, Random(0)), image)
+    assert draw_operations(0, Random(0)) == []
 
 
 def test_half_of_the_operations_run(monkeypatch):
@@ -97,16 +98,16 @@ def test_half_of_the_operations_run(monkeypatch):
         monkeypatch.setitem(OPERATIONS, name, watched)
     rng, image = Random(0), picture()
     for _ in range(1500):
-        rand_augment(image, 2, rng)
+        changed(image, draw_operations(2, rng))
     assert 1500 * 0.94 < len(ran) < 1500 * 1.06
     counts = [ran.count(name) for name in OPERATIONS]
     assert min(counts) > 70 and max(counts) < 135, "100 of each are expected"
 
 
 def test_a_batch_is_erased_after_it_is_normalised():
-    box = augmentation.Erased(top=2, left=3, height=4, width=5, first=1000)
-    views = [picture(seed) for seed in (0, 1)]
-    pixels, plain = stack_pixels(views, [None, box]).to("cpu"), stack_pixels(views).to("cpu")
+    box = Erased(top=2, left=3, height=4, width=5, first=1000)
+    views = torch.from_numpy(np.stack([picture(seed) for seed in (0, 1)]))
+    pixels, plain = (Pixels(views, [None, erased]).to("cpu") for erased in (box, None))
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[2:6, 3:8] = True
     assert torch.equal(pixels[0], plain[0])

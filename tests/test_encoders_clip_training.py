@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from encoders_cases import MACHINE, TOWER, clip_config, pairs, run_in
+from pair_shards import painted, stored
 
 from pipeline import params
 from pipeline.artifacts.weights import save_model
@@ -35,13 +36,13 @@ def test_prompts_name_the_nouns():
     from pipeline.datasets.pairs import Sample
 
     transform = PairTransform(views=clip_config().views, num_prompts=2, templates=("a photo of a {}.",))
-    image = np.zeros((20, 30, 3), np.uint8)
-    rng = Random(0)
+    image, rng = stored((20, 30)), Random(0)
     found = transform(Sample("u", ["my dog and cat"], ["dog", "cat"], [], image), rng)
-    assert sorted(found.prompts) == ["a photo of a cat.", "a photo of a dog."]
+    assert sorted(found.item.prompts) == ["a photo of a cat.", "a photo of a dog."]
     bare = transform(Sample("v", ["hello"], [], [], image), rng)
-    assert bare.prompts == ["hello", "hello"]
-    batch = PairCollate(BytePairTokenizer(12))([found, bare], ["u", "v"]).to("cpu")
+    assert bare.item.prompts == ["hello", "hello"]
+    shown = painted([found, bare], [np.zeros((20, 30, 3), np.uint8)] * 2)
+    batch = PairCollate(BytePairTokenizer(12))([found.item, bare.item], ["u", "v"], shown).to("cpu")
     assert batch.pixels.shape == (2, 3, 16, 16) and batch.prompt_ids.shape == (2, 2, 12)
     assert torch.equal(batch.prompt_ids[0, 1], batch.token_ids[1])
 

@@ -5,9 +5,11 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from encoders_cases import DINO, dino_config, pairs
+from encoders_cases import DINO, dino_config
+from pair_shards import painted, stored
 
-from pipeline.datasets.transforms import View, render
+from pipeline.datasets.pairs import Sample
+from pipeline.datasets.transforms import View
 from pipeline.encoders.crops import MultiCrop, collate_crops, recolour, shared_points
 from pipeline.params import ParamsError
 
@@ -37,36 +39,34 @@ def test_shared_points_show_the_same_place():
     assert np.abs(points).max() <= 1
     read = []
     for view, place in zip((first, second), points, strict=True):
-        shown = torch.from_numpy(render(image, view, 128)).permute(2, 0, 1)[None].float()
+        shown = torch.from_numpy(view.paint(image, np.empty((128, 128, 3), np.uint8))).permute(2, 0, 1)[None].float()
         grid = torch.from_numpy(place)[None, None]
         read.append(torch.nn.functional.grid_sample(shown, grid, align_corners=False, padding_mode="border")[0, :2, 0])
     assert (read[0] - read[1]).abs().max() < 4
     assert read[0].std(dim=1).min() > 20, "the points are spread over the image"
 
 
-def test_crops_have_their_sizes_and_depend_on_the_generator_alone(tmp_path):
-    config = dino_config().crops
-    shard = pairs(tmp_path)
-    from pipeline.datasets.pairs import Sample
-
+def test_crops_have_their_sizes_and_depend_on_the_generator_alone():
     image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    sample = Sample("u", ["a"], [], [], image)
-    batches = [
-        collate_crops([MultiCrop(config)(sample, Random(seed)) for seed in (1, 2)], ["a", "b"]) for _ in range(2)
-    ]
-    assert shard and batches[0].uids == ["a", "b"]
+    batches = [made(dino_config().crops, image, (1, 2)) for _ in range(2)]
+    assert batches[0].uids == ["0", "1"]
     assert batches[0].global_views.shape == (2, 2, 3, 16, 16) and batches[0].local_views.shape == (1, 2, 3, 8, 8)
     assert torch.equal(batches[0].global_views, batches[1].global_views)
     assert torch.equal(batches[0].points, batches[1].points)
     assert not torch.equal(batches[0].global_views[:, 0], batches[0].global_views[:, 1])
 
 
+def made(config, image, seeds):
+    """A batch of one image, drawn by several seeds."""
+    sample = Sample("u", ["a"], [], [], stored(image.shape[:2]))
+    drawn = [MultiCrop(config)(sample, Random(seed)) for seed in seeds]
+    shown = painted(drawn, [image] * len(drawn))
+    return collate_crops([row.item for row in drawn], [str(number) for number in range(len(drawn))], shown)
+
+
 def test_no_local_views_and_no_common_place():
     settings = DINO["crops"] | {"num_local": 0}
-    image = np.zeros((20, 20, 3), np.uint8)
-    from pipeline.datasets.pairs import Sample
-
-    crop = MultiCrop(dino_config(crops=settings).crops)(Sample("u", [], [], [], image), Random(0))
-    assert collate_crops([crop], ["u"]).local_views.shape == (0, 1, 3, 8, 8)
+    crops = made(dino_config(crops=settings).crops, np.zeros((20, 20, 3), np.uint8), (0,))
+    assert len(crops.local_views) == 0 and crops.global_views.shape == (2, 1, 3, 16, 16)
     with pytest.raises(ParamsError, match="global_scale"):
         dino_config(crops=DINO["crops"] | {"global_scale": [0.3, 1.0]})

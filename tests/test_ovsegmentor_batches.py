@@ -1,5 +1,6 @@
 """OVSegmentor's batches: captions and their masks, and partners that share an entity."""
 
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -7,16 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ovsegmentor_cases import BUS, CAT, DOG, batch, config, make_index, make_shard, model, sample
-from pair_shards import picture
+from ovsegmentor_cases import BUS, CAT, CC4M, DOG, batch, config, make_index, make_shard, model, sample
+from pair_shards import picture, stored
 
 from pipeline.artifacts.files import BadInput
+from pipeline.datasets.entity_batches import EntityCollate, EntityTransform
 from pipeline.datasets.joined import Sample
-from pipeline.datasets.pairs import PairShard
+from pipeline.datasets.pairs import PairLoader, PairShard
 from pipeline.datasets.partners import Partners
 from pipeline.methods import ovsegmentor
 from pipeline.text.mask_tokens import MaskedBytePairs, without_masks
 from pipeline.text.tokenizers import BytePairTokenizer
+from pipeline.training import Loaded
 from pipeline.training.phases import TrainingData
 
 # Captions.
@@ -72,31 +75,59 @@ def test_partners_share_an_entity_and_are_never_the_row_itself(tmp_path):
     named = [[[DOG], [DOG, CAT], [CAT], [BUS]], [[DOG], [CAT], []]]
     partners = Partners(shards, make_index(tmp_path / "index", named))
     uids = [_uids(shard) for shard in shards]
-    seen, shown = set(), picture(0)
+    seen, image = set(), stored()
     for seed in range(80):
-        row = Sample(uids[0][1], [""], [], [DOG, CAT], shown)
+        row = Sample(uids[0][1], [""], [], [DOG, CAT], image)
         entity, *place = partners.place(row, Random(seed))
         assert entity in named[place[0]][place[1]] and place != [0, 1]
         seen.add((entity, *place))
     assert seen == {(DOG, 0, 0), (DOG, 1, 0), (CAT, 0, 2), (CAT, 1, 1)}
-    alone = Sample(uids[0][3], [""], [], [BUS], shown)
+    alone = Sample(uids[0][3], [""], [], [BUS], image)
     assert partners.place(alone, Random(0)) == (BUS, 0, 3)
     drawn = partners.draw(alone, Random(0))
-    assert np.abs(drawn.image.astype(int) - picture(3)).max() < 12
-    first = partners.draw(Sample(uids[1][1], [""], [], [CAT], shown), Random(2))
-    again = Partners(shards, tmp_path / "index").draw(Sample(uids[1][1], [""], [], [CAT], shown), Random(2))
-    assert first.place == again.place and np.array_equal(first.image, again.image)
-    assert np.abs(first.image.astype(int) - picture(first.place[1])).max() < 12
-    assert partners.draw(Sample("0" * 16, [""], [], [], shown), Random(0)) is None
+    assert np.abs(drawn.image.read().astype(int) - picture(3)).max() < 12
+    first = partners.draw(Sample(uids[1][1], [""], [], [CAT], image), Random(2))
+    again = Partners(shards, tmp_path / "index").draw(Sample(uids[1][1], [""], [], [CAT], image), Random(2))
+    assert first == again
+    assert np.abs(first.image.read().astype(int) - picture(first.place[1])).max() < 12
+    assert partners.draw(Sample("0" * 16, [""], [], [], image), Random(0)) is None
 
 
-def test_a_broken_partner_is_passed_over(tmp_path):
-    shard = make_shard(tmp_path, "00000", 3, broken=(1, 2))
-    partners = Partners([shard], make_index(tmp_path / "index", [[[DOG]] * 3]))
-    row = Sample(_uids(shard)[0], [""], [], [DOG], picture(0))
-    assert partners.draw(row, Random(0)) is None
+def loaded(shard: PairShard, index: Path) -> Loaded:
+    """The first batch of a shard's six rows, which all name class 0, with partners."""
+    tower = model()
+    prepare = EntityTransform(
+        views=tower.config.mask.views,
+        vocabulary=CC4M,
+        completion="none",
+        strip="clean",
+        templates=(),
+        num_prompts=0,
+        partners=Partners([shard], index),
+    )
+    collate = EntityCollate(tower.tokenizer, "none", partners=True, longest=True)
+    settings = {"batch_size": 6, "seed": 0, "shuffle": tower.config.shuffle, "threads": 0}
+    return next(PairLoader([shard], **settings, prepare=prepare, collate=collate).batches(0))
+
+
+def test_a_row_whose_partner_does_not_decode_is_left_out_and_listed(tmp_path):
+    shard = make_shard(tmp_path, "00000", 6, broken=(1,))
+    found = loaded(shard, make_index(tmp_path / "index", [[[0], [0], [], [], [], []]]))
+    uids, reasons = _uids(shard), dict(found.failures)
+    assert "000000001.jpg" in reasons.pop(uids[1]) and uids[0] in reasons, "the only other that names it is broken"
+    assert all("partner row 1" in reason for reason in reasons.values())
+    shown = found.batch.to("cpu")
+    assert set(shown.uids) == {*uids} - {uids[1], *reasons} and shown.paired.all()
+
+
+def test_where_there_is_no_partner_a_rows_own_view_stands(tmp_path):
+    shown = loaded(make_shard(tmp_path, "00000", 6), make_index(tmp_path / "index", [[[DOG]] * 6])).batch.to("cpu")
+    assert not shown.paired.any() and torch.equal(shown.pixels, shown.partner_pixels)
+
+
+def test_an_index_of_other_shards_is_refused(tmp_path):
     with pytest.raises(BadInput, match="shard 00000"):
-        Partners([], tmp_path / "index")
+        Partners([], make_index(tmp_path / "index", [[[DOG]]]))
 
 
 def _uids(shard: PairShard) -> list[str]:

@@ -17,6 +17,7 @@ from pair_shards import label_map, picture, write_pairs
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.tables import write_table
 from pipeline.datasets import joined, pairs
+from pipeline.datasets.looks import Drawn, Look
 from pipeline.datasets.pairs import PairLoader, Shuffle, captions
 from pipeline.params import ParamsError
 
@@ -31,18 +32,30 @@ class Seen:
     caption: str
     draw: float
     regions: np.ndarray | None
-    thread: str
+
+
+def corner(image, out):
+    """The upper left corner of the image."""
+    out[:] = image[:2, :2]
+    return out
 
 
 def prepare(sample, rng):
     number = int(sample.captions[0].split()[1])
-    assert abs(int(sample.image[0, 0, 0]) - int(picture(number)[0, 0, 0])) < 6, "the picture is not this row's"
-    return Seen(number, sample.caption(rng), float(rng.random()), sample.regions, threading.current_thread().name)
+    seen = Seen(number, sample.caption(rng), float(rng.random()), sample.regions)
+    return Drawn(seen, {"pixels": Look(sample.image, 2, corner)})
+
+
+def collate(items, uids, shown):
+    assert len(shown["pixels"].images) == len(items)
+    for item, pixels in zip(items, shown["pixels"].images, strict=True):
+        assert abs(int(pixels[0, 0, 0]) - int(picture(item.number)[0, 0, 0])) < 6, "the picture is not this row's"
+    return items, uids
 
 
 def loader(shards, **changes):
     settings = {"batch_size": 5, "seed": 7, "shuffle": SHUFFLE, "threads": 0}
-    return PairLoader(shards, **(settings | changes), prepare=prepare, collate=lambda items, uids: (items, uids))
+    return PairLoader(shards, **(settings | changes), prepare=prepare, collate=collate)
 
 
 def visits(pairs, count, position=0):

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from random import Random
 
 import fsspec
 import pytest
@@ -20,7 +19,8 @@ from pipeline.artifacts import urls
 from pipeline.artifacts.files import BadInput
 from pipeline.artifacts.urls import Unreachable
 from pipeline.artifacts.weights import model_digest
-from pipeline.datasets import preparing
+from pipeline.datasets import images
+from pipeline.datasets.looks import Drawn, Look
 from pipeline.datasets.pairs import PairLoader, PairShard, Shuffle, captions
 from pipeline.datasets.partners import Partners
 from pipeline.project import MissingPayload
@@ -38,12 +38,17 @@ def put(shard: PairShard, url: str) -> PairShard:
     return replace(shard, download=place)
 
 
+def whole(image, out):
+    out[: len(image)] = image
+    return out
+
+
 def prepare(sample, rng):
-    return sample.caption(rng), sample.image.tobytes(), sample.regions.tolist(), rng.random()
+    return Drawn((sample.caption(rng), sample.regions.tolist(), rng.random()), {"": Look(sample.image, 32, whole)})
 
 
-def collate(items, uids):
-    return items, uids
+def collate(items, uids, shown):
+    return items, uids, shown[""].images[:, :24].numpy().tobytes()
 
 
 def loader(shards, **changes):
@@ -75,7 +80,7 @@ def test_the_batches_of_a_bucket_are_those_of_a_disk(here, s3, monkeypatch):
     assert captions(away[0]) == captions(here[0])
     fetched = []
     monkeypatch.setattr(
-        "pipeline.datasets.preparing.read_ranges", lambda places: fetched.append(len(places)) or [b""] * len(places)
+        "pipeline.datasets.images.read_ranges", lambda places: fetched.append(len(places)) or [b""] * len(places)
     )
     batches = loader(away, share=(1, 5), threads=0).batches(0)
     with pytest.raises(BadInput, match="none of the 1 images of a batch decodes"):
@@ -88,17 +93,29 @@ def test_workers_read_a_second_store_too(here, tmp_path):
     assert content(loader(away, workers=2)) == content(loader(here))
 
 
-def test_partners_are_drawn_from_there(here, tmp_path):
+def with_partners(shards, index):
+    """Pictures of rows and partners in one size, asked for together."""
+    partners = Partners(shards, index)
+
+    def prepare(sample, rng):
+        partner = partners.draw(sample, rng)
+        return Drawn(partner.place, {"own": Look(sample.image, 32, whole), "other": Look(partner.image, 32, whole)})
+
+    def collate(items, uids, shown):
+        return items, uids, [pixels.images[:, :24].numpy().tobytes() for pixels in shown.values()]
+
+    return loader(shards, prepare=prepare, collate=collate)
+
+
+def test_partners_come_from_there_with_the_rows_own_images(here, tmp_path, monkeypatch):
     index = make_index(tmp_path / "index", [[[0]] * 9, [[0]] * 10])
     away = [put(shard, tmp_path.as_uri()) for shard in here]
-    found = []
-    next(loader(here, batch_size=1, threads=0, prepare=lambda sample, rng: found.append(sample)).batches(0))
-
-    def pictures(shards):
-        drawn = [Partners(shards, index).draw(found[0], Random(seed)) for seed in range(20)]
-        return [(partner.place, partner.image.tobytes()) for partner in drawn]
-
-    assert pictures(away) == pictures(here) and len(set(pictures(here))) > 5
+    expected = content(with_partners(here, index))
+    asked = []
+    read = images.read_ranges
+    monkeypatch.setattr(images, "read_ranges", lambda places: asked.append(len(places)) or read(places))
+    assert content(with_partners(away, index)) == expected
+    assert set(asked) == {10} and len({place for (places, *_), *_ in expected for place in places}) > 10
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -120,16 +137,14 @@ def test_what_cannot_be_read_stops_the_training_and_a_cut_off_picture_does_not(h
         content(loader(away))
 
 
-def test_workers_and_partners_stop_too_and_nobody_else_is_drawn(here, tmp_path, monkeypatch):
+def test_workers_and_partners_stop_too(here, tmp_path, monkeypatch):
     monkeypatch.setattr(urls, "PAUSES", ())
     away = [put(shard, tmp_path.as_uri()) for shard in here]
     index = make_index(tmp_path / "index", [[[0]] * 9, [[0]] * 10])
-    found = []
-    next(loader(here, batch_size=1, threads=0, prepare=lambda sample, rng: found.append(sample)).batches(0))
     for number in range(2):
         (tmp_path / f"0000{number}/0000{number}.tar").unlink()
     with pytest.raises(Unreachable, match=r"\.tar: cannot be read"):
-        Partners(away, index).draw(found[0], Random(0))
+        content(with_partners(away, index))
     with pytest.raises(Unreachable, match=r"\.tar: cannot be read"):
         content(loader(away, workers=1))
 
@@ -158,7 +173,7 @@ def test_only_what_failed_is_asked_for_again(monkeypatch):
     flaky = Flaky(failing=2)
     monkeypatch.setattr(urls, "open_url", lambda url: (flaky, "a"))
     assert urls.read_ranges(places) == [b"01", b"3456", b""]
-    assert flaky.asked == [[(0, 2), (3, 7)], [(3, 7)], [(3, 7)]] and pauses == [1, 2]
+    assert flaky.asked == [[(0, 2), (3, 7)], [(3, 7)], [(3, 7)]] and pauses == [0, 1, 2]
     flaky = Flaky(failing=99)
     with pytest.raises(Unreachable, match="OSError: the line is down"):
         urls.read_ranges(places)
@@ -208,14 +223,14 @@ def test_a_training_whose_store_goes_away_keeps_what_it_did(elsewhere, tmp_path,
         values["train"]["sseg"]["optimisation"]["checkpoint_images"] = 1000
         (folder / "params.yaml").write_text(yaml.safe_dump(values))
     train(open_project(root), "sseg")
-    read, left = preparing.read_ranges, iter(range(6))
+    read, left = images.read_ranges, iter(range(6))
 
     def fails(places):
         if next(left, None) is None:
             raise Unreachable(url, "cannot be read", "Wait")
         return read(places)
 
-    monkeypatch.setattr(preparing, "read_ranges", fails)
+    monkeypatch.setattr(images, "read_ranges", fails)
     with pytest.raises(Unreachable):
         train(open_project(other), "sseg")
     saved = json.loads(next(other.glob("data/checkpoints/sseg/*/state-*.json")).read_text())["images"]

@@ -6,12 +6,13 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from pair_shards import painted, stored
 from PIL import Image
 from torchvision.transforms import functional as vision
 
 from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform
 from pipeline.datasets.pairs import Sample
-from pipeline.datasets.transforms import View, move_labels, normalise, random_view, render
+from pipeline.datasets.transforms import View, move_labels, normalise, random_view
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE
 from pipeline.text.tokenizers import BytePairTokenizer
 
@@ -26,12 +27,12 @@ def test_render_is_torchvisions_resized_crop_of_a_pillow_image(image, side, bias
     """To one level, in a quarter of the values of noise; on average darker only where it enlarges."""
     view = View(left=6 / 40, top=3 / 30, width=20 / 40, height=24 / 30, flip=False)
     expected = vision.resized_crop(Image.fromarray(image), 3, 6, 24, 20, [side, side])
-    shown = render(image, view, side)
+    shown = view.paint(image, np.empty((side, side, 3), np.uint8))
     assert shown.shape == (side, side, 3) and shown.dtype == np.uint8 and shown.flags.c_contiguous
     off = shown.astype(int) - np.asarray(expected)
     assert np.abs(off).max() <= 1 and (off != 0).mean() < 0.3 and abs(off.mean()) < bias
     flipped = View(view.left, view.top, view.width, view.height, flip=True)
-    np.testing.assert_array_equal(render(image, flipped, side), shown[:, ::-1])
+    np.testing.assert_array_equal(flipped.paint(image, np.empty_like(shown)), shown[:, ::-1])
 
 
 def test_normalise_is_torchvisions(image):
@@ -67,10 +68,10 @@ def test_masks_move_with_the_pixels():
     """A picture painted with its own label map: wherever the view looks, the colour under a label is that label's."""
     rng = Random(2)
     labels = np.array(rng.choices(range(6), k=16), np.uint8).reshape(4, 4)
-    painted = np.kron(labels, np.ones((32, 32), np.uint8))[..., None].repeat(3, 2) * 40
+    blocks = np.kron(labels, np.ones((32, 32), np.uint8))[..., None].repeat(3, 2) * 40
     for _ in range(50):
         view = random_view(rng, height=128, width=128, scale=(0.2, 1.0), ratio=(0.75, 1.33), flip_chance=0.5)
-        seen = render(painted, view, 64)
+        seen = view.paint(blocks, np.empty((64, 64, 3), np.uint8))
         moved = move_labels(labels, view, (16, 16))
         centres = seen.reshape(16, 4, 16, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3, 4)) / 40
         assert (np.abs(centres - moved) < 0.5).mean() > 0.85, "most cells lie inside one label"
@@ -98,7 +99,7 @@ def test_images_too_narrow_for_the_ratio_are_cropped_at_the_centre():
 
 
 def sample(captions, nouns=("dog",)):
-    return Sample("u", captions, list(nouns), [], np.zeros((20, 20, 3), np.uint8), np.zeros((4, 4), np.uint8))
+    return Sample("u", captions, list(nouns), [], stored((20, 20)), np.zeros((4, 4), np.uint8))
 
 
 def augmentation(**changes):
@@ -108,22 +109,27 @@ def augmentation(**changes):
 
 def test_transform_is_a_function_of_its_generator():
     transform = PairTransform(views=augmentation(), grid=4)
-    one, two = (transform(sample(["a", "b", "c"]), Random(5)) for _ in range(2))
-    assert one.caption == two.caption and (one.pixels == two.pixels).all() and (one.regions == two.regions).all()
-    captions = {transform(sample(["a", "b", "c"]), Random(i)).caption for i in range(30)}
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    drawn = [transform(sample(["a", "b", "c"]), Random(5)) for _ in range(2)]
+    one, two = (row.item for row in drawn)
+    assert one.caption == two.caption and (one.regions == two.regions).all()
+    first, second = painted(drawn, [image, image])["pixels"].images
+    assert torch.equal(first, second)
+    captions = {transform(sample(["a", "b", "c"]), Random(i)).item.caption for i in range(30)}
     assert captions == {"a", "b", "c"}
 
 
 def test_caption_form():
     transform = PairTransform(views=augmentation(), grid=4, caption_form="nouns")
-    assert transform(sample(["a dog on a mat"], ("dog", "mat")), Random(0)).caption == "dog mat"
-    assert transform(sample(["so it goes"], ()), Random(0)).caption == "so it goes"
+    assert transform(sample(["a dog on a mat"], ("dog", "mat")), Random(0)).item.caption == "dog mat"
+    assert transform(sample(["so it goes"], ()), Random(0)).item.caption == "so it goes"
 
 
 def test_collate():
     transform, collate = PairTransform(views=augmentation(), grid=4), PairCollate(BytePairTokenizer(8))
-    prepared = [transform(sample(["a dog"]), Random(i)) for i in range(3)]
-    batch = collate(prepared, ["x", "y", "z"]).to("cpu")
+    drawn = [transform(sample(["a dog"]), Random(i)) for i in range(3)]
+    shown = painted(drawn, [np.zeros((20, 20, 3), np.uint8)] * 3)
+    batch = collate([row.item for row in drawn], ["x", "y", "z"], shown).to("cpu")
     assert batch.pixels.shape == (3, 3, 16, 16) and batch.pixels.dtype == torch.float32
     assert batch.token_ids.shape == (3, 8) and batch.uids == ["x", "y", "z"] and batch.captions == ["a dog"] * 3
     assert batch.regions is not None and batch.regions.shape == (3, 4, 4) and batch.regions.dtype == torch.uint8
@@ -134,8 +140,8 @@ def test_collate():
 def test_a_batch_has_the_pseudo_masks_of_all_its_images_or_of_none():
     """Those of some would be taken for those of its first images."""
     transform, collate = PairTransform(views=augmentation(), grid=4), PairCollate(BytePairTokenizer(8))
-    masked = transform(sample(["a dog"]), Random(0))
+    masked = transform(sample(["a dog"]), Random(0)).item
     bare = replace(masked, regions=None)
-    assert collate([bare, bare], ["x", "y"]).to("cpu").regions is None
+    assert collate([bare, bare], ["x", "y"], {}).others["regions"] is None
     with pytest.raises(ValueError, match="1 of 3 images of a batch have no pseudo-masks"):
-        collate([masked, bare, masked], ["x", "y", "z"])
+        collate([masked, bare, masked], ["x", "y", "z"], {})

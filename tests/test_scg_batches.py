@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from pair_shards import write_masks, write_pairs
+from pair_shards import stored, write_masks, write_pairs
 from scg_cases import CLUSTERS, SIDE, batch, config, made_encoders, model
 
 from pipeline.artifacts.files import BadInput
@@ -68,17 +68,17 @@ def test_phases_take_the_codebook_and_batches_follow_the_clusters(encoders, tmp_
 
 def test_nouns_of_a_sample_are_each_one_once_and_at_most_so_many():
     views = config().views
-    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    image = stored((SIDE, SIDE))
     sample = Sample(
         "u", ["x"], ["dog", "photo", "car", "dog", "bird", "tree"], [], image, groups=np.zeros((4, 4), np.uint8)
     )
     made = RegionTransform(views=views, grid=8, max_nouns=3, stop_nouns=frozenset({"photo"}))
-    found = made(sample, Random(0)).nouns
+    found = made(sample, Random(0)).item.nouns
     assert len(found) == 3 and list(found) == [n for n in ("dog", "car", "bird", "tree") if n in found]
     with pytest.raises(ValueError, match="no cluster map"):
         made(Sample("u", ["x"], [], [], image), Random(0))
-    nothing = Named(image, np.full((4, 4), OUTSIDE, np.uint8), ())
-    assert collate([nothing, nothing], ["a", "b"]).to("cpu").owner.shape == (0,)
+    nothing = Named(np.full((4, 4), OUTSIDE, np.uint8), ())
+    assert collate([nothing, nothing], ["a", "b"], {}).others["owner"].shape == (0,)
 
 
 def test_clusters_outside_the_picture_belong_to_no_region(encoders):

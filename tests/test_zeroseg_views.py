@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from pair_shards import picture, write_pairs
+from pair_shards import picture, stored, write_pairs
 from zeroseg_cases import config, model
 
 from pipeline import methods
@@ -17,6 +17,7 @@ from pipeline.artifacts.files import BadInput, atomic_json
 from pipeline.artifacts.tables import read_table, write_table
 from pipeline.caching.teacher import cut_views, describe
 from pipeline.datasets.pairs import PairLoader, Sample
+from pipeline.datasets.pixels import Pixels
 from pipeline.datasets.squares import SquareTransform, choose_views, collate
 from pipeline.datasets.transforms import normalise
 from pipeline.methods import zeroseg
@@ -46,17 +47,19 @@ def shard_with_views(root: Path, scales: tuple[int, ...] = (1, 2), name: str = "
 
 def test_the_student_sees_the_teachers_square():
     image = picture(3, (24, 33))
-    sample = Sample("u", [""], [], [], image, views=np.eye(5, 10, dtype=np.float16))
-    square = SquareTransform(image_size=16, chosen=(0, 3))(sample, Random(0))
-    np.testing.assert_array_equal(square.pixels, cut_views(image, (1,), 16)[0])
-    np.testing.assert_array_equal(square.views, np.eye(5, 10, dtype=np.float32)[[0, 3]])
+    sample = Sample("u", [""], [], [], stored((24, 33)), views=np.eye(5, 10, dtype=np.float16))
+    views, looks = SquareTransform(image_size=16, chosen=(0, 3))(sample, Random(0))
+    square = looks["pixels"].shown(image)
+    np.testing.assert_array_equal(square, cut_views(image, (1,), 16)[0])
+    np.testing.assert_array_equal(views, np.eye(5, 10, dtype=np.float32)[[0, 3]])
     again = SquareTransform(image_size=16, chosen=(0, 3))(sample, Random(99))
-    np.testing.assert_array_equal(square.pixels, again.pixels)
+    np.testing.assert_array_equal(again.looks["pixels"].shown(image), square)
     same = SquareTransform(image_size=24, chosen=(0,))(sample, Random(0))
-    np.testing.assert_array_equal(same.pixels, image[:, 4:28])
-    found = collate([square, again], ["a", "b"]).to("cpu")
+    np.testing.assert_array_equal(same.looks["pixels"].shown(image), image[:, 4:28])
+    pixels = Pixels(torch.from_numpy(np.stack([square, square])), [None, None])
+    found = collate([views, views], ["a", "b"], {"pixels": pixels}).to("cpu")
     assert found.token_ids.shape == (2, 0) and found.views.dtype == torch.float32 and found.views.shape == (2, 2, 10)
-    expected = normalise(torch.tensor(square.pixels)[None])[0]
+    expected = normalise(torch.tensor(square)[None])[0]
     torch.testing.assert_close(found.pixels[0].permute(1, 2, 0), expected, rtol=0, atol=1e-6)
 
 

@@ -25,10 +25,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.artifacts.files import BadInput, atomic_json
 from pipeline.artifacts.tars import index_tar, write_tar
-from pipeline.artifacts.urls import PUSH_AGAIN, is_url, read_file, read_ranges
+from pipeline.artifacts.urls import PUSH_AGAIN, is_url, read_file
 
 __all__ = ["SCHEMA", "SUCCESS", "Shard", "decode_rgb", "decode_stored", "index_tar", "make_uid", "open_rgb"]
-__all__ += ["read_member", "write_shard", "write_tar"]
+__all__ += ["write_shard", "write_tar"]
 
 SUCCESS = "success"
 # Shards of one list; its place in a mix is the first of the five digits of their names. Retried rows have the last.
@@ -109,30 +109,19 @@ class Shard:
         return self.table.num_rows
 
     def image_bytes(self, key: str) -> bytes:
-        """The encoded image."""
-        return read_member(self.path, self._index[f"{key}.jpg"], f"{key}.jpg")
+        """The encoded image; no file stays open between two reads. Raises BadInput where the tar ends before."""
+        offset, size = self._index[f"{key}.jpg"]
+        with open(self.path, "rb", buffering=0) as file:
+            return whole(os.pread(file.fileno(), size, offset), size, self.path, f"{key}.jpg")
 
 
-def read_member(tar: Path | str, place: tuple[int, int], name: str) -> bytes:
-    """What lies at an offset with a size; no file stays open between two reads. `tar`: its path, or its URL.
+def whole(data: bytes, size: int, tar: Path | str, name: str) -> bytes:
+    """`data`, if that is all of what is called `name` in a tar (path or URL).
 
     Raises:
-        BadInput: the tar ends before; `name` is what the message calls it.
-        Unreachable: a URL cannot be read.
+        BadInput: the tar ends before.
     """
-    if is_url(tar):
-        return whole(read_ranges([(str(tar), *place)])[0], tar, place, name)
-    offset, size = place
-    file = os.open(tar, os.O_RDONLY)
-    try:
-        return whole(os.pread(file, size, offset), tar, place, name)
-    finally:
-        os.close(file)
-
-
-def whole(data: bytes, tar: Path | str, place: tuple[int, int], name: str) -> bytes:
-    """`data`, if that is all of the member at `place`; raises BadInput as `read_member`."""
-    if len(data) != place[1]:
+    if len(data) != size:
         raise BadInput(tar, f"cut off inside {name}", PUSH_AGAIN if is_url(tar) else _REPAIR)
     return data
 

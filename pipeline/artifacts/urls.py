@@ -75,7 +75,7 @@ def read_file(url: str) -> bytes:
 def read_ranges(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
     """The bytes at each (URL, offset, size), all of one file system, asked for at once; fewer where a file ends before.
 
-    What fails is asked for again, for a minute.
+    What fails is asked for again, for a minute; not what is absent or forbidden.
 
     Raises:
         BadInput: the server gives whole files where parts are asked for.
@@ -87,7 +87,8 @@ def read_ranges(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
         return found
     files, _ = open_url(places[0][0])
     paths = [open_url(url)[1] for url, _, _ in places]
-    for pause in (*PAUSES, None):
+    for pause in (0, *PAUSES):
+        time.sleep(pause)
         starts, ends = zip(*((places[n][1], places[n][1] + places[n][2]) for n in waiting), strict=True)
         answers = files.cat_ranges([paths[n] for n in waiting], list(starts), list(ends), on_error="return")
         failed: dict[int, BaseException] = {}
@@ -98,13 +99,11 @@ def read_ranges(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
                 failed[number] = answer
         _check_sizes(places, found)
         waiting = list(failed)
-        if not waiting:
-            return found
-        first = next(iter(failed.values()))
-        if pause is None or isinstance(first, FileNotFoundError):
-            raise _unreachable(places[waiting[0]][0], first) from first
-        time.sleep(pause)
-    raise AssertionError("the last pause is none")
+        if not waiting or isinstance(failed[waiting[0]], (FileNotFoundError, PermissionError)):
+            break
+    for number in waiting:
+        raise _unreachable(places[number][0], failed[number]) from failed[number]
+    return found
 
 
 def _check_sizes(places: Sequence[tuple[str, int, int]], found: Sequence[bytes]) -> None:

@@ -8,7 +8,7 @@ Source: timm's policy `rand-m9-mstd0.5-inc1` and RandomErasing (pixel mode), whi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from random import Random
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from pipeline.datasets import operations
+from pipeline.datasets.looks import Erased
 
 # Source: timm: an operation runs with this chance; its strength is drawn around the magnitude and cut to [0, 10].
 CHANCE, MAGNITUDE, DEVIATION, STRONGEST = 0.5, 9.0, 0.5, 10.0
@@ -56,6 +57,9 @@ def _up_to(most: float) -> Callable[[float, int], tuple[float, ...]]:
     return lambda strength, sign: (sign * most * strength,)
 
 
+# An operation with its arguments.
+Change = tuple[Callable[..., ndarray], tuple[float, ...]]
+
 # By timm's names, in timm's order.
 OPERATIONS = {
     "AutoContrast": Operation(operations.auto_contrast, _nothing),
@@ -76,29 +80,27 @@ OPERATIONS = {
 }
 
 
-def rand_augment(pixels: UInt8[ndarray, "height width 3"], count: int, rng: Random) -> UInt8[ndarray, "height width 3"]:
-    """`count` drawn operations (with replacement), each with its chance and strength."""
+def draw_operations(count: int, rng: Random) -> list[Change]:
+    """`count` of them (with replacement), less those whose chance did not come; each with its strength."""
+    found: list[Change] = []
     for operation in rng.choices(list(OPERATIONS.values()), k=count):
         runs, sign = rng.random() < CHANCE, 1 if rng.random() < 0.5 else -1
         strength = min(max(rng.gauss(MAGNITUDE, DEVIATION), 0.0), STRONGEST) / STRONGEST
         if runs:
-            pixels = operation.apply(pixels, *operation.arguments(strength, sign))
+            found.append((operation.apply, operation.arguments(strength, sign)))
+    return found
+
+
+def changed(pixels: UInt8[ndarray, "height width 3"], operations: Sequence[Change]) -> UInt8[ndarray, "height width 3"]:
+    """What one operation after the other makes of the picture, which itself stays."""
+    for apply, arguments in operations:
+        pixels = apply(pixels, *arguments)
     return pixels
-
-
-class Erased(NamedTuple):
-    """A rectangle of the view, in pixels, and where in `noise` the values begin that replace it once normalised."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    first: int
 
 
 def draw_erased(side: int, chance: float, rng: Random) -> Erased | None:
     """A rectangle of normal noise with that chance; None where there is none or ten draws did not fit."""
-    if rng.random() >= chance:
+    if not chance or rng.random() >= chance:
         return None
     for _ in range(ERASE_ATTEMPTS):
         area = rng.uniform(ERASED_SHARE[0], ERASED_SHARE[1]) * side * side

@@ -1,7 +1,8 @@
-"""From stored pairs to training batches: `PairTransform` in the loader's threads, `PairCollate` over its results."""
+"""From stored pairs to training batches: `PairTransform` draws a row's part, `PairCollate` makes a batch of many."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Annotated, Literal
 
@@ -11,10 +12,12 @@ from jaxtyping import Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from pipeline.datasets.augmentation import Erased, draw_erased, rand_augment
+from pipeline.datasets.augmentation import Change, changed, draw_erased, draw_operations
+from pipeline.datasets.images import StoredImage
+from pipeline.datasets.looks import Drawn, Look
 from pipeline.datasets.pairs import PairShard, Sample, captions
-from pipeline.datasets.pixels import Packed, stack_pixels
-from pipeline.datasets.transforms import ViewConfig, move_labels, render
+from pipeline.datasets.pixels import Packed, Pixels
+from pipeline.datasets.transforms import View, ViewConfig, move_labels
 from pipeline.interfaces import TrainBatch
 from pipeline.nn.text import TextConfig, Vocabulary
 from pipeline.params import Range
@@ -37,6 +40,22 @@ class StrongViews(ViewConfig):
     rand_augment: Annotated[int, Range(0)]
     erase_chance: Annotated[float, Range(0, 1)]
 
+    def look(self, image: StoredImage, view: View, rng: Random) -> Look:
+        """The view, changed and with a rectangle erased by their chances."""
+        operations = draw_operations(self.rand_augment, rng)
+        erased = draw_erased(self.image_size, self.erase_chance, rng)
+        return Look(image, self.image_size, partial(_paint, view, operations) if operations else view.paint, erased)
+
+
+def _paint(
+    view: View,
+    operations: Sequence[Change],
+    image: UInt8[ndarray, "height width 3"],
+    out: UInt8[ndarray, "side side 3"],
+) -> UInt8[ndarray, "side side 3"]:
+    np.copyto(out, changed(view.paint(image, np.empty_like(out)), operations))
+    return out
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation(ViewConfig):
@@ -51,22 +70,19 @@ class Augmentation(ViewConfig):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One sample's view, before it is stacked."""
+    """A sample's part of a batch, less its pixels."""
 
-    pixels: UInt8[ndarray, "side side 3"]
     caption: str
     regions: UInt8[ndarray, "grid_h grid_w"] | None
     prompts: list[str]
-    erased: Erased | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairTransform:
     """One random view of pixels and pseudo-masks, one of the captions, and prompts made of its nouns.
 
-    `grid`: side of the moved label grid. `num_prompts` nouns are filled into drawn `templates` (GroupViT 3.2).
-    `rand_augment` operations and a rectangle erased with `erase_chance` are for pixels alone: they move them, and
-    pseudo-masks would stay behind.
+    `grid`: side of the moved label grid. Pseudo-masks are for plain views: `StrongViews` move pixels away from them.
+    `num_prompts` nouns are filled into drawn `templates` (GroupViT 3.2).
     """
 
     views: ViewConfig
@@ -74,26 +90,21 @@ class PairTransform:
     caption_form: CaptionForm = "caption"
     num_prompts: int = 0
     templates: tuple[str, ...] = ()
-    rand_augment: int = 0
-    erase_chance: float = 0.0
 
-    def __call__(self, sample: Sample, rng: Random) -> Prepared:
+    def __call__(self, sample: Sample, rng: Random) -> Drawn:
         view = self.views.draw(sample.image, rng)
+        look = self.views.look(sample.image, view, rng)
         regions = None if sample.regions is None else move_labels(sample.regions, view, (self.grid, self.grid))
         caption = sample.caption(rng)
         words = prompts.noun_prompts(caption, sample.nouns, self.num_prompts, self.templates, rng)
         if self.caption_form == "nouns" and sample.nouns:
             caption = " ".join(sample.nouns)
-        shown = render(sample.image, view, self.views.image_size)
-        if self.rand_augment:
-            shown = rand_augment(shown, self.rand_augment, rng)
-        erased = draw_erased(self.views.image_size, self.erase_chance, rng) if self.erase_chance else None
-        return Prepared(shown, caption, regions, words, erased)
+        return Drawn(Prepared(caption, regions, words), {"pixels": look})
 
 
 @dataclass(frozen=True, slots=True)
 class PairCollate:
-    """Stack and tokenise.
+    """Stack pseudo-masks and tokenise.
 
     Raises:
         ValueError: of a batch's images some have pseudo-masks, and some none.
@@ -101,7 +112,7 @@ class PairCollate:
 
     tokenizer: Callable[[list[str]], Int64[Tensor, "batch length"]]
 
-    def __call__(self, prepared: list[Prepared], uids: list[str]) -> Packed[TrainBatch]:
+    def __call__(self, prepared: list[Prepared], uids: list[str], shown: dict[str, Pixels]) -> Packed[TrainBatch]:
         captions = [item.caption for item in prepared]
         rows = [self.tokenizer(list(texts)) for texts in zip(*(item.prompts for item in prepared), strict=True)]
         others = {
@@ -111,8 +122,7 @@ class PairCollate:
             "uids": uids,
             "prompt_ids": torch.stack(rows) if rows else None,
         }
-        pixels = stack_pixels([item.pixels for item in prepared], [item.erased for item in prepared])
-        return Packed(TrainBatch, {"pixels": pixels}, others)
+        return Packed(TrainBatch, shown, others)
 
 
 def _stacked(

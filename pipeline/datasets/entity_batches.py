@@ -8,16 +8,15 @@ from random import Random
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
-from numpy import ndarray
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from pipeline.datasets.augmentation import Erased, draw_erased, rand_augment
 from pipeline.datasets.batches import StrongViews
+from pipeline.datasets.images import StoredImage
 from pipeline.datasets.joined import Sample
-from pipeline.datasets.partners import Partner, Partners
-from pipeline.datasets.pixels import Packed, Pixels, stack_pixels
-from pipeline.datasets.transforms import render
+from pipeline.datasets.looks import Drawn, Look
+from pipeline.datasets.partners import Partners
+from pipeline.datasets.pixels import Packed, Pixels
 from pipeline.interfaces import on_device
 from pipeline.nn.text import inside_text
 from pipeline.text.entities import Vocabulary
@@ -57,23 +56,14 @@ class EntityBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A view of an image, before it is stacked."""
-
-    pixels: UInt8[ndarray, "side side 3"]
-    erased: Erased | None
-
-
-@dataclass(frozen=True, slots=True)
 class PreparedEntities:
-    """One sample's view. `partner`: its picture and the class of the shared entity; `answer` is a sentence."""
+    """A sample's part of a batch, less its pixels. `partner`: class of the shared entity; `answer` is a sentence."""
 
-    picture: Picture
     caption: str
     masked: Masked | None
     answer: str
     prompts: list[str]
-    partner: tuple[Picture, int] | None
+    partner: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +71,8 @@ class EntityTransform:
     """An image's view, a caption, its masked form with the answer, and where `partners` is given a partner's view.
 
     The answer is the text of a drawn template before its slot and the names joined by "and"; without a mask it is the
-    template's beginning alone (card section 3.3). `num_prompts` prompts are for completion `multi_label`.
+    template's beginning alone (card section 3.3). `num_prompts` prompts are for completion `multi_label`. A row's own
+    view stands for that of a partner which it has not.
     """
 
     views: StrongViews
@@ -92,8 +83,8 @@ class EntityTransform:
     num_prompts: int
     partners: Partners | None = None
 
-    def __call__(self, sample: Sample, rng: Random) -> PreparedEntities:
-        picture = self._view(sample.image, rng)
+    def __call__(self, sample: Sample, rng: Random) -> Drawn:
+        looks = {"pixels": self._look(sample.image, rng)}
         caption = without_masks(sample.caption(rng))
         masked, answer, words = None, "", []
         if self.completion in _TARGETS:
@@ -103,24 +94,19 @@ class EntityTransform:
         elif self.completion == "multi_label":
             names = [self.vocabulary.classes[entity] for entity in sample.entities]
             words = noun_prompts(caption, names, self.num_prompts, self.templates, rng)
-        partner = None if self.partners is None else self.partners.draw(sample, rng)
-        return PreparedEntities(picture, caption, masked, answer, words, partner and self._partner(partner, rng))
+        partner = None
+        if self.partners is not None:
+            partner = self.partners.draw(sample, rng)
+            looks["partner_pixels"] = self._look(partner.image, rng) if partner else looks["pixels"]
+        return Drawn(PreparedEntities(caption, masked, answer, words, partner and partner.entity), looks)
 
-    def _partner(self, partner: Partner, rng: Random) -> tuple[Picture, int]:
-        return self._view(partner.image, rng), partner.entity
-
-    def _view(self, image: UInt8[ndarray, "height width 3"], rng: Random) -> Picture:
-        side = self.views.image_size
-        shown = render(image, self.views.draw(image, rng), side)
-        if self.views.rand_augment:
-            shown = rand_augment(shown, self.views.rand_augment, rng)
-        erased = draw_erased(side, self.views.erase_chance, rng) if self.views.erase_chance else None
-        return Picture(shown, erased)
+    def _look(self, image: StoredImage, rng: Random) -> Look:
+        return self.views.look(image, self.views.draw(image, rng), rng)
 
 
 @dataclass(frozen=True, slots=True)
 class EntityCollate:
-    """Stack and tokenise. `partners`: whether the transform draws partners.
+    """Tokenise. `partners`: whether the transform draws partners.
 
     `longest` cuts every form to its longest text in the batch, as the authors' own runs did; the release pads to the
     context length, and its decoder has no padding mask.
@@ -131,8 +117,9 @@ class EntityCollate:
     partners: bool
     longest: bool
 
-    def __call__(self, prepared: list[PreparedEntities], uids: list[str]) -> Packed[EntityBatch]:
-        pixels = {"pixels": _stack([item.picture for item in prepared])}
+    def __call__(
+        self, prepared: list[PreparedEntities], uids: list[str], shown: dict[str, Pixels]
+    ) -> Packed[EntityBatch]:
         others: dict[str, Any] = {"token_ids": self._ids([item.caption for item in prepared]), "uids": uids}
         masked = [item.masked for item in prepared if item.masked is not None]
         if masked:
@@ -146,19 +133,13 @@ class EntityCollate:
             flat = self._ids([item.prompts[number] for number in range(count) for item in prepared])
             others["prompt_ids"] = flat.unflatten(0, (count, len(prepared)))
         if self.partners:
-            partners = [item.partner or (item.picture, 0) for item in prepared]
-            pixels["partner_pixels"] = _stack([picture for picture, _ in partners])
-            others["entities"] = torch.tensor([entity for _, entity in partners])
+            others["entities"] = torch.tensor([item.partner or 0 for item in prepared])
             others["paired"] = torch.tensor([item.partner is not None for item in prepared])
-        return Packed(EntityBatch, pixels, others)
+        return Packed(EntityBatch, shown, others)
 
     def _ids(self, texts: list[str]) -> Int64[Tensor, "batch length"]:
         ids = self.tokenizer(texts)
         return ids[:, : int(inside_text(ids, self.tokenizer.eot).sum(1).max())] if self.longest else ids
-
-
-def _stack(pictures: list[Picture]) -> Pixels:
-    return stack_pixels([picture.pixels for picture in pictures], [picture.erased for picture in pictures])
 
 
 def _mask_classes(

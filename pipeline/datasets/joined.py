@@ -19,12 +19,15 @@ from pyarrow.compute import equal, index_in, is_in  # type: ignore[attr-defined]
 
 from pipeline.artifacts.arrays import open_array
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, decode_stored, read_member, read_rows, whole
+from pipeline.artifacts.shards import SUCCESS, read_rows
 from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
 from pipeline.artifacts.vectors import map_vectors
+from pipeline.datasets.images import StoredImage
 from pipeline.text.verdicts import kept
 
 COLUMNS = ("key", "uid", "caption", "nouns", "entities")
+# Of `StoredImage`, in its order.
+PLACE = ("offset", "size", "height", "width")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,17 +74,18 @@ class PairShard:
 
 
 class Sample(NamedTuple):
-    """One pair as stored.
+    """One pair as stored, its image not yet read.
 
     `captions`: the lines of the row's caption. `entities`: classes of the filter's vocabulary. `regions`: labels over
     the whole image, `groups`: codebook clusters. `views`: unit vectors of the teacher's views of its centre square.
+    A tuple: one is made for every image, and sent to a worker, in a fraction of a dataclass's time.
     """
 
     uid: str
     captions: list[str]
     nouns: list[str]
     entities: list[int]
-    image: UInt8[ndarray, "height width 3"]
+    image: StoredImage
     regions: UInt8[ndarray, "grid_h grid_w"] | None = None
     views: Float16[ndarray, "views dim"] | None = None
     groups: UInt8[ndarray, "grid_h grid_w"] | None = None
@@ -89,6 +93,9 @@ class Sample(NamedTuple):
     def caption(self, rng: Random) -> str:
         """One of the captions."""
         return rng.choice(self.captions)
+
+    def __str__(self) -> str:
+        return f"sample {self.uid} ({self.image})"
 
 
 def count_rows(shard: PairShard) -> int:
@@ -165,7 +172,7 @@ def join(shard: PairShard) -> pa.Table:
         rows = aligned(rows, table, path.parent)
         rows = rows.append_column(field, index_in(rows["key"], value_set=table["key"].combine_chunks()))
     rows = aligned(rows, shard.successes(), shard.download)
-    return rows.select([*COLUMNS, "offset", "size", *shard.cached]).combine_chunks()
+    return rows.select([*COLUMNS, *PLACE, *shard.cached]).combine_chunks()
 
 
 class Table:
@@ -182,8 +189,10 @@ class Table:
         """Neighbouring rows, with their cached targets in memory."""
         part = self._rows.slice(start, rows)
         targets = {field: self._read(field, part[field].to_numpy()) for field in self._arrays}
-        places = list(zip(part["offset"].to_pylist(), part["size"].to_pylist(), strict=True))
-        return Rows(self._tar, places, {name: part[name].to_pylist() for name in COLUMNS}, targets)
+        columns = {name: part[name].to_pylist() for name in part.column_names}
+        places = zip(*(columns[name] for name in ("key", *PLACE)), strict=True)
+        images = [StoredImage(self._tar, f"{key}.jpg", *place) for key, *place in places]
+        return Rows(images, columns, targets)
 
     def _read(self, field: str, places: ndarray) -> ndarray:
         first = int(places.min())
@@ -208,52 +217,16 @@ def aligned(rows: pa.Table, other: pa.Table, folder: Path | str) -> pa.Table:
     return rows
 
 
-class Stored(NamedTuple):
-    """A sample as it lies: `place` (offset, bytes) in the tar instead of its image.
-
-    A tuple, as `Sample` is: one is made for every image, and sent to a worker, in a fraction of a dataclass's time.
-    """
-
-    tar: str
-    key: str
-    place: tuple[int, int]
-    uid: str
-    caption: str
-    nouns: list[str]
-    entities: list[int]
-    targets: dict[str, ndarray]
-
-    def __str__(self) -> str:
-        return f"sample {self.uid} ({self.tar}:{self.key}.jpg)"
-
-    def sample(self, fetched: bytes | None = None) -> Sample:
-        """The sample with its image, `fetched` or read now, decoded. Raises BadInput when that fails."""
-        name = f"{self.key}.jpg"
-        if fetched is None:
-            data = read_member(self.tar, self.place, name)
-        else:
-            data = whole(fetched, self.tar, self.place, name)
-        return Sample(
-            uid=self.uid,
-            captions=self.caption.splitlines() or [""],
-            nouns=self.nouns,
-            entities=self.entities,
-            image=decode_stored(data, f"{self.tar}:{name}"),
-            **self.targets,
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A block in memory, all but the pixels. `places`: of the images in the tar."""
+    """A block in memory, all but the pixels."""
 
-    tar: str
-    places: list[tuple[int, int]]
+    images: list[StoredImage]
     columns: dict[str, list]
     targets: dict[str, ndarray]
 
-    def row(self, row: int) -> Stored:
+    def row(self, row: int) -> Sample:
         """One of its rows."""
-        values = {name: column[row] for name, column in self.columns.items()}
+        uid, caption, nouns, entities = (self.columns[name][row] for name in ("uid", "caption", "nouns", "entities"))
         targets = {field: array[row] for field, array in self.targets.items()}
-        return Stored(tar=self.tar, place=self.places[row], targets=targets, **values)
+        return Sample(uid, caption.splitlines() or [""], nouns, entities, self.images[row], **targets)

@@ -3,17 +3,16 @@
 A batch is a quarter as large that way when it leaves a worker process and when it is copied to a GPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from numpy import ndarray
 from torch import Tensor
 
-from pipeline.datasets.augmentation import Erased, noise
+from pipeline.datasets.augmentation import noise
+from pipeline.datasets.looks import Erased
 from pipeline.datasets.transforms import normalise
 
 Batch = TypeVar("Batch")
@@ -55,8 +54,3 @@ class Packed(Generic[Batch]):
         """The batch on `device`."""
         others = {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in self.others.items()}
         return self.make(**{name: pixels.to(device) for name, pixels in self.pixels.items()}, **others)
-
-
-def stack_pixels(images: Sequence[UInt8[ndarray, "side side 3"]], erased: Sequence[Erased | None] = ()) -> Pixels:
-    """One batch of views of the same size; `erased` is empty or has an entry for each."""
-    return Pixels(torch.from_numpy(np.stack(images)), list(erased) or [None] * len(images))

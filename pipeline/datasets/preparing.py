@@ -1,12 +1,14 @@
 """From rows as they lie to a batch, in this process or in workers beside it: the same draws, the same bytes.
 
-A worker process gets the rows of a batch, reads and decodes their images, and puts the batch's arrays into memory that
-both sides see; what goes through its pipe is small. Workers are forked from a server that has imported what they need
-and done nothing else, never from this process with its threads and its GPU; they keep nothing from batch to batch.
+First all of a batch is drawn, then its images are read, decoded and painted into the batch's memory (see `looks`). A
+worker process gets the rows of a batch and puts its arrays into memory that both sides see, its pixels from the start;
+what goes through its pipe is small. Workers are forked from a server that has imported what they need and done
+nothing else, never from this process with its threads and its GPU; they keep nothing from batch to batch.
 """
 
 import atexit
 import io
+import math
 import multiprocessing
 import pickle
 import signal
@@ -15,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from random import Random
@@ -23,18 +26,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from numpy import ndarray
 from torch import Tensor
 
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.urls import is_url, read_ranges
-from pipeline.datasets.joined import Sample, Stored
+from pipeline.datasets.images import StoredImage, read_images
+from pipeline.datasets.joined import Sample
+from pipeline.datasets.looks import Drawn, Look
+from pipeline.datasets.pixels import Pixels
 
-# A sample and its own generator to what `Collate` takes.
-Prepare = Callable[[Sample, Random], Any]
-# Prepared samples and their uids to a batch.
-Collate = Callable[[list[Any], list[str]], Any]
+# Draws a sample's part of a batch by its own generator.
+Prepare = Callable[[Sample, Random], Drawn]
+# Items of `Drawn`, their uids, and their looks, painted, to a batch.
+Collate = Callable[[list[Any], list[str], dict[str, Pixels]], Any]
+# Bytes of a shape, of no particular content.
+Empty = Callable[[tuple[int, ...]], UInt8[ndarray, "..."]]
 # A batch, and the uids and reasons of the rows that are not in it.
 Made = tuple[Any, list[tuple[str, str]]]
+_empty: Empty = partial(np.empty, dtype=np.uint8)
 
 # Batches that a training step may hold while the next are made: its own, and the one before.
 HELD = 2
@@ -52,7 +62,7 @@ class SampleFailed(RuntimeError):
 class Visit(NamedTuple):
     """A row, which is `index` of the whole set, in an epoch."""
 
-    row: Stored
+    row: Sample
     epoch: int
     index: int
 
@@ -65,41 +75,69 @@ class Preparation:
     collate: Collate
     seed: int
 
-    def __call__(self, visits: list[Visit], begin: Callable[[int], None] = lambda _: None) -> Made:
-        """The batch of the rows whose images decode. `begin` is called with the number of each row in turn.
+    def __call__(
+        self, visits: list[Visit], begin: Callable[[int], None] = lambda _: None, empty: Empty = _empty
+    ) -> Made:
+        """The batch of the rows whose images decode.
+
+        Args:
+            begin: called with the number of each row in turn, more than once.
+            empty: makes the arrays that pixels are painted into.
 
         Raises:
             BadInput: none decodes. Unreachable: one that lies in a second store cannot be read there.
-            SampleFailed: `prepare` raised another error than BadInput.
+            SampleFailed: `prepare`, or a look, raised another error than BadInput.
         """
-        prepared, uids, failures = [], [], []
-        fetched = _fetched([visit.row for visit in visits])
+        drawn: list[Drawn] = []
         for number, visit in enumerate(visits):
             begin(number)
             try:
-                sample = visit.row.sample(fetched.get(number))
-            except BadInput as error:
-                failures.append((visit.row.uid, str(error)))
-                continue
-            rng = sample_rng(self.seed, visit.epoch, visit.index)
-            try:
-                prepared.append(self.prepare(sample, rng))
-            except BadInput:
-                raise
+                drawn.append(self.prepare(visit.row, sample_rng(self.seed, visit.epoch, visit.index)))
             except Exception as error:
-                raise SampleFailed(f"{visit.row} cannot be prepared: {type(error).__name__}: {error}") from error
-            uids.append(visit.row.uid)
-        if not prepared:
-            raise BadInput(
-                visits[0].row.tar, f"none of the {len(visits)} images of a batch decodes", "Verify the download"
-            )
-        return self.collate(prepared, uids), failures
+                raise _named(visit.row, error) from error
+        painted = {name: empty((len(visits), look.side, look.side, 3)) for name, look in drawn[0].looks.items()}
+        failed: dict[int, str] = {}
+        for number, image, data in _read([row.looks for row in drawn]):
+            begin(number)
+            try:
+                pixels = image.decode(data)
+                for name, look in drawn[number].looks.items():
+                    if look.image == image:
+                        look.paint(pixels, painted[name][number])
+            except BadInput as error:
+                failed[number] = str(error)
+            except Exception as error:
+                raise _named(visits[number].row, error) from error
+        there = [number for number in range(len(visits)) if number not in failed]
+        if not there:
+            first = visits[0].row.image.tar
+            raise BadInput(first, f"none of the {len(visits)} images of a batch decodes", "Verify the download")
+        shown = {name: _shown(images, there, [row.looks[name] for row in drawn]) for name, images in painted.items()}
+        items, uids = [drawn[number].item for number in there], [visits[number].row.uid for number in there]
+        return self.collate(items, uids, shown), [(visits[n].row.uid, failed[n]) for n in sorted(failed)]
 
 
-def _fetched(rows: list[Stored]) -> dict[int, bytes]:
-    """By their number, the images of those rows that lie in a second store: a request each, all under way at once."""
-    away = [number for number, row in enumerate(rows) if is_url(row.tar)]
-    return dict(zip(away, read_ranges([(rows[number].tar, *rows[number].place) for number in away]), strict=True))
+def _read(looks: list[dict[str, Look]]) -> Iterator[tuple[int, StoredImage, bytes]]:
+    """Each image of each row once, with the row's number, by the place where it lies."""
+    wanted = [(image, n) for n, row in enumerate(looks) for image in dict.fromkeys(look.image for look in row.values())]
+    wanted.sort(key=lambda found: found[0].tar)
+    for (image, number), data in zip(wanted, read_images([image for image, _ in wanted]), strict=True):
+        yield number, image, data
+
+
+def _shown(images: UInt8[ndarray, "batch side side 3"], there: list[int], looks: list[Look]) -> Pixels:
+    """Of the rows that are there, in the same memory."""
+    kept = images[: len(there)]
+    if len(there) < len(images):
+        kept[:] = images[there]
+    return Pixels(torch.from_numpy(kept), [looks[number].erased for number in there])
+
+
+def _named(row: Sample, error: Exception) -> Exception:
+    """What a method's own code raised, as SampleFailed; BadInput says itself what is wrong."""
+    if isinstance(error, BadInput):
+        return error
+    return SampleFailed(f"{row} cannot be prepared: {type(error).__name__}: {error}")
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> Random:
@@ -214,31 +252,53 @@ def _work(pipe: Connection, preparation: Preparation, row: Any, memory: Any, siz
     while True:
         try:
             visits, slot = pipe.recv()
-            place = memoryview(b"") if slot is None else memoryview(memory).cast("B")[slot : slot + size]
-            pipe.send(_answer(lambda visits=visits: preparation(visits, begin), place))
+            part = _empty((0,)) if slot is None else np.frombuffer(memory, np.uint8, size, slot)
+            pipe.send(_answer(lambda empty, visits=visits: preparation(visits, begin, empty), _Slot(part)))
         except (EOFError, OSError):
             return
 
 
-def _answer(make: Callable[[], Made], memory: memoryview) -> tuple[bytes, list[tuple[int, int]]]:
-    """What `make` returned or raised, pickled, its arrays in `memory` where they fit; and their places there."""
+class _Slot:
+    """Memory of one batch that both sides see, filled from its start."""
+
+    def __init__(self, memory: UInt8[ndarray, " size"]) -> None:
+        self._memory, self._end = memory, 0
+
+    def empty(self, shape: tuple[int, ...]) -> UInt8[ndarray, "..."]:
+        """An array in it, or elsewhere where it does not fit."""
+        part = self._next(math.prod(shape))
+        return _empty(shape) if part is None else part.reshape(shape)
+
+    def place(self, buffer: memoryview) -> tuple[int, int] | None:
+        """Offset and length of bytes that lie in it, or are put there now; None where they do not fit."""
+        data = np.frombuffer(buffer, np.uint8)
+        if not np.may_share_memory(data, self._memory):
+            part = self._next(len(data))
+            if part is None:
+                return None
+            part[:], data = data, part
+        return data.ctypes.data - self._memory.ctypes.data, len(data)
+
+    def _next(self, size: int) -> UInt8[ndarray, " size"] | None:
+        start, end = self._end, self._end + size
+        if end > len(self._memory):
+            return None
+        self._end = end + -end % ALIGNMENT
+        return self._memory[start:end]
+
+
+def _answer(make: Callable[[Empty], Made], slot: _Slot) -> tuple[bytes, list[tuple[int, int]]]:
+    """What `make` returned or raised, pickled, its arrays in the slot where all fit; and their places there."""
     made: Any
     try:
-        made = make()
+        made = make(slot.empty)
     except (BadInput, SampleFailed) as error:
         made = error
     except Exception:
         made = SampleFailed(f"in a loader's worker process:\n{format_exc()}")
     data, buffers = _dump(made)
-    places, end = [], 0
-    for buffer in buffers:
-        places.append((end, len(buffer)))
-        end += len(buffer) + -len(buffer) % ALIGNMENT
-    if end > len(memory):
-        return _dump(made, apart=False)[0], []
-    for (start, length), buffer in zip(places, buffers, strict=True):
-        memory[start : start + length] = buffer
-    return data, places
+    places = [place for place in map(slot.place, buffers) if place is not None]
+    return (data, places) if len(places) == len(buffers) else (_dump(made, apart=False)[0], [])
 
 
 class _Pickler(pickle.Pickler):

@@ -12,17 +12,17 @@ from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
+from pipeline.datasets.looks import Drawn
 from pipeline.datasets.pairs import Sample
-from pipeline.datasets.pixels import Packed, stack_pixels
-from pipeline.datasets.transforms import ViewConfig, move_labels, render
+from pipeline.datasets.pixels import Packed, Pixels
+from pipeline.datasets.transforms import ViewConfig, move_labels
 from pipeline.interfaces import on_device
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """One sample's view, its clusters moved with it, and its nouns."""
+    """A sample's clusters, moved with its view, and its nouns."""
 
-    pixels: UInt8[ndarray, "side side 3"]
     groups: UInt8[ndarray, "rows columns"]
     nouns: tuple[str, ...]
 
@@ -54,7 +54,7 @@ class RegionTransform:
     max_nouns: int
     stop_nouns: frozenset[str]
 
-    def __call__(self, sample: Sample, rng: Random) -> Named:
+    def __call__(self, sample: Sample, rng: Random) -> Drawn:
         if sample.groups is None:
             raise ValueError(f"{sample.uid} has no cluster map")
         view = self.views.draw(sample.image, rng)
@@ -62,10 +62,10 @@ class RegionTransform:
         if len(found) > self.max_nouns:
             found = [found[i] for i in sorted(rng.sample(range(len(found)), self.max_nouns))]
         groups = move_labels(sample.groups, view, (self.grid, self.grid))
-        return Named(render(sample.image, view, self.views.image_size), groups, tuple(found))
+        return Drawn(Named(groups, tuple(found)), {"pixels": self.views.look(sample.image, view, rng)})
 
 
-def collate(samples: list[Named], uids: list[str]) -> Packed[RegionBatch]:
+def collate(samples: list[Named], uids: list[str], shown: dict[str, Pixels]) -> Packed[RegionBatch]:
     """Stack. Samples without a noun stay as pictures that no noun belongs to."""
     counts = torch.tensor([len(sample.nouns) for sample in samples])
     others = {
@@ -74,4 +74,4 @@ def collate(samples: list[Named], uids: list[str]) -> Packed[RegionBatch]:
         "owner": torch.arange(len(samples)).repeat_interleave(counts),
         "uids": uids,
     }
-    return Packed(RegionBatch, {"pixels": stack_pixels([sample.pixels for sample in samples])}, others)
+    return Packed(RegionBatch, shown, others)

@@ -20,52 +20,56 @@ from PIL import Image
 from pipeline.artifacts.files import BadInput, read_json
 from pipeline.artifacts.vectors import map_vectors
 from pipeline.caching.teacher import ARRAY, VIEWS, boxes, describe
+from pipeline.datasets.looks import Drawn, Look
 from pipeline.datasets.pairs import PairShard, Sample
-from pipeline.datasets.pixels import Packed, stack_pixels
+from pipeline.datasets.pixels import Packed, Pixels
 from pipeline.interfaces import TrainBatch
 
 REMEDY = "Run `dvc repro teacher`"
 
 
-@dataclass(frozen=True, slots=True)
-class Square:
-    """One sample's centre square and the views that are learned from."""
-
-    pixels: UInt8[ndarray, "side side 3"]
-    views: Float32[ndarray, "views dim"]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SquareTransform:
-    """The square that the teacher saw.
+    """The square that the teacher saw, and its views that are learned from, in float32.
 
-    `chosen`: places of the wanted views among the cached ones. Bicubic, antialiased, as the teacher's views are.
+    `chosen`: places of the wanted views among the cached ones.
     """
 
     image_size: int
     chosen: tuple[int, ...]
 
-    def __call__(self, sample: Sample, rng: Random) -> Square:
+    def __call__(self, sample: Sample, rng: Random) -> Drawn:
         if sample.views is None:
             raise ValueError(f"{sample.uid} has no views")
-        height, width, _ = sample.image.shape
-        left, top, right, bottom = boxes(height, width, (1,))[0]
-        shown = Image.fromarray(sample.image[top:bottom, left:right])
-        if shown.size != (self.image_size, self.image_size):
-            shown = shown.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return Square(np.asarray(shown), sample.views[list(self.chosen)].astype(np.float32))
+        views = sample.views[list(self.chosen)].astype(np.float32)
+        return Drawn(views, {"pixels": Look(sample.image, self.image_size, paint_square)})
 
 
-def collate(squares: list[Square], uids: list[str]) -> Packed[TrainBatch]:
+def paint_square(
+    image: UInt8[ndarray, "height width 3"], out: UInt8[ndarray, "side side 3"]
+) -> UInt8[ndarray, "side side 3"]:
+    """`out`, painted with the image's centre square; bicubic, antialiased, as the teacher's views are."""
+    height, width, _ = image.shape
+    left, top, right, bottom = boxes(height, width, (1,))[0]
+    shown = Image.fromarray(image[top:bottom, left:right])
+    if shown.size != out.shape[:2]:
+        shown = shown.resize(out.shape[:2], Image.Resampling.BICUBIC)
+    np.copyto(out, np.asarray(shown))
+    return out
+
+
+def collate(
+    views: list[Float32[ndarray, "views dim"]], uids: list[str], shown: dict[str, Pixels]
+) -> Packed[TrainBatch]:
     """Stack; there are no texts."""
     others = {
-        "captions": [""] * len(squares),
-        "token_ids": torch.zeros(len(squares), 0, dtype=torch.int64),
+        "captions": [""] * len(views),
+        "token_ids": torch.zeros(len(views), 0, dtype=torch.int64),
         "regions": None,
         "uids": uids,
-        "views": torch.from_numpy(np.stack([square.views for square in squares])),
+        "views": torch.from_numpy(np.stack(views)),
     }
-    return Packed(TrainBatch, {"pixels": stack_pixels([square.pixels for square in squares])}, others)
+    return Packed(TrainBatch, shown, others)
 
 
 def choose_views(shards: Sequence[PairShard], scales: tuple[int, ...], embed_dim: int) -> tuple[int, ...]:

@@ -15,8 +15,11 @@ from jaxtyping import Float, Float32, UInt8
 from numpy import ndarray
 from torch import Tensor
 
+from pipeline.datasets.images import StoredImage
+from pipeline.datasets.looks import Drawn, Look
 from pipeline.datasets.pairs import Sample
-from pipeline.datasets.transforms import View, random_view, render
+from pipeline.datasets.pixels import Pixels
+from pipeline.datasets.transforms import View, random_view
 from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.params import ParamsError, Range
 
@@ -62,10 +65,8 @@ class CropConfig:
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """One image's views, before they are stacked; `colours` [views, 3], see `recolour`."""
+    """An image's part of a batch, less its pixels; `colours` of every view, see `recolour`."""
 
-    global_views: UInt8[ndarray, "2 side side 3"]
-    local_views: UInt8[ndarray, "locals local_side local_side 3"]
     colours: Float32[ndarray, "views 3"]
     points: Float32[ndarray, "2 points 2"]
 
@@ -89,11 +90,11 @@ class CropBatch:
 
 @dataclass(frozen=True, slots=True)
 class MultiCrop:
-    """Cuts the views of one image."""
+    """Draws the views of one image."""
 
     config: CropConfig
 
-    def __call__(self, sample: Sample, rng: Random) -> Crops:
+    def __call__(self, sample: Sample, rng: Random) -> Drawn:
         settings = self.config
         large = [self._view(sample.image, settings.global_scale, rng) for _ in range(NUM_GLOBAL)]
         small = [self._view(sample.image, settings.local_scale, rng) for _ in range(settings.num_local)]
@@ -101,20 +102,16 @@ class MultiCrop:
         low, high = 1 - settings.jitter, 1 + settings.jitter
         colours = np.array([[rng.uniform(low, high) for _ in range(3)] for _ in range(views)], np.float32)
         colours[:, 2] *= [rng.random() >= settings.gray_chance for _ in range(views)]
-        side = settings.local_size
-        return Crops(
-            np.stack([render(sample.image, view, settings.global_size) for view in large]),
-            np.stack([render(sample.image, view, side) for view in small])
-            if small
-            else np.zeros((0, side, side, 3), np.uint8),
-            colours,
-            shared_points(large[0], large[1], settings.num_points, rng),
-        )
+        sides = [settings.global_size] * len(large) + [settings.local_size] * len(small)
+        looks = {
+            f"view {number}": Look(sample.image, side, view.paint)
+            for number, (view, side) in enumerate(zip([*large, *small], sides, strict=True))
+        }
+        return Drawn(Crops(colours, shared_points(large[0], large[1], settings.num_points, rng)), looks)
 
-    def _view(self, image: UInt8[ndarray, "height width 3"], scale: tuple[float, float], rng: Random) -> View:
-        height, width, _ = image.shape
+    def _view(self, image: StoredImage, scale: tuple[float, float], rng: Random) -> View:
         chance = self.config.flip_chance
-        return random_view(rng, height=height, width=width, scale=scale, ratio=ASPECT, flip_chance=chance)
+        return random_view(rng, height=image.height, width=image.width, scale=scale, ratio=ASPECT, flip_chance=chance)
 
 
 def shared_points(first: View, second: View, count: int, rng: Random) -> Float32[ndarray, "2 {count} 2"]:
@@ -132,11 +129,12 @@ def _inside(view: View, places: Float[ndarray, "points 2"]) -> Float[ndarray, "p
     return found * [-1 if view.flip else 1, 1]
 
 
-def collate_crops(crops: Sequence[Crops], uids: list[str]) -> CropBatch:
+def collate_crops(crops: Sequence[Crops], uids: list[str], shown: dict[str, Pixels]) -> CropBatch:
     """Stack, change the colours and normalise. numpy, because torch would start threads in each loader thread."""
     colours = np.stack([item.colours for item in crops], axis=1)
-    large = np.stack([item.global_views for item in crops], axis=1)
-    small = np.stack([item.local_views for item in crops], axis=1)
+    views = [pixels.images.numpy() for pixels in shown.values()]
+    large = np.stack(views[:NUM_GLOBAL])
+    small = np.stack(views[NUM_GLOBAL:]) if views[NUM_GLOBAL:] else large[:0]
     return CropBatch(
         _channels_first(recolour(large, colours[:NUM_GLOBAL])),
         _channels_first(recolour(small, colours[NUM_GLOBAL:])),

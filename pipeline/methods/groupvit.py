@@ -207,13 +207,8 @@ def build(config: Config, vocabulary: Vocabulary | None) -> GroupViT:
 
 def phases(model: GroupViT, config: Config, data: TrainingData) -> list[Phase]:
     """The only one."""
-    views = config.augmentation
     prepare = PairTransform(
-        views=views,
-        num_prompts=config.loss.num_prompts,
-        templates=templates(config.loss.templates),
-        rand_augment=views.rand_augment,
-        erase_chance=views.erase_chance,
+        views=config.augmentation, num_prompts=config.loss.num_prompts, templates=templates(config.loss.templates)
     )
     return [
         Phase(

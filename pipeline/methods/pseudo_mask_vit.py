@@ -146,12 +146,12 @@ def read_recipe(shards: Sequence[PairShard], dino: PatchEncoder) -> Recipe:
     first = next((shard for shard in shards if count_rows(shard)), None)
     if first is None or first.masks is None:
         raise BadInput("pseudo_masks", "holds no mask", "Check the filter")
-    sample: Any = Table(first, join(first)).slice(0, 1).row(0).sample()
+    sample: Any = Table(first, join(first)).slice(0, 1).row(0)
     size = len(sample.regions) * dino.patch_size
     labels = torch.from_numpy(sample.regions.flatten())
     stored = torch.from_numpy(np.array(map_array(first.masks / pseudo_masks.CENTROIDS)[0], np.float32))
     for facet in get_args(Facet):
-        tokens = features.extract(dino, [np.asarray(sample.image)], token_config(size, facet, 1), "cpu")[0].float()
+        tokens = features.extract(dino, [sample.image.read()], token_config(size, facet, 1), "cpu")[0].float()
         if same_tokens(tokens, labels, stored):
             return Recipe(image_size=size, facet=facet, masks=found[0])
     raise BadInput(first.masks, "its regions are not of the tokens of models/encoders/dino", REMEDY)

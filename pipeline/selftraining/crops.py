@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from pipeline.datasets.pixels import Packed, stack_pixels
+from pipeline.datasets.pixels import Packed, Pixels
 from pipeline.inference import Geometry
 from pipeline.interfaces import IMAGENET_MEAN
 from pipeline.selftraining.config import CropConfig
@@ -117,5 +117,5 @@ class CropLoader:
             pairs.append(random_crop(*self._read(self._ids[index]), self._crops, self._geometry, rng))
         labels = torch.from_numpy(np.stack([moved for _, moved in pairs]))
         uids = [self._ids[index] for _, index in drawn]
-        pixels = stack_pixels([pixels for pixels, _ in pairs])
+        pixels = Pixels(torch.from_numpy(np.stack([pixels for pixels, _ in pairs])), [None] * len(pairs))
         return Loaded(Packed(LabelledBatch, {"pixels": pixels}, {"labels": labels, "uids": uids}), after)
