@@ -115,7 +115,12 @@ def shear_y(pixels: UInt8[ndarray, "height width 3"], factor: float) -> UInt8[nd
 
 def translate_x(pixels: UInt8[ndarray, "height width 3"], share: float) -> UInt8[ndarray, "height width 3"]:
     """Moved left by a share of the width, in [-1, 1]."""
-    return cv2.transpose(translate_y(cv2.transpose(pixels), share))
+    width = pixels.shape[1]
+    whole, part = divmod(share * width, 1)
+    padded = cv2.copyMakeBorder(pixels, 0, 0, width, width + 1, cv2.BORDER_CONSTANT, value=FILL)
+    first = width + int(whole)
+    left, right = padded[:, first : first + width], padded[:, first + 1 : first + 1 + width]
+    return cv2.addWeighted(left, 1 - part, right, part, CUT_OFF)
 
 
 def translate_y(pixels: UInt8[ndarray, "height width 3"], share: float) -> UInt8[ndarray, "height width 3"]:
