@@ -88,13 +88,10 @@ class Preparation:
             BadInput: none decodes. Unreachable: one that lies in a second store cannot be read there.
             SampleFailed: `prepare`, or a look, raised another error than BadInput.
         """
-        drawn: list[Drawn] = []
+        drawn = []
         for number, visit in enumerate(visits):
             begin(number)
-            try:
-                drawn.append(self.prepare(visit.row, sample_rng(self.seed, visit.epoch, visit.index)))
-            except Exception as error:
-                raise _named(visit.row, error) from error
+            drawn.append(self._draw(visit))
         painted = {name: empty((len(visits), look.side, look.side, 3)) for name, look in drawn[0].looks.items()}
         failed: dict[int, str] = {}
         for number, image, data in _read([row.looks for row in drawn]):
@@ -108,10 +105,22 @@ class Preparation:
                 failed[number] = str(error)
             except Exception as error:
                 raise _named(visits[number].row, error) from error
+        return self._collated(visits, drawn, painted, failed)
+
+    def _draw(self, visit: Visit) -> Drawn:
+        try:
+            return self.prepare(visit.row, sample_rng(self.seed, visit.epoch, visit.index))
+        except Exception as error:
+            raise _named(visit.row, error) from error
+
+    def _collated(
+        self, visits: list[Visit], drawn: list[Drawn], painted: dict[str, ndarray], failed: dict[int, str]
+    ) -> Made:
+        """Of the rows that have not failed."""
         there = [number for number in range(len(visits)) if number not in failed]
         if not there:
-            first = visits[0].row.image.tar
-            raise BadInput(first, f"none of the {len(visits)} images of a batch decodes", "Verify the download")
+            problem = f"none of the {len(visits)} images of a batch decodes"
+            raise BadInput(visits[0].row.image.tar, problem, "Verify the download")
         shown = {name: _shown(images, there, [row.looks[name] for row in drawn]) for name, images in painted.items()}
         items, uids = [drawn[number].item for number in there], [visits[number].row.uid for number in there]
         return self.collate(items, uids, shown), [(visits[n].row.uid, failed[n]) for n in sorted(failed)]
