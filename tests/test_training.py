@@ -98,7 +98,7 @@ def test_signals_save_and_exit_with_their_number(tmp_path, number, status):
     assert signal.getsignal(number) is before
     loader = ToyLoader()
     torn, _ = train(tmp_path / "torn", loader)
-    assert loader.asked[0] == 48 and same(whole, torn)
+    assert loader.asked[0] == 40 and same(whole, torn)
     assert (tmp_path / "whole/toy.csv").read_bytes() == (tmp_path / "torn/toy.csv").read_bytes()
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def one_step(**settings) -> tuple[dict[str, float], torch.Tensor]:
         precision=optimisation.precision,
         device=torch.device("cpu"),
     )
-    values, _ = steps.step(Rows(optimisation.micro_batch).batches(0), 0)
+    values, _ = steps.step(list(islice(Rows(optimisation.micro_batch).batches(0), optimisation.micro_batches)), 0)
     return values, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 

@@ -32,7 +32,7 @@ def step(name: str, folder: Path, parts: int) -> tuple[dict[str, float], dict[st
             module.eval()  # it means a part
     shares = [batch] if parts == 1 else [half(batch, number) for number in range(parts)]
     steps = steps_of(model, micro_batches=parts, batch_size=len(batch.uids))
-    values, _ = steps.step((Loaded(share, 0) for share in shares), 0)
+    values, _ = steps.step([Loaded(share, 0) for share in shares], 0)
     return values, gradients_of(model), dict(model.named_buffers())
 
 
@@ -65,9 +65,9 @@ def test_fp16_scales_until_the_gradients_fit_and_is_nearer_to_fp32_than_bf16(nam
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
         steps = steps_of(model, precision=precision, batch_size=len(batch.uids))
-        values, _ = steps.step(iter([Loaded(batch, 0)]), 0)
+        values, _ = steps.step([Loaded(batch, 0)], 0)
         while values.get("skipped"):
-            values, _ = steps.step(iter([Loaded(batch, 0)]), 0)
+            values, _ = steps.step([Loaded(batch, 0)], 0)
         found.append(gradients_of(model))
         assert all(grad.dtype == torch.float32 for grad in found[-1].values())
     fp32, fp16, bf16 = found
@@ -162,7 +162,7 @@ def test_the_first_pass_leaves_no_trace(shared):
     model = Drawn(shared)
     steps = steps_of(model, micro_batches=2, batch_size=4)
     for _ in range(2):
-        steps.step((Loaded(Batch([torch.randn(2, 3, generator=torch.Generator())]), 0) for _ in range(2)), 0)
+        steps.step([Loaded(Batch([torch.randn(2, 3, generator=torch.Generator())]), 0) for _ in range(2)], 0)
     assert model.seen == 8
     if shared:
         for first, second in ((0, 2), (1, 3), (4, 6), (5, 7)):
@@ -201,7 +201,7 @@ def test_a_matching_that_cannot_be_names_the_samples(where):
     parts = [Batch([2, 3])] if where == "alone" else [Batch([0, 1]), Batch([2, 3])]
     steps = steps_of(Matched(), micro_batches=len(parts), batch_size=2 * len(parts))
     with pytest.raises(NonFiniteLoss, match="^step 6: .* samples uid3$"):
-        steps.step((Loaded(part, 0) for part in parts), 5)
+        steps.step([Loaded(part, 0) for part in parts], 5)
 
 
 class Deep(nn.Module):
@@ -228,6 +228,6 @@ def test_parts_need_the_memory_of_one():
             for _ in range(parts)
         ]
         with Alive() as alive:
-            steps.step((Loaded(share, 0) for share in shares), 0)
+            steps.step([Loaded(share, 0) for share in shares], 0)
         peaks.append(alive.peak)
     assert peaks[1] < peaks[0] / 3, peaks

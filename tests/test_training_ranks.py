@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,14 @@ from pair_shards import write_pairs
 from sseg_cases import make_project
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from training_cases import OPTIMISATION, Rows, toy
+from training_cases import OPTIMISATION, Rows, run_at, toy
 from training_parts_cases import MADE, half, in_float64, made
 
+from pipeline.datasets.looks import Drawn
 from pipeline.datasets.pairs import PairLoader, Shuffle
 from pipeline.nn.projector import SharedBatchNorm
 from pipeline.source_code import REPO
-from pipeline.training import distributed
+from pipeline.training import NoBatch, distributed, fit
 from pipeline.training.optimiser import optimiser_of
 from pipeline.training.steps import Loaded, Steps
 
@@ -33,10 +37,7 @@ CONTRASTED = ("groupvit", "ovsegmentor_groups", "sseg", "scg")
 
 def one_rank(number: int, folder: str) -> None:
     """The gradients of every method on half a batch, averaged as a training does; rank 0 writes them."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
-    with distributed.process_group("cpu"), in_float64():
+    with rank_of_two(number, folder), in_float64():
         for name in MADE:
             model, batch = made(name, Path(folder, f"{name}{number}"))
             loss = distributed.averaged(model, lambda data, model=model: model.loss(data))
@@ -73,7 +74,7 @@ def gradients_in_parts(model: Any, parts: list[Any]) -> dict[str, torch.Tensor]:
         precision="fp32",
         device=torch.device("cpu"),
     )
-    steps.step((Loaded(part, 0) for part in parts), 0)
+    steps.step([Loaded(part, 0) for part in parts], 0)
     return {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
 
 
@@ -93,22 +94,37 @@ def in_parts(share: tuple[int, int]) -> tuple[dict[str, torch.Tensor], int]:
     steps = Steps(model=model, loss=loss, optimiser=optimiser, optimisation=settings, precision="fp32", device=device)
     batches = Rows(settings.micro_batch, share=share).batches(0)
     for done in range(3):
-        steps.step(batches, done)
+        steps.step(list(islice(batches, settings.micro_batches)), done)
     return model.state_dict(), len(exchanged)
+
+
+@contextmanager
+def rank_of_two(number: int, folder: str) -> Iterator[None]:
+    """This process as one of two that meet at the port named in a folder."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    with distributed.process_group("cpu"):
+        yield
+
+
+def in_two(target: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Run `target(rank, folder, ...)` in two processes."""
+    (folder / "port").write_text(str(free_port()))
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=(number, str(folder), *arguments)) for number in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """Folder of what two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "port").write_text(str(free_port()))
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_rank, args=(number, str(folder))) for number in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert process.exitcode == 0
+    in_two(one_rank, folder)
     return folder
 
 
@@ -167,8 +183,8 @@ def test_shares_make_the_batch(tmp_path):
         "threads": 0,
     }
     settings |= {
-        "prepare": lambda sample, rng: (sample.uid, rng.randrange(1 << 30)),
-        "collate": lambda rows, uids: rows,
+        "prepare": lambda sample, rng: Drawn((sample.uid, rng.randrange(1 << 30)), {}),
+        "collate": lambda rows, uids, shown: rows,
     }
 
     def drawn(share: tuple[int, int]) -> list[tuple[list, int]]:
@@ -179,6 +195,43 @@ def test_shares_make_the_batch(tmp_path):
     for step, (batch, position) in enumerate(drawn((0, 1))):
         assert [row for part in parts for row in part[step][0]] == batch
         assert {part[step][1] for part in parts} == {position}
+
+
+class Ending(Rows):
+    """Rows until the store of the second process goes away, after so many images."""
+
+    ends: int
+
+    def batches(self, position):
+        for loaded in super().batches(position):
+            if loaded.position > self.ends and self.share[0] == 1:
+                raise OSError("the store is gone")
+            yield loaded
+
+
+def fit_rank(number: int, folder: str, last: int) -> None:
+    """A toy's training, which has to end for both where the second has no batch after `last` images."""
+    loader, run = Ending(8, share=(number, 2)), run_at(Path(folder))
+    loader.ends = last
+    missing = pytest.raises((OSError, NoBatch), match="gone" if number else "another process of this training got no")
+    with rank_of_two(number, folder), missing if last < OPTIMISATION.images else nullcontext():
+        model = toy()
+        fit(model, model.loss, loader, OPTIMISATION, run=run)
+        if number == 0:
+            torch.save(model.state_dict(), Path(folder, "weights.pt"))
+
+
+def test_where_one_process_gets_no_batch_both_save_and_go_on_exactly(tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder in (whole, torn):
+        folder.mkdir()
+    in_two(fit_rank, whole, 96)
+    in_two(fit_rank, torn, 48)
+    saved = json.loads(next(torn.glob("checkpoints/*/state-*.json")).read_text())
+    assert saved["images"] == 48, "no checkpoint is due before 64"
+    in_two(fit_rank, torn, 96)
+    ours, theirs = (torch.load(folder / "weights.pt") for folder in (torn, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def torchrun(root: Path, *, stop: int | None = None) -> int:

@@ -40,7 +40,7 @@ from pipeline.training.state import RunState, restore_state, save_state
 from pipeline.training.steps import Hook, Loaded, Loader, Loss, NonFiniteLoss, Progress, Steps, counted_step
 from pipeline.training.watching import Watch, gpu_memory
 
-__all__ = ["FitResult", "Loaded", "NonFiniteLoss", "Optimisation", "Progress", "Run", "fit"]
+__all__ = ["FitResult", "Loaded", "NoBatch", "NonFiniteLoss", "Optimisation", "Progress", "Run", "fit"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +134,7 @@ def fit(
 
     Raises:
         NonFiniteLoss: names the samples of the batch.
+        NoBatch: another process has none; the checkpoint is written, as where this one has none and raises why.
         Interrupted: a signal came; the checkpoint is written.
     """
     use_device(str(device))
@@ -161,15 +162,23 @@ def fit(
         watch.close()
 
 
+class NoBatch(RuntimeError):
+    """Another process has none, so that this one cannot go on either."""
+
+
 class _Fitting:
-    """A run under way: steps, rows, checkpoints."""
+    """A run under way: steps, rows, checkpoints.
+
+    The parts of a step are taken when the step before is done. So where none come, such as from a store that cannot be
+    reached, every process knows of it before it waits for the others' gradients, and what was done is saved.
+    """
 
     def __init__(self, steps: Steps, run: Run, state: RunState, curve: Curve, watch: Watch) -> None:
         self.steps, self.run, self.state, self.curve, self.watch = steps, run, state, curve, watch
         self.settings = steps.optimisation
         self.clock = Clock(state.images, self.settings.images, run.peak_flops * distributed.ranks())
         self.before = state.seconds
-        self.begun = False  # whether a step has taken a batch
+        self.parts: list[Loaded] = []  # of the next step
 
     def all(self, batches: Iterator[Loaded]) -> FitResult:
         """Step until the budget is spent."""
@@ -179,8 +188,10 @@ class _Fitting:
         )
         if state.images:
             self.watch.say(f"continues at {state.images:,} of {budget:,} images")
-        batches = self._timed(batches)
         with stop_requests() as stop:
+            error = self._take(batches) if state.images < budget else None
+            if error:
+                raise error
             while state.images < budget:
                 self._step(batches, stop)
         if distributed.leads():
@@ -198,41 +209,35 @@ class _Fitting:
             precision=self.steps.precision,
         )
 
-    def _timed(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
-        """The batches, with the waits for them on the clock.
-
-        Where none comes, such as from a store that cannot be reached, what was done so far is saved; of several
-        processes, which save together, the others know nothing of it.
-        """
-        while True:
-            asked = perf_counter()
-            try:
-                loaded = next(batches)
-            except Exception:
-                if self.state.step and not self.begun and distributed.ranks() == 1:
-                    self._save()
-                    self.watch.say(f"no batch came; saved at {self.state.images:,} images")
-                raise
-            self.begun = True
-            self.clock.waited += perf_counter() - asked
-            yield loaded
+    def _take(self, batches: Iterator[Loaded]) -> Exception | None:
+        """The next step's parts, with the wait for them on the clock; or why they do not come."""
+        asked = perf_counter()
+        self.parts.clear()  # frees memory of the loader
+        try:
+            self.parts.extend(next(batches) for _ in range(self.settings.micro_batches))
+        except Exception as error:
+            return error
+        self.clock.waited += perf_counter() - asked
+        return None
 
     def _step(self, batches: Iterator[Loaded], stop: list[int]) -> None:
-        state, settings, clock, self.begun = self.state, self.settings, self.clock, False
+        state, settings, clock = self.state, self.settings, self.clock
         count = clock.peak > 0 and not clock.flops
-        own, loaded, flops = counted_step(self.steps, batches, state.step, count=count)
+        own, loaded, flops = counted_step(self.steps, self.parts, state.step, count=count)
         previous, state.images, state.step = state.images, loaded.position, state.step + 1
-        values, failed, stopping, flops = self._over_processes(own, len(loaded.failures), bool(stop), flops)
+        last = state.images >= settings.images
+        error = None if last else self._take(batches)
+        values, totals = self._over_processes(own, [len(loaded.failures), bool(stop), error is not None, flops])
+        failed, stopping, missing, flops = totals
         clock.flops = clock.flops or flops / (state.images - previous)
         state.means.add(values)
         state.recent.add({"total": values["total"]})
-        state.failed += failed
+        state.failed += int(failed)
         if values.get("skipped"):
             state.skipped += 1
             self.watch.write("skipped_step", step=state.step, loss_scale=values["loss_scale"])
         for uid, reason in loaded.failures:
             self.watch.write("failed_sample", uid=uid, reason=reason)
-        last = state.images >= settings.images
         if last or _crossed(previous, state.images, settings.log_images):
             row = self.curve.append(state.step, state.images, state.means.take())
             rates = clock.row(state.images) | gpu_memory(self.steps.device)
@@ -243,21 +248,22 @@ class _Fitting:
         if due:
             self._keep_best()
             self.watch.picture(self.steps.model, loaded.batch, state.images, self.steps.device)
-        if due or stopping:
+        if due or stopping or missing:
             self._save()
         if stopping:
             number = stop[0] if stop else signal.SIGTERM
             self.watch.write("interrupted", signal=number, images=state.images)
             self.watch.say(f"interrupted, saved at {state.images:,} images; `dvc repro` continues there")
             raise Interrupted(SIGNAL_EXIT + number)
+        if missing:
+            self.watch.say(f"no batch came; saved at {state.images:,} images")
+            raise error or NoBatch("another process of this training got no batch; its own error says why")
 
-    def _over_processes(
-        self, values: dict[str, float], failed: int, stop: bool, flops: float
-    ) -> tuple[dict[str, float], int, bool, float]:
-        """Mean terms, and the sums of the others: the same on every process, so that all of them do the same."""
-        *totals, failures, stops, operations = distributed.sums([*values.values(), failed, stop, flops])
-        means = [total / distributed.ranks() for total in totals]
-        return dict(zip(values, means, strict=True)), int(failures), bool(stops), operations
+    def _over_processes(self, values: dict[str, float], counts: list[float]) -> tuple[dict[str, float], list[float]]:
+        """Means of the terms and sums of the counts: the same on every process, so that all of them do the same."""
+        totals = distributed.sums([*values.values(), *counts])
+        means = [total / distributed.ranks() for total in totals[: len(values)]]
+        return dict(zip(values, means, strict=True)), totals[len(values) :]
 
     def _keep_best(self) -> None:
         mean, state = self.state.recent.take()["total"], self.state

@@ -95,7 +95,7 @@ def count(steps: Steps, loaded: Loaded, held: list[Tensor]) -> Spent:
     for tensor in [*tensors(steps.model), *held, *fields_of(batch)]:
         alive.add(tensor)
     with one_kernel(), alive:
-        steps.step(iter([replace(loaded, batch=batch)]), 0)
+        steps.step([replace(loaded, batch=batch)], 0)
     for hook in hooks:
         hook.remove()
     optimiser = 3 * sum(parameter.nbytes for parameter in trained)
@@ -115,7 +115,7 @@ def allocate(model: nn.Module, make: Callable[[], Steps], loaded: Loaded, device
         steps = make()
         for number in range(ROUNDS):
             started = time.perf_counter()
-            steps.step(iter([loaded]), number)
+            steps.step([loaded], number)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

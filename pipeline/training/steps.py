@@ -85,8 +85,8 @@ class Steps:
         """The state of the model that the run is for: with the averages, where there are any."""
         return self.average.state() if self.average else self.model.state_dict()
 
-    def step(self, batches: Iterator[Loaded], done: int) -> tuple[dict[str, float], Loaded]:
-        """Forward and backward over the next batch, a part at a time, and an update.
+    def step(self, every: Sequence[Loaded], done: int) -> tuple[dict[str, float], Loaded]:
+        """Forward and backward over every part of a batch, one at a time, and an update.
 
         Returns every term (its mean over the parts), the learning rate and the gradient's norm; and the last part, with
         the failures of all. Where fp16 is asked for also `loss_scale`, and `skipped`: 1 where a gradient overflowed at
@@ -105,7 +105,6 @@ class Steps:
         self.optimiser.zero_grad(set_to_none=True)
         terms: dict[str, list[Tensor]] = {}
         uids, failures = [], []
-        every = [next(batches) for _ in range(settings.micro_batches)]
         parts = self._parts(every, done)
         for number, loaded in enumerate(every):
             batch = loaded.batch.to(self.device)
@@ -132,7 +131,7 @@ class Steps:
             values |= {"loss_scale": scale, "skipped": float(skipped)}
         return values, Loaded(loaded.batch, loaded.position, failures)
 
-    def _parts(self, every: list[Loaded], done: int) -> Parts:
+    def _parts(self, every: Sequence[Loaded], done: int) -> Parts:
         """The losses that mean the rows of all parts; none where no loss does, or where there is one part.
 
         Random draws and running statistics are as if the features had not been computed before.
@@ -204,17 +203,14 @@ class Steps:
 
 
 def counted_step(
-    steps: Steps, batches: Iterator[Loaded], done: int, *, count: bool
+    steps: Steps, every: Sequence[Loaded], done: int, *, count: bool
 ) -> tuple[dict[str, float], Loaded, float]:
     """A step and, where wanted, the operations that it takes at least on this process (`Steps.operations`), else 0.
 
     They are counted after the step: what a model computes once and keeps is there, and is not counted.
     """
-    if not count:
-        return *steps.step(batches, done), 0.0
-    every = [next(batches) for _ in range(steps.optimisation.micro_batches)]
-    values, loaded = steps.step(iter(every), done)
-    return values, loaded, len(every) * steps.operations(every[-1], done)
+    values, loaded = steps.step(every, done)
+    return values, loaded, len(every) * steps.operations(every[-1], done) if count else 0.0
 
 
 @contextmanager
