@@ -24,9 +24,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import resize
 
 from benchmarks.bench_encoders import make_shard
-from benchmarks.bench_loader import BATCH, Run, limit, opened, processes, rate
+from benchmarks.bench_loader import BATCH, Run, batch_of, limit, processes, rate
 from benchmarks.peak import device_name, wait_for
 from pipeline.artifacts.shards import open_rgb
+from pipeline.datasets.images import read_images
 
 SIDE = 224
 COMPARED = 16  # pictures
@@ -39,18 +40,12 @@ def decode_on(device: str, encoded: list[bytes]) -> UInt8[Tensor, "batch 3 side 
     return torch.stack([resize(image, [SIDE, SIDE], antialias=True) for image in images])
 
 
-def read(images: Path, first: int, count: int) -> list[bytes]:
-    """Encoded pictures of the shard, from the start again after its end."""
-    shard = opened(images)
-    return [shard.image_bytes(f"{row % len(shard):09d}") for row in range(first, first + count)]
-
-
 def on_device(images: Path, device: str) -> Run:
     """Batches read by this process and decoded by the device."""
 
     def run(batches: int) -> None:
         for first in range(0, batches * BATCH, BATCH):
-            decode_on(device, read(images, first, BATCH))
+            decode_on(device, list(read_images(batch_of(images, first))))
         wait_for(device)
 
     return run
@@ -58,7 +53,7 @@ def on_device(images: Path, device: str) -> Run:
 
 def difference(images: Path, device: str) -> float:
     """Mean grey levels between the two decoders' views."""
-    encoded = read(images, 0, COMPARED)
+    encoded = list(read_images(batch_of(images, 0)))[:COMPARED]
     pillows = [open_rgb(jpeg).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for jpeg in encoded]
     found = decode_on(device, encoded).permute(0, 2, 3, 1).cpu().numpy()
     return float(np.abs(found.astype(np.int16) - np.stack([np.asarray(view) for view in pillows])).mean())

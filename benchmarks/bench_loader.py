@@ -70,10 +70,15 @@ def by_pillow(data: bytes) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
+def batch_of(images: Path, first: int) -> list[StoredImage]:
+    """The images of a batch, from the start again after the shard's end."""
+    there = stored(images)
+    return [there[row % len(there)] for row in range(first, first + BATCH)]
+
+
 def decode_batch(images: Path, decode: Decode, first: int) -> None:
     """Decode and resize the images of a batch."""
-    there = stored(images)
-    for data in read_images([there[row % len(there)] for row in range(first, first + BATCH)]):
+    for data in read_images(batch_of(images, first)):
         decode(data)
 
 

@@ -101,8 +101,9 @@ def read_ranges(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
         waiting = list(failed)
         if not waiting or isinstance(failed[waiting[0]], (FileNotFoundError, PermissionError)):
             break
-    for number in waiting:
-        raise _unreachable(places[number][0], failed[number]) from failed[number]
+    if waiting:
+        first = failed[waiting[0]]
+        raise _unreachable(places[waiting[0]][0], first) from first
     return found
 
 

@@ -189,7 +189,7 @@ class Table:
         """Neighbouring rows, with their cached targets in memory."""
         part = self._rows.slice(start, rows)
         targets = {field: self._read(field, part[field].to_numpy()) for field in self._arrays}
-        columns = {name: part[name].to_pylist() for name in part.column_names}
+        columns = {name: part[name].to_pylist() for name in (*COLUMNS, *PLACE)}
         places = zip(*(columns[name] for name in ("key", *PLACE)), strict=True)
         images = [StoredImage(self._tar, f"{key}.jpg", *place) for key, *place in places]
         return Rows(images, columns, targets)
