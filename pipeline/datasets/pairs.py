@@ -59,8 +59,8 @@ class Shuffle:
 class PairLoader:
     """Endless batches of pairs, from any sample on; implements `training.Loader`.
 
-    A sample whose image does not decode is left out of its batch and listed in `Loaded.failures`; the position counts
-    it. Batches run across the end of an epoch.
+    A sample whose image, or whose partner's, does not decode is left out of its batch and listed in `Loaded.failures`;
+    the position counts it. Batches run across the end of an epoch.
     """
 
     def __init__(

@@ -21,8 +21,8 @@ class Phase:
     Attributes:
         name: after the method's in progress lines and checkpoints; empty for a method's only phase.
         optimisation: budget and AdamW.
-        prepare: a stored sample and its generator to what `collate` takes (`datasets.pairs.Prepare`).
-        collate: prepared samples and their uids to a batch.
+        prepare: draws a sample's part of a batch (`datasets.preparing.Prepare`).
+        collate: makes the batch of many (`datasets.preparing.Collate`).
         loss: see `fit`; every phase of a method returns the same terms.
         begin: called before the optimiser is built, on the weights the phase before left: freezes parameters, copies
             an average.
