@@ -128,9 +128,7 @@ def ours(
 ) -> Contestant:
     """A method of this package at its paper's size, with `settings` of params.yaml besides."""
     config = paper_config(name, *settings)
-    torch.manual_seed(0)
-    model = methods.get(name).build(config, None).to(options.device).train()
-    frozen = lend_towers(model) if name == "scg" else 0
+    model, frozen = fresh(name, config, options.device)
     length = WORDS if name == "ovsegmentor" else CONTEXT
     batch = batch_for(name, model, config, options.batch, length).to(options.device)
     loss = model.loss
@@ -139,6 +137,13 @@ def ours(
     elif compiled in ("whole", "graphs"):  # graphs: CUDA's, which take launching kernels off the host
         loss = torch.compile(model.loss, mode="reduce-overhead" if compiled == "graphs" else "default")
     return Contestant(model, lambda: loss(batch)["total"], precision, frozen)
+
+
+def fresh(name: str, config: Any, device: str) -> tuple[Any, int]:
+    """The method's model with fresh weights, in training mode; and the bytes of what it reads and does not learn."""
+    torch.manual_seed(0)
+    model = methods.get(name).build(config, None).to(device).train()
+    return model, lend_towers(model) if name == "scg" else 0
 
 
 def lend_towers(model: scg.SCG) -> int:
