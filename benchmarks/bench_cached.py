@@ -1,7 +1,7 @@
 """Training from the cache against the same step with its targets at hand, and against one that makes them itself.
 
     python -m benchmarks cached                                                       CPU: 4 images a step
-    python -m benchmarks.bench_cached --device cuda --batch 256 --workers 8 --steps 40
+    python -m benchmarks.bench_cached --device cuda --batch 256 --workers 8 --steps 40 --taught 16
 
 Steps at the papers' sizes (`benchmarks.bench_training`), from real shards: JPEGs of 341 x 256 px, captions, and cached
 pseudo-masks, teacher views or clusters, through the training's own loader. `at hand`: the batch lies on the device.
@@ -170,7 +170,7 @@ def measure(name: str, shard: PairShard, folder: Path, options: argparse.Namespa
 
 def taught(teach: Teach, options: argparse.Namespace) -> dict[str, float]:
     """Seconds and operations of a batch's targets, from its decoded pictures on; by `--taught` images of it."""
-    count = min(options.taught or options.batch, options.batch)
+    count = options.taught
     images = [decode_stored(jpeg) for jpeg in pictures(count, (341, 256))]
     with FlopCounterMode(display=False) as counter:  # warms up, too
         teach(images)
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="in a row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=512, help="of the shard")
-    parser.add_argument("--taught", type=int, default=0, help="images to measure the teacher with; 0: a batch")
+    parser.add_argument("--taught", type=int, default=1, help="images that a teacher is measured with")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
