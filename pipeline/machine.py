@@ -27,8 +27,7 @@ class Machine:
     Attributes:
         runner: `process` computes shards in worker processes, `inline` one after the other in this one; `threads`,
             `dask` and `ray` as the tasks of a Prefect flow (`pipeline.flows`; the last two need the cluster group).
-        workers: worker processes or threads, and the size of a local cluster; beside a GPU, also the processes that
-            make the batches of a training.
+        workers: worker processes or threads, and the size of a local cluster.
         device: `cpu`, `cuda` or `cuda:N`.
         threads: torch threads of one process (shared out among workers), and those of a worker that decode images.
             Sums are split among torch's threads, so another number rounds otherwise and weights trained with it differ
@@ -70,11 +69,11 @@ class Machine:
 
     @property
     def loaders(self) -> int:
-        """Processes that make a training's batches: `workers` beside a GPU; 0 where the steps need the cores (threads).
+        """Processes that make a training's batches, a core each; 0 where the steps need the cores (`threads` threads).
 
-        Batches are the same bytes either way.
+        Beside a GPU as many as all workers have threads. Batches are the same bytes either way.
         """
-        return 0 if self.device == "cpu" else self.workers
+        return 0 if self.device == "cpu" else self.workers * self.threads
 
 
 def defaults() -> dict[str, Any]:

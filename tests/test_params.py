@@ -1,6 +1,6 @@
 """Strict parameters: each mistake is an error that names the key."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import pytest
@@ -84,6 +84,11 @@ def test_yaml_that_repeats_a_key_or_is_no_mapping_is_refused(tmp_path):
         params.read(path)
     with pytest.raises(ParamsError, match="no such file; write it with"):
         params.read(tmp_path / "absent.yaml")
+
+
+def test_a_trainings_batches_are_made_by_all_threads_of_the_workers_beside_a_gpu(tmp_path):
+    found = machine.load(tmp_path / "none", {"TESSERA_WORKERS": "8", "TESSERA_THREADS": "2", "TESSERA_DEVICE": "cpu"})
+    assert found.loaders == 0 and replace(found, device="cuda:1").loaders == 16
 
 
 def test_machine_settings_come_from_the_file_then_the_environment(tmp_path):
