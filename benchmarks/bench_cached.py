@@ -1,6 +1,6 @@
 """Training from the cache against the same step with its targets at hand, and against one that makes them itself.
 
-    python -m benchmarks cached                                                       CPU: 4 images a step
+    python -m benchmarks cached                                                       CPU: 4 images a step, 3 minutes
     python -m benchmarks.bench_cached --device cuda --batch 256 --workers 8 --steps 40 --taught 16
 
 Steps at the papers' sizes (`benchmarks.bench_training`), from real shards: JPEGs of 341 x 256 px, captions, and cached
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--workers", type=int, default=0, help="of the loader, processes; 0: threads")
-    parser.add_argument("--steps", type=int, default=2, help="in a row")
+    parser.add_argument("--steps", type=int, default=1, help="in a row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=512, help="of the shard")
     parser.add_argument("--taught", type=int, default=1, help="images that a teacher is measured with")
