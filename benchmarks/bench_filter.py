@@ -87,6 +87,7 @@ def _shards(listed: Path) -> ShardStage:
         columns |= {"key": [f"{task.shard}{at:04d}" for at in range(len(rows))], "status": ["success"] * len(rows)}
         columns["uid"] = [make_uid("urls", row.url, row.caption) for row in rows]
         columns["sha256"] = columns["uid"]
+        columns |= dict.fromkeys(("width", "height", "offset", "size"), [0] * len(rows))
         write_table(folder / f"{task.shard}.parquet", pa.table(columns, schema=SCHEMA))
         return Counts(rows_in=len(rows), rows=len(rows), failed=0)
 
@@ -129,7 +130,7 @@ def _draw(index: EntityIndex, draws: int = 10_000) -> None:
     rng = Random(0)
     named = [number for number, count in enumerate(index.counts) if count]
     for _ in range(draws):
-        index.partner([rng.choice(named)], lambda *_: False, rng)
+        index.partner([rng.choice(named)], "f" * 16, rng)
 
 
 def in_a_process(rows: int, mode: str, workers: int) -> dict:

@@ -101,8 +101,8 @@ def make_shard(root: Path, name: str, rows: int, **options) -> PairShard:
     return write_pairs(root, name, rows, masks=False, **options)
 
 
-def make_index(folder: Path, named: list[list[list[int]]]) -> Path:
-    """An index of shards 00000, 00001, ... from the entities of their kept rows."""
+def make_index(folder: Path, shards: list[PairShard], named: list[list[list[int]]]) -> Path:
+    """An index of shards from the entities of their kept rows."""
     folder.mkdir(parents=True, exist_ok=True)
     ragged = [
         entities.Ragged(
@@ -110,5 +110,7 @@ def make_index(folder: Path, named: list[list[list[int]]]) -> Path:
         )
         for shard in named
     ]
-    index.write_index(folder, CC4M, [f"{number:05d}" for number in range(len(named))], lambda shard: ragged[shard])
+    places = [index.places_of(shard.filtered, shard.download, shard.name) for shard in shards]
+    names = [shard.name for shard in shards]
+    index.write_index(folder, CC4M, names, lambda shard: ragged[shard], lambda shard: places[shard])
     return folder

@@ -12,7 +12,7 @@ from pipeline.artifacts.arrays import ArrayWriter
 from pipeline.artifacts.shards import SCHEMA, make_uid, write_shard
 from pipeline.artifacts.tables import write_table
 from pipeline.datasets.images import StoredImage
-from pipeline.datasets.looks import Drawn
+from pipeline.datasets.looks import Drawn, Look
 from pipeline.datasets.pairs import PairShard
 from pipeline.datasets.pixels import Pixels
 from pipeline.text import filtering
@@ -48,12 +48,17 @@ def stored(size: tuple[int, int] = (24, 32)) -> StoredImage:
     return StoredImage("none.tar", "none.jpg", 0, 0, *size)
 
 
+def shown(look: Look, image: np.ndarray) -> np.ndarray:
+    """What a look shows of an image in memory."""
+    return look.paint(image, np.empty((look.side, look.side, 3), np.uint8))
+
+
 def painted(drawn: list[Drawn], images: list[np.ndarray]) -> dict[str, Pixels]:
     """The looks of several samples, each of its own image, as the loader paints them."""
     names = drawn[0].looks
-    shown = {name: [row.looks[name].shown(image) for row, image in zip(drawn, images, strict=True)] for name in names}
+    made = {name: [shown(row.looks[name], image) for row, image in zip(drawn, images, strict=True)] for name in names}
     erased = {name: [row.looks[name].erased for row in drawn] for name in names}
-    return {name: Pixels(torch.from_numpy(np.stack(shown[name])), erased[name]) for name in names}
+    return {name: Pixels(torch.from_numpy(np.stack(made[name])), erased[name]) for name in names}
 
 
 def write_pairs(

@@ -1,6 +1,7 @@
 """The filter and index stages on small shards: verdicts, bad captions, keys, the index against a dict of lists."""
 
 import json
+import pickle
 from collections import defaultdict
 from random import Random
 
@@ -198,10 +199,10 @@ def test_partners_share_an_entity_and_every_one_is_drawn(tmp_path) -> None:
     wanted = [opened.classes.index("dog"), opened.classes.index("bus")]
     allowed = {(number, *each) for number in wanted for each in opened.rows(number).tolist()}
     generator = Random(1)
-    drawn = [opened.partner(wanted, lambda *_: False, generator) for _ in range(3000)]
+    drawn = [opened.partner(wanted, "f" * 16, generator) for _ in range(3000)]
     assert set(drawn) == allowed
     again = Random(1)
-    assert drawn == [opened.partner(wanted, lambda *_: False, again) for _ in range(3000)]
+    assert drawn == [opened.partner(wanted, "f" * 16, again) for _ in range(3000)]
 
 
 def test_a_sample_is_its_own_partner_only_where_it_is_alone(tmp_path) -> None:
@@ -209,11 +210,39 @@ def test_a_sample_is_its_own_partner_only_where_it_is_alone(tmp_path) -> None:
     run(STAGE, project)
     run(INDEX, project)
     opened = EntityIndex.open(project.inputs("index")[0][1])
-    generator = Random(0)
+    generator, uids = Random(0), table(project)["uid"].to_pylist()
     cat, dog = (opened.classes.index(name) for name in ("cat", "dog"))
-    assert opened.partner([cat], lambda *place: place == (0, 0), generator) == (cat, 0, 0)
-    drawn = [opened.partner([dog], lambda *place: place == (0, 2), generator)[2] for _ in range(4000)]
+    assert opened.partner([cat], uids[0], generator) == (cat, 0, 0)
+    drawn = [opened.partner([dog], uids[2], generator)[2] for _ in range(4000)]
     assert set(drawn) == {1, 3} and 1800 < drawn.count(1) < 2200  # both alike: 2000 +- 6 standard deviations
+
+
+def test_the_index_says_where_the_images_of_kept_rows_lie(tmp_path) -> None:
+    captions = ["two dogs", "12 !! 34", "a cat here", "one dog"]
+    project = download(tmp_path, {"00000": shard_of(captions), "00001": shard_of(["nothing", *captions])})
+    run(STAGE, project)
+    run(INDEX, project)
+    opened = EntityIndex.open(project.inputs("index")[0][1])
+    for position, (_, folder) in enumerate(project.inputs("download")):
+        rows = {row["key"]: row for row in pq.read_table(folder / f"{opened.shards[position]}.parquet").to_pylist()}
+        keys = kept(project.inputs("filter")[position][1])["key"].to_pylist()
+        assert keys and len(keys) < len(rows)
+        for number, key in enumerate(keys):
+            expected = tuple(rows[key][name] for name in ("offset", "size", "height", "width"))
+            assert opened.place(position, number) == expected and expected[0] > 0
+    sent = pickle.dumps(opened)
+    assert len(sent) < 1000, "it travels as its folder's name"
+    assert pickle.loads(sent).place(1, 1) == opened.place(1, 1)
+
+
+def test_the_index_follows_the_images(tmp_path) -> None:
+    made = []
+    for width in (8, 12):
+        rows = [{**row, "width": width} for row in shard_of(["two dogs", "one dog"])]
+        project = download(tmp_path / str(width), {"00000": rows})
+        made.append([run(stage, project).rows[0] for stage in (STAGE, INDEX)])
+    (small, of_small), (large, of_large) = made
+    assert small.out == large.out and of_small.key != of_large.key
 
 
 def test_index_is_the_same_bytes_again(tmp_path) -> None:
@@ -236,6 +265,11 @@ def test_torn_index_is_named(tmp_path) -> None:
     with pytest.raises(BadInput, match="rows.npy: truncated"):
         EntityIndex.open(folder)
     path.write_bytes(whole)
+    places = np.load(folder / "places.npy")
+    np.save(folder / "places.npy", places[1:])
+    with pytest.raises(BadInput, match=rf"places.npy: \({rows - 1},\) where {rows} rows are kept.*--repair index"):
+        EntityIndex.open(folder)
+    np.save(folder / "places.npy", places)
     index.check_index(folder, rows)
     with pytest.raises(CorruptPayload, match=f"{rows} rows where {rows - 1}"):
         index.check_index(folder, rows - 1)

@@ -73,18 +73,19 @@ def test_seen_tokens_are_those_of_captions_that_name_the_mask(tmp_path):
 def test_partners_share_an_entity_and_are_never_the_row_itself(tmp_path):
     shards = [make_shard(tmp_path, "00000", 4), make_shard(tmp_path, "00001", 4, rejected=(1,))]
     named = [[[DOG], [DOG, CAT], [CAT], [BUS]], [[DOG], [CAT], []]]
-    partners = Partners(shards, make_index(tmp_path / "index", named))
+    partners = Partners(shards, make_index(tmp_path / "index", shards, named))
     uids = [_uids(shard) for shard in shards]
     seen, image = set(), stored()
     for seed in range(80):
         row = Sample(uids[0][1], [""], [], [DOG, CAT], image)
-        entity, *place = partners.place(row, Random(seed))
-        assert entity in named[place[0]][place[1]] and place != [0, 1]
-        seen.add((entity, *place))
+        partner = partners.draw(row, Random(seed))
+        shard, kept_row = partner.place
+        assert partner.entity in named[shard][kept_row] and partner.place != (0, 1)
+        seen.add((partner.entity, shard, kept_row))
     assert seen == {(DOG, 0, 0), (DOG, 1, 0), (CAT, 0, 2), (CAT, 1, 1)}
     alone = Sample(uids[0][3], [""], [], [BUS], image)
-    assert partners.place(alone, Random(0)) == (BUS, 0, 3)
     drawn = partners.draw(alone, Random(0))
+    assert (drawn.entity, drawn.place) == (BUS, (0, 3))
     assert np.abs(drawn.image.read().astype(int) - picture(3)).max() < 12
     first = partners.draw(Sample(uids[1][1], [""], [], [CAT], image), Random(2))
     again = Partners(shards, tmp_path / "index").draw(Sample(uids[1][1], [""], [], [CAT], image), Random(2))
@@ -112,7 +113,7 @@ def loaded(shard: PairShard, index: Path) -> Loaded:
 
 def test_a_row_whose_partner_does_not_decode_is_left_out_and_listed(tmp_path):
     shard = make_shard(tmp_path, "00000", 6, broken=(1,))
-    found = loaded(shard, make_index(tmp_path / "index", [[[0], [0], [], [], [], []]]))
+    found = loaded(shard, make_index(tmp_path / "index", [shard], [[[0], [0], [], [], [], []]]))
     uids, reasons = _uids(shard), dict(found.failures)
     assert "000000001.jpg" in reasons.pop(uids[1]) and uids[0] in reasons, "the only other that names it is broken"
     assert all("partner row 1" in reason for reason in reasons.values())
@@ -121,13 +122,14 @@ def test_a_row_whose_partner_does_not_decode_is_left_out_and_listed(tmp_path):
 
 
 def test_where_there_is_no_partner_a_rows_own_view_stands(tmp_path):
-    shown = loaded(make_shard(tmp_path, "00000", 6), make_index(tmp_path / "index", [[[DOG]] * 6])).batch.to("cpu")
+    shard = make_shard(tmp_path, "00000", 6)
+    shown = loaded(shard, make_index(tmp_path / "index", [shard], [[[DOG]] * 6])).batch.to("cpu")
     assert not shown.paired.any() and torch.equal(shown.pixels, shown.partner_pixels)
 
 
 def test_an_index_of_other_shards_is_refused(tmp_path):
     with pytest.raises(BadInput, match="shard 00000"):
-        Partners([], make_index(tmp_path / "index", [[[DOG]]]))
+        Partners([], make_index(tmp_path / "index", [make_shard(tmp_path, "00000", 1)], [[[DOG]]]))
 
 
 def _uids(shard: PairShard) -> list[str]:

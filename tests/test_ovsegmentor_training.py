@@ -109,7 +109,7 @@ def test_a_towers_class_token_is_left_out(tmp_path):
 
 def test_the_second_phase_freezes_bert_and_follows_with_a_teacher(tmp_path):
     shard = make_shard(tmp_path, "00000", 10)
-    data = TrainingData(shards=[shard], index=make_index(tmp_path / "index", [[[0]] * 10]))
+    data = TrainingData(shards=[shard], index=make_index(tmp_path / "index", [shard], [[[0]] * 10]))
     tower = model(text={"dropout": 0.5})
     first, second = ovsegmentor.phases(tower, tower.config, data)
     assert (first.name, second.name) == ("entity", "mask") and first.after_step is None
@@ -141,7 +141,7 @@ def make_project(root: Path) -> Path:
     manifests: dict[str, list] = {stage: [] for stage in ("download", "filter", "index")}
     shards = [make_shard(root / "made", f"{number:05d}", 9) for number in range(2)]
     payloads = [(stage, shard.name, folder) for shard in shards for stage, folder in _payloads(shard)]
-    payloads.append(("index", "all", make_index(root / "made/index", [[[0]] * 9] * 2)))
+    payloads.append(("index", "all", make_index(root / "made/index", shards, [[[0]] * 9] * 2)))
     for stage, name, made in payloads:
         key = digest([stage, name])
         folder = store.temporary(stage, key)

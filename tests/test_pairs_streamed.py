@@ -108,7 +108,7 @@ def with_partners(shards, index):
 
 
 def test_partners_come_from_there_with_the_rows_own_images(here, tmp_path, monkeypatch):
-    index = make_index(tmp_path / "index", [[[0]] * 9, [[0]] * 10])
+    index = make_index(tmp_path / "index", here, [[[0]] * 9, [[0]] * 10])
     away = [put(shard, tmp_path.as_uri()) for shard in here]
     expected = content(with_partners(here, index))
     asked = []
@@ -140,7 +140,7 @@ def test_what_cannot_be_read_stops_the_training_and_a_cut_off_picture_does_not(h
 def test_workers_and_partners_stop_too(here, tmp_path, monkeypatch):
     monkeypatch.setattr(urls, "PAUSES", ())
     away = [put(shard, tmp_path.as_uri()) for shard in here]
-    index = make_index(tmp_path / "index", [[[0]] * 9, [[0]] * 10])
+    index = make_index(tmp_path / "index", here, [[[0]] * 9, [[0]] * 10])
     for number in range(2):
         (tmp_path / f"0000{number}/0000{number}.tar").unlink()
     with pytest.raises(Unreachable, match=r"\.tar: cannot be read"):

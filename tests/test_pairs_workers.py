@@ -31,7 +31,7 @@ def pairs(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("pairs")
     shards = [write_pairs(root, "00000", 11, masks=False, broken=(3,)), write_pairs(root, "00001", 9, masks=False)]
-    index = make_index(root / "index", [[[0]] * 11, [[0]] * 9])
+    index = make_index(root / "index", shards, [[[0]] * 11, [[0]] * 9])
     prepare = EntityTransform(
         views=VIEWS,
         vocabulary=entities.vocabulary("cc4m"),

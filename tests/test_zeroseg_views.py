@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from pair_shards import picture, stored, write_pairs
+from pair_shards import picture, shown, stored, write_pairs
 from zeroseg_cases import config, model
 
 from pipeline import methods
@@ -49,13 +49,13 @@ def test_the_student_sees_the_teachers_square():
     image = picture(3, (24, 33))
     sample = Sample("u", [""], [], [], stored((24, 33)), views=np.eye(5, 10, dtype=np.float16))
     views, looks = SquareTransform(image_size=16, chosen=(0, 3))(sample, Random(0))
-    square = looks["pixels"].shown(image)
+    square = shown(looks["pixels"], image)
     np.testing.assert_array_equal(square, cut_views(image, (1,), 16)[0])
     np.testing.assert_array_equal(views, np.eye(5, 10, dtype=np.float32)[[0, 3]])
     again = SquareTransform(image_size=16, chosen=(0, 3))(sample, Random(99))
-    np.testing.assert_array_equal(again.looks["pixels"].shown(image), square)
+    np.testing.assert_array_equal(shown(again.looks["pixels"], image), square)
     same = SquareTransform(image_size=24, chosen=(0,))(sample, Random(0))
-    np.testing.assert_array_equal(same.looks["pixels"].shown(image), image[:, 4:28])
+    np.testing.assert_array_equal(shown(same.looks["pixels"], image), image[:, 4:28])
     pixels = Pixels(torch.from_numpy(np.stack([square, square])), [None, None])
     found = collate([views, views], ["a", "b"], {"pixels": pixels}).to("cpu")
     assert found.token_ids.shape == (2, 0) and found.views.dtype == torch.float32 and found.views.shape == (2, 2, 10)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.compute import index_in  # type: ignore[attr-defined]
 
 from pipeline.artifacts.files import BadInput
 
@@ -37,3 +38,21 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         raise BadInput(path, "no such file", REMEDY) from None
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(path, f"truncated or not Parquet ({error})", REMEDY) from error
+
+
+def aligned(rows: pa.Table, other: pa.Table, folder: Path | str) -> pa.Table:
+    """`rows` with the further columns of `other`, joined by key in the order of `rows`.
+
+    Raises:
+        BadInput: `other`, which lies in `folder`, lacks a key, or has another uid for it.
+    """
+    places = index_in(rows["key"], value_set=other["key"].combine_chunks())
+    if places.null_count:
+        raise BadInput(folder, f"{places.null_count} rows of the stage after it are missing", "Run `dvc repro`")
+    matched = other.take(places)
+    if not rows["uid"].equals(matched["uid"]):
+        raise BadInput(folder, "its uids are not those of the stage after it", "Run `dvc repro`")
+    for name in matched.column_names:
+        if name not in rows.column_names:
+            rows = rows.append_column(name, matched[name])
+    return rows

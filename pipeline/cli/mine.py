@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import get_args
 
 from pipeline.artifacts.files import BadInput, atomic_write, json_bytes
-from pipeline.artifacts.shards import SUCCESS, read_rows
+from pipeline.artifacts.shards import read_successes
 from pipeline.params import check_out, positive
 from pipeline.project import Project
 from pipeline.sources import annotations, rows, yfcc15m
 from pipeline.sources.annotations import Annotations
 from pipeline.text import abstract, mining, tagging
-from pipeline.text.verdicts import where
 
 # What readers of lists say for the download stage, said for the options of this command.
 REMEDY = "Set --list (and --source, --layout, --url-column, --caption-column) to a list that is there"
@@ -95,7 +94,7 @@ def _captions(arguments: argparse.Namespace, project: Project) -> Iterator[str]:
         yield from _listed(arguments, project)
         return
     for row, folder in project.inputs("download"):
-        table = where(read_rows(folder / f"{row.shard}.parquet"), "status", SUCCESS)
+        table = read_successes(folder / f"{row.shard}.parquet")
         yield from (caption or "" for caption in table["caption"].to_pylist())
 
 

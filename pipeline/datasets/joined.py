@@ -15,12 +15,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, UInt8
 from numpy import ndarray
-from pyarrow.compute import equal, index_in, is_in  # type: ignore[attr-defined]
+from pyarrow.compute import index_in, is_in  # type: ignore[attr-defined]
 
 from pipeline.artifacts.arrays import open_array
-from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, read_rows
-from pipeline.artifacts.tables import ROWS_SCHEMA, read_table
+from pipeline.artifacts.shards import read_successes
+from pipeline.artifacts.tables import ROWS_SCHEMA, aligned, read_table
 from pipeline.artifacts.vectors import map_vectors
 from pipeline.datasets.images import StoredImage
 from pipeline.text.verdicts import kept
@@ -59,8 +58,7 @@ class PairShard:
 
     def successes(self) -> pa.Table:
         """Every row that has an image, in `shards.SCHEMA`; the tar is not read."""
-        rows = read_rows(f"{self.download}/{self.name}.parquet")
-        return rows.filter(equal(rows["status"], SUCCESS))
+        return read_successes(f"{self.download}/{self.name}.parquet")
 
     @property
     def cached(self) -> dict[str, Path]:
@@ -197,24 +195,6 @@ class Table:
     def _read(self, field: str, places: ndarray) -> ndarray:
         first = int(places.min())
         return np.asarray(self._arrays[field][first : int(places.max()) + 1])[places - first]
-
-
-def aligned(rows: pa.Table, other: pa.Table, folder: Path | str) -> pa.Table:
-    """`rows` with the further columns of `other`, joined by key in the order of `rows`.
-
-    Raises:
-        BadInput: `other`, which lies in `folder`, lacks a key, or has another uid for it.
-    """
-    places = index_in(rows["key"], value_set=other["key"].combine_chunks())
-    if places.null_count:
-        raise BadInput(folder, f"{places.null_count} rows of the stage after it are missing", "Run `dvc repro`")
-    matched = other.take(places)
-    if not rows["uid"].equals(matched["uid"]):
-        raise BadInput(folder, "its uids are not those of the stage after it", "Run `dvc repro`")
-    for name in matched.column_names:
-        if name not in rows.column_names:
-            rows = rows.append_column(name, matched[name])
-    return rows
 
 
 @dataclass(frozen=True, slots=True)

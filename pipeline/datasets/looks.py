@@ -8,7 +8,6 @@ with a decoder is pushed out of a core's caches each time, and runs at a third o
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
@@ -35,10 +34,6 @@ class Look(NamedTuple):
     side: int
     paint: Paint
     erased: Erased | None = None
-
-    def shown(self, image: UInt8[ndarray, "height width 3"]) -> UInt8[ndarray, "side side 3"]:
-        """That of an image in memory, in an array of its own."""
-        return self.paint(image, np.empty((self.side, self.side, 3), np.uint8))
 
 
 class Drawn(NamedTuple):

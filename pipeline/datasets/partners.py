@@ -1,7 +1,6 @@
 """Partner images: that of another sample that shares an entity with this one.
 
-Partners lie anywhere in the set: 24 bytes per kept row of every shard that was asked for stay in memory (where its
-image lies in the tar, its height and width, and a part of the uid), and each picture is one read.
+Partners lie anywhere in the set: the index of entities says where each lies, and each picture is one read.
 
 Source: OVSegmentor card section 3.2.
 Deviates: the released code draws ten partners per row offline, among rows with the same raw word, the row itself
@@ -13,18 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from threading import Lock
-
-import numpy as np
-from numpy import ndarray
 
 from pipeline.artifacts.files import BadInput
 from pipeline.datasets.images import StoredImage
-from pipeline.datasets.joined import PLACE, PairShard, Sample, aligned
+from pipeline.datasets.joined import PairShard, Sample
 from pipeline.text.index import EntityIndex
-from pipeline.text.verdicts import kept
-
-_ROW = np.dtype([*((name, np.int64 if name == "offset" else np.uint32) for name in PLACE), ("uid", np.uint32)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +29,7 @@ class Partner:
 
 
 class Partners:
-    """Draws partners; one object serves all threads of a loader, and travels to a worker process without its tables.
+    """Draws partners; one object serves all threads of a loader, and travels to a worker process.
 
     Raises:
         BadInput: the index is torn, or names a shard that is not among `shards`.
@@ -45,49 +37,17 @@ class Partners:
 
     def __init__(self, shards: Sequence[PairShard], index: Path) -> None:
         self.index = EntityIndex.open(index)
-        by_name = {shard.name: shard for shard in shards}
-        absent = [name for name in self.index.shards if name not in by_name]
+        tars = {shard.name: shard.tar for shard in shards}
+        absent = [name for name in self.index.shards if name not in tars]
         if absent:
             raise BadInput(index, f"names shard {absent[0]}, which is not there", "Run `dvc repro filter`")
-        self._shards = [by_name[name] for name in self.index.shards]
-        self._made_of = (shards, index)
-        self._places: dict[int, ndarray] = {}
-        self._locks = [Lock() for _ in self._shards]
-
-    def __reduce__(self) -> tuple[type, tuple[Sequence[PairShard], Path]]:
-        return type(self), self._made_of
+        self._tars = [tars[name] for name in self.index.shards]
 
     def draw(self, sample: Sample, rng: Random) -> Partner | None:
-        """A partner, or None where no sample names any of the sample's entities."""
-        found = self.place(sample, rng)
+        """A partner, or None where no sample names any of the sample's entities; see `EntityIndex.partner`."""
+        found = self.index.partner(sample.entities, sample.uid, rng)
         if found is None:
             return None
         entity, shard, row = found
-        values = self._table(shard)[row]
-        place = (int(values[name]) for name in PLACE)
-        return Partner(entity, StoredImage(self._shards[shard].tar, f"partner row {row}", *place), (shard, row))
-
-    def place(self, sample: Sample, rng: Random) -> tuple[int, int, int] | None:
-        """Entity, shard's position and kept row, see `EntityIndex.partner`; the sample's own row has its uid."""
-        uid = _short(sample.uid)
-        return self.index.partner(sample.entities, lambda shard, row: self._table(shard)["uid"][row] == uid, rng)
-
-    def _table(self, shard: int) -> ndarray:
-        """Places of the shard's kept rows, read at the first use."""
-        with self._locks[shard]:
-            if shard not in self._places:
-                self._places[shard] = _places(self._shards[shard])
-            return self._places[shard]
-
-
-def _places(shard: PairShard) -> ndarray:
-    rows = aligned(kept(shard.filtered, "key", "uid"), shard.successes(), shard.download)
-    places = np.empty(rows.num_rows, _ROW)
-    for name in PLACE:
-        places[name] = rows[name].to_numpy()
-    places["uid"] = [_short(uid) for uid in rows["uid"].to_pylist()]
-    return places
-
-
-def _short(uid: str) -> int:
-    return int(uid[:8], 16)
+        image = StoredImage(self._tars[shard], f"partner row {row}", *self.index.place(shard, row))
+        return Partner(entity, image, (shard, row))

@@ -6,9 +6,9 @@ part again, where these gradients stand for the loss. One more forward pass buys
 Source: Gao et al., arXiv 2101.06983; open_clip's accum_freq does the like.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -43,11 +43,11 @@ class Parts:
     def of(self, part: int) -> Iterator[None]:
         """The losses inside are those of this part."""
         self._part, self._next, self._counted = part, 0, 0
-        token = _NOW.set(self)
+        before, _NOW.parts = _NOW.parts, self
         try:
             yield
         finally:
-            _NOW.reset(token)
+            _NOW.parts = before
 
     def solve(self) -> None:
         """Compute every loss over the rows of all parts."""
@@ -126,7 +126,7 @@ def over_parts(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def asked(*tensors: P.args, **options: P.kwargs) -> R:
-        parts = _NOW.get()
+        parts = _NOW.parts
         return function(*tensors, **options) if parts is None else parts.ask(function, tensors, options)  # type: ignore[arg-type]
 
     return asked
@@ -134,7 +134,7 @@ def over_parts(function: Callable[P, R]) -> Callable[P, R]:
 
 def counted(own: Tensor) -> tuple[int, Tensor]:
     """How many parts a batch has, and a count over all of them; 1 and `own` where it is whole."""
-    parts = _NOW.get()
+    parts = _NOW.parts
     return (1, own) if parts is None else parts.count(own)
 
 
@@ -159,4 +159,10 @@ def _like(made: Any, terms: list[Tensor]) -> Any:
     return terms[0] if isinstance(made, Tensor) else made._make(terms)
 
 
-_NOW: ContextVar[Parts | None] = ContextVar("parts", default=None)
+class _Now(threading.local):
+    """What `Parts.of` is inside of, in this thread. Not a ContextVar, which torch.compile cannot read."""
+
+    parts: Parts | None = None
+
+
+_NOW = _Now()

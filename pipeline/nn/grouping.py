@@ -112,11 +112,11 @@ class Grouped(NamedTuple):
             maps = assignment.soft @ maps
         return maps
 
-    @torch.no_grad()
     def sizes(self) -> Float[Tensor, "batch groups"]:
-        """Share of the tokens whose strongest group each is; sums to 1."""
-        maps = self.soft_maps()
-        return F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
+        """Share of the tokens whose strongest group each is; sums to 1, without a gradient."""
+        with torch.no_grad():
+            maps = self.soft_maps()
+            return F.one_hot(maps.argmax(dim=1), maps.shape[1]).float().mean(dim=1)
 
 
 def effective_number(sizes: Float[Tensor, "batch groups"]) -> Float[Tensor, ""]:

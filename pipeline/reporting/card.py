@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.artifacts import decisions
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import LIST_SHARDS, SUCCESS, read_rows
+from pipeline.artifacts.shards import LIST_SHARDS, read_successes
 from pipeline.project import Project
 from pipeline.reporting.funnel import Data
 from pipeline.reporting.labels import clean
@@ -61,10 +61,7 @@ def card(project: Project, data: Data) -> Card:
         of = made.lists.setdefault(_list_of(row.shard, names), Yield())
         of.listed += row.rows_in
         of.downloaded += row.rows
-        rows = read_rows(folder / f"{row.shard}.parquet").select(
-            ["caption", "status", "original_width", "original_height"]
-        )
-        rows = rows.filter(pc.equal(rows["status"], SUCCESS))  # type: ignore
+        rows = read_successes(folder / f"{row.shard}.parquet")
         captions = pc.fill_null(rows["caption"], "")
         words += _histogram(np.array([len(text.split()) for text in captions.to_pylist()], np.int64), WORDS)
         shorter = pc.min_element_wise(rows["original_width"], rows["original_height"])  # type: ignore

@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int64, UInt64
 from numpy import ndarray
 from PIL import Image
 
 from pipeline.artifacts import decisions
 from pipeline.artifacts.files import BadInput
-from pipeline.artifacts.shards import SUCCESS, Shard, decode_rgb, read_rows, uid_numbers
+from pipeline.artifacts.shards import Shard, decode_rgb, read_successes, uid_numbers
 from pipeline.sources.fetching import ROW_DIGITS, SHARD_DIGITS
 
 # The first that applies is a row's decision.
@@ -73,8 +72,7 @@ def shard_marks(shard: str, folder: Path) -> Marks:
         BadInput: the shard is torn.
     """
     opened, path = Shard.open(folder, shard), folder / f"{shard}.parquet"
-    rows = read_rows(path).sort_by("key")
-    rows = rows.filter(pc.equal(rows["status"], SUCCESS))  # type: ignore
+    rows = read_successes(path).sort_by("key")
     keys = rows["key"].to_pylist()
     return Marks(
         key=np.array([int(key) for key in keys], dtype=np.uint64),

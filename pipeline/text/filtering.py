@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline import params
 from pipeline.artifacts import decisions
 from pipeline.artifacts.files import CorruptPayload, digest
-from pipeline.artifacts.shards import SUCCESS, read_rows
+from pipeline.artifacts.shards import read_successes
 from pipeline.artifacts.tables import read_table, write_table
 from pipeline.engine import Counts, ShardStage, Task
 from pipeline.machine import Machine
@@ -26,8 +26,8 @@ from pipeline.params import ParamsError, Range
 from pipeline.project import Project
 from pipeline.text import entities, tagging
 from pipeline.text.entities import Annotation, Annotator, Mode, NounRule, Ragged, Vocabulary
-from pipeline.text.index import EntityIndex, check_index, write_index
-from pipeline.text.verdicts import KEPT, NAME, REJECTED, SCHEMA, kept, where
+from pipeline.text.index import EntityIndex, check_index, places_of, write_index
+from pipeline.text.verdicts import KEPT, NAME, REJECTED, SCHEMA, kept
 
 __all__ = ["INDEX", "SCHEMA", "STAGE", "Config", "EntityIndex", "kept"]
 
@@ -113,8 +113,7 @@ def _tasks(project: Project) -> list[Task]:
 
 def _compute(task: Task, out: Path, machine: Machine) -> Counts:
     args: _Args = task.args
-    rows = read_rows(args.folder / f"{task.shard}.parquet")
-    rows = where(rows, "status", SUCCESS).sort_by("key")
+    rows = read_successes(args.folder / f"{task.shard}.parquet").sort_by("key")
     captions = _texts(rows["caption"])
     config, tagger = args.config, tagging.load(args.tagger, args.vocabulary.nouns)
     annotator = Annotator(args.vocabulary, config.mode, tagger, config.nouns)
@@ -227,17 +226,24 @@ STAGE = ShardStage(name="filter", schema=1, code_tag=1, tasks=_tasks, compute=_c
 class _IndexArgs:
     shards: tuple[str, ...]
     folders: tuple[Path, ...]
+    images: tuple[Path | str, ...]
     vocabulary: Vocabulary
 
 
 def _index_tasks(project: Project) -> list[Task]:
     vocabulary = _vocabulary(project, project.config("filter", Config).vocabulary)
     inputs = project.inputs("filter")
+    images = {row.shard: (row.out, place) for row, place in project.places("download")}
+    shards, folders = tuple(row.shard for row, _ in inputs), tuple(folder for _, folder in inputs)
+    project.require_shards({"download": images, "filter": shards})
     return [
         Task(
             shard="index",
-            fields={"inputs": [[row.shard, row.out] for row, _ in inputs], "classes": list(vocabulary.classes)},
-            args=_IndexArgs(tuple(row.shard for row, _ in inputs), tuple(folder for _, folder in inputs), vocabulary),
+            fields={
+                "inputs": [[row.shard, row.out, images[row.shard][0]] for row, _ in inputs],
+                "classes": list(vocabulary.classes),
+            },
+            args=_IndexArgs(shards, folders, tuple(images[shard][1] for shard in shards), vocabulary),
             rows=sum(row.rows for row, _ in inputs),
         )
     ]
@@ -251,7 +257,10 @@ def _index_compute(task: Task, out: Path, machine: Machine) -> Counts:
         offsets = column.offsets.to_numpy()
         return Ragged(column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])
 
-    rows, mentions = write_index(out, args.vocabulary, args.shards, named)
+    def places(position: int) -> np.ndarray:
+        return places_of(args.folders[position], args.images[position], args.shards[position])
+
+    rows, mentions = write_index(out, args.vocabulary, args.shards, named, places)
     return Counts(rows_in=rows, rows=rows, failed=0, detail={"mentions": mentions})
 
 
@@ -259,4 +268,4 @@ def _index_check(folder: Path, counts: Counts) -> None:
     check_index(folder, counts.rows)
 
 
-INDEX = ShardStage(name="index", schema=1, code_tag=1, tasks=_index_tasks, compute=_index_compute, check=_index_check)
+INDEX = ShardStage(name="index", schema=2, code_tag=1, tasks=_index_tasks, compute=_index_compute, check=_index_check)

@@ -6,6 +6,7 @@ Apart from the code that fills it, so that a stage which only asks which rows ar
 from pathlib import Path
 
 import pyarrow as pa
+from pyarrow.compute import equal  # type: ignore[attr-defined]
 
 from pipeline.artifacts.tables import read_table
 
@@ -28,9 +29,4 @@ def kept(folder: Path, *columns: str) -> pa.Table:
     """The kept rows of a `filter` payload, in key order: key, uid, nouns, entities, or those of `columns`."""
     wanted = columns or ("key", "uid", "nouns", "entities")
     table = read_table(folder / NAME, pa.schema([SCHEMA.field(name) for name in ("status", *wanted)]))
-    return where(table, "status", KEPT).select(list(wanted))
-
-
-def where(table: pa.Table, column: str, value: str) -> pa.Table:
-    """The rows with that value."""
-    return table.filter(pa.array([found == value for found in table[column].to_pylist()], pa.bool_()))
+    return table.filter(equal(table["status"], KEPT)).select(list(wanted))
