@@ -38,8 +38,9 @@ class Machine:
             here and that it has, are pulled from there; nothing is pushed.
         stream: a training reads images that are not here out of the `remote`, as its batches need them, and keeps none;
             what is small (captions, cached targets) is pulled.
-        compile: methods train with the elementwise work of their transformer blocks fused (`torch.compile`): faster on
-            a GPU after a minute, and rounded otherwise.
+        compile: methods train with their elementwise work fused (`torch.compile`), the whole step where one process
+            takes it in one part and nothing is matched in it, else block by block: faster on a GPU after some minutes,
+            and rounded otherwise.
         recompute: methods train with the inside of their transformer blocks computed again in the backward pass: less
             memory (`tessera fit-batch`), about a quarter slower, the same bits.
         keep_checkpoints: of a training, the newest; it continues from an older one where the newest is damaged.

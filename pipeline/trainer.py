@@ -15,8 +15,9 @@ from pipeline.machine import Machine
 from pipeline.project import Project
 from pipeline.source_code import code_digest
 from pipeline.training import FitResult, Run, distributed, fit
-from pipeline.training.compiling import compile_blocks, recompute_blocks
+from pipeline.training.compiling import compile_blocks, compile_whole, recompute_blocks
 from pipeline.training.phases import Phase, TrainingData
+from pipeline.training.steps import Loss
 
 INPUTS = ("download", "filter")
 SINGLE = ("index", "codebook")  # targets that are one payload, not one per shard
@@ -72,16 +73,29 @@ def train(project: Project, name: str) -> None:
 
 
 def start(project: Project, method: ModuleType, config: Any, data: TrainingData) -> Any:
-    """The model that training starts from, as this machine wants it run."""
+    """The model that training starts from; its blocks are computed twice where this machine says so."""
     encoders = project.encoder("dino").parent
     torch.set_num_threads(project.machine.threads)
     model = methods.fresh(method, config, method.vocabulary(config, data), encoders)
     methods.attach(method, model, encoders)
     if project.machine.recompute:
         recompute_blocks(model)
-    if project.machine.compile:
-        compile_blocks(model)
     return model
+
+
+def phase_loss(project: Project, model: Any, phase: Phase) -> Loss:
+    """The phase's loss, compiled where this machine says so: as a whole where it can be, else the model's blocks.
+
+    Losses over the parts of a batch wait for one another; and DDP sends gradients while others are computed, which one
+    graph would give all at its end.
+    """
+    settings = phase.optimisation
+    if not project.machine.compile:
+        return phase.loss
+    if phase.traceable and settings.micro_batches == 1 and distributed.ranks() == 1:
+        return compile_whole(phase.loss, settings.micro_batch)
+    compile_blocks(model)
+    return phase.loss
 
 
 def _phase_run(project: Project, run: Run, phase: str, before: str) -> Run:
@@ -101,7 +115,8 @@ def fit_phases(
         own = _phase_run(project, run, phase.name, before) if phase.name else run
         phase.begin()
         loader = pair_loader(data, config, phase, project.machine)
-        result = fit(model, phase.loss, loader, phase.optimisation, run=own, device=device, after_step=phase.after_step)
+        loss = phase_loss(project, model, phase)
+        result = fit(model, loss, loader, phase.optimisation, run=own, device=device, after_step=phase.after_step)
         distributed.wait_for_all()
         if distributed.leads():
             remove_siblings(own.checkpoints)

@@ -94,3 +94,68 @@ def test_a_tower_of_texts_of_any_length_is_compiled_a_few_times_in_all():
 def test_blocks_that_differ_in_their_chance_to_be_skipped_share_one_compilation():
     """More compilations of one function than torch allows, eight, would leave the others as they are."""
     run(SHARED)
+
+
+WHOLE = """
+from copy import deepcopy
+from dataclasses import replace
+
+import groupvit_cases, ovsegmentor_cases, torch, zeroseg_cases
+from torch._dynamo.utils import counters
+from pipeline import methods
+from pipeline.training.compiling import compile_whole, recompute_blocks
+from pipeline.training.phases import TrainingData
+
+data = TrainingData(shards=[], index=None)
+
+
+def compared(name, model, batch, backend="eager"):
+    torch._dynamo.reset()
+    counters.clear()
+    model.train()
+    compiled = deepcopy(model)
+    recompute_blocks(compiled)
+    [phase] = methods.get(name).phases(compiled, compiled_config(name), data)
+    assert phase.traceable
+    loss = compile_whole(phase.loss, len(batch.uids), backend=backend)
+    losses = []
+    for run in (lambda: model.loss(batch), lambda: loss(batch, None)):
+        torch.manual_seed(1)
+        losses.append(run())
+        losses[-1]["total"].backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    grads = 0
+    for one, other in zip(model.parameters(), compiled.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad)
+            grads += 1
+    assert grads > 30, grads
+    torch.testing.assert_close(compiled.sizes, model.sizes)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
+    return loss
+
+
+def compiled_config(name):
+    cases = {"groupvit": groupvit_cases, "zeroseg": zeroseg_cases, "ovsegmentor": ovsegmentor_cases}[name]
+    return cases.config(**({"consistency": {"kind": "none"}} if name == "ovsegmentor" else {}))
+
+
+model = groupvit_cases.model()
+loss = compared("groupvit", model, groupvit_cases.batch(model))
+loss(groupvit_cases.batch(model, 7), None)["total"].backward()
+assert counters["stats"]["unique_graphs"] == 1, "a smaller batch is not compiled"
+compared("zeroseg", zeroseg_cases.model(), zeroseg_cases.batch(), backend="aot_eager")
+model = ovsegmentor_cases.model()
+batch = ovsegmentor_cases.batch(model)
+loss = compared("ovsegmentor", model, batch)
+ids = ("token_ids", "masked_ids", "answer_ids")
+for length in range(5, batch.token_ids.shape[1]):
+    shorter = replace(batch, **{name: getattr(batch, name)[:, :length] for name in ids})
+    loss(shorter, None)["total"].backward()
+assert counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"], counters
+print("equal")
+"""
+
+
+def test_a_traceable_loss_is_one_graph_with_the_same_gradients():
+    run(WHOLE)

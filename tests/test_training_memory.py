@@ -158,6 +158,7 @@ def test_recomputed_blocks_give_the_same_bits_for_less_memory():
 def test_every_size_is_compiled_anew_and_starts_no_processes(tmp_path, monkeypatch):
     resets, loaders, pair_loader = [], [], trainer.pair_loader
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(0))
+    monkeypatch.setattr(fit_batch, "phase_loss", lambda project, model, phase: phase.loss)
     monkeypatch.setattr(
         fit_batch, "pair_loader", lambda *given: loaders.append(given[3].loaders) or pair_loader(*given)
     )

@@ -16,7 +16,7 @@ from pipeline import methods
 from pipeline.cli.sizes import UNITS, parse_size
 from pipeline.machine import use_device
 from pipeline.project import Project
-from pipeline.trainer import pair_loader, read_data, start
+from pipeline.trainer import pair_loader, phase_loss, read_data, start
 from pipeline.training.memory import Fit, allocate, count, largest_counted, largest_tried, tensors
 from pipeline.training.optimiser import optimiser_of
 from pipeline.training.phases import Phase, TrainingData
@@ -89,18 +89,20 @@ def _largest(project: Project, model: Any, config: Any, data: TrainingData, phas
 
 def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase: Phase, images: int) -> Any:
     settings = replace(phase.optimisation, batch_size=images, micro_batches=1)
+    phase = replace(phase, optimisation=settings)
     alone = replace(project.machine, workers=0)  # processes would take longer to start than to make a batch
-    batches = pair_loader(data, config, replace(phase, optimisation=settings), alone).batches(0)
+    batches = pair_loader(data, config, phase, alone).batches(0)
     loaded = next(batches)
     batches.close()  # type: ignore[attr-defined]
     device = torch.device(project.machine.device)
     if project.machine.compile:
         torch.compiler.reset()  # after eight sizes the next would run as without it
+    loss = phase_loss(project, model, phase)
 
     def make() -> Steps:
         return Steps(
             model=model,
-            loss=phase.loss,
+            loss=loss,
             optimiser=optimiser_of(model, settings),
             optimisation=settings,
             precision=settings.precision,

@@ -216,6 +216,7 @@ def phases(model: GroupViT, config: Config, data: TrainingData) -> list[Phase]:
             prepare=prepare,
             collate=PairCollate(model.tokenizer),
             loss=lambda batch, _: model.loss(batch),
+            traceable=True,
         )
     ]
 

@@ -333,5 +333,6 @@ def phases(model: ZeroSeg, config: Config, data: TrainingData) -> list[Phase]:
             prepare=SquareTransform(image_size=config.encoder.image_size, chosen=chosen),
             collate=collate,
             loss=lambda batch, _: model.loss(batch),
+            traceable=True,
         )
     ]

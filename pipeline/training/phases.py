@@ -27,6 +27,8 @@ class Phase:
         begin: called before the optimiser is built, on the weights the phase before left: freezes parameters, copies
             an average.
         after_step: see `fit`.
+        traceable: whether the loss does nothing but compute, so that it can be compiled as a whole: no matching on the
+            host, no shape that a tensor's values decide.
     """
 
     optimisation: Optimisation
@@ -36,6 +38,7 @@ class Phase:
     name: str = ""
     begin: Callable[[], None] = nothing
     after_step: Callable[[Progress], None] | None = None
+    traceable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

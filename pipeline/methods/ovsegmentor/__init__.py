@@ -125,7 +125,7 @@ def _phase(model: OVSegmentor, config: Config, phase: PhaseConfig, name: str, pa
     )
     settings = {"optimisation": phase.optimisation, "prepare": prepare, "collate": collate, "name": name}
     if partners is None:
-        return Phase(**settings, loss=lambda batch, _: model.loss(batch))
+        return Phase(**settings, loss=lambda batch, _: model.loss(batch), traceable=True)
     return Phase(
         **settings,
         loss=lambda batch, _: model.loss(batch),
