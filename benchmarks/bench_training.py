@@ -2,11 +2,15 @@
 
     python -m benchmarks training                                              CPU: GroupViT and its peer, 16 images
     python -m benchmarks.bench_training --device cuda --batch 256 --compile blocks --methods groupvit zeroseg sseg
+    python -m benchmarks.bench_training --host --batch 2 --rounds 12 --compile blocks whole
 
 Fresh weights and random pixels on the device; texts are 12 tokens long, padded to 77 as tokenizers do (OVSegmentor's
 loader pads to the longest of a batch). Steps are those of `pipeline.training` (forward, backward, clipping, AdamW).
 Times are medians over rounds that go through all contestants in turn, so that a busy machine slows all of them. MFU:
 the step's matrix products (counted by torch, attention included) at the rate of a large square product.
+
+`--host`: GroupViT and its peer as deep as ever but a few channels wide, with texts that are not padded, on one thread
+of the CPU: what is left of a step is what its operations, as many as ever, cost the host. On a GPU no step is shorter.
 """
 
 import argparse
@@ -32,7 +36,7 @@ from pipeline.datasets.region_batches import RegionBatch
 from pipeline.interfaces import TrainBatch
 from pipeline.methods import scg
 from pipeline.methods.scg.model import IMAGE_SIDE
-from pipeline.training.compiling import compile_blocks
+from pipeline.training.compiling import compile_blocks, compile_whole
 from pipeline.training.optimiser import adamw, parameter_groups
 
 WORDS = 12  # tokens of a caption, start and end among them: CC12M's mean is about 20 words, its prompts' about 8
@@ -40,6 +44,9 @@ CONTEXT = 77
 REGIONS = 16  # pseudo-masks of an image
 NOUNS = 2  # of a caption, for SCG
 CELL = 8  # pixels of a pseudo-mask's cell: DINO's patch
+# As deep as the paper's GroupViT, and next to nothing to compute.
+NARROW = ["grouping.dim=12", "text.width=8", "projector_hidden=16", "embed_dim=16"]
+NARROW += ["patches.image_size=32", "augmentation.image_size=32"]
 TO_REACH = {"cpu": 1.5, "cuda": 2.0}  # images/s of GroupViT over transformers'
 
 
@@ -129,13 +136,16 @@ def ours(
     """A method of this package at its paper's size, with `settings` of params.yaml besides."""
     config = paper_config(name, *settings)
     model, frozen = fresh(name, config, options.device)
-    length = WORDS if name == "ovsegmentor" else CONTEXT
+    length = WORDS if name == "ovsegmentor" or options.host else CONTEXT
     batch = batch_for(name, model, config, options.batch, length).to(options.device)
     loss = model.loss
     if compiled == "blocks":
         compile_blocks(model)
-    elif compiled in ("whole", "graphs"):  # graphs: CUDA's, which take launching kernels off the host
-        loss = torch.compile(model.loss, mode="reduce-overhead" if compiled == "graphs" else "default")
+    elif compiled == "whole":
+        whole = compile_whole(lambda batch, _: model.loss(batch), options.batch)
+        return Contestant(model, lambda: whole(batch, None)["total"], precision, frozen)
+    elif compiled == "graphs":  # CUDA's, which take launching kernels off the host
+        loss = torch.compile(model.loss, mode="reduce-overhead")
     return Contestant(model, lambda: loss(batch)["total"], precision, frozen)
 
 
@@ -160,12 +170,18 @@ def peer(options: argparse.Namespace, precision: torch.dtype) -> Contestant:
     from transformers import GroupViTConfig, GroupViTModel
 
     torch.manual_seed(0)
-    model: Any = GroupViTModel(GroupViTConfig()).to(options.device).train()
-    generator = torch.Generator().manual_seed(0)
+    sizes: Any = GroupViTConfig()
+    if options.host:
+        narrowed = {"hidden_size": 12, "intermediate_size": 48, "image_size": 32}
+        sizes.vision_config.update(narrowed)
+        sizes.text_config.update({"hidden_size": 8, "intermediate_size": 32})
+        sizes.update({"projection_dim": 16, "projection_intermediate_dim": 16})
+    model: Any = GroupViTModel(sizes).to(options.device).train()
+    generator, side = torch.Generator().manual_seed(0), sizes.vision_config.image_size
     end = model.config.text_config.eos_token_id
     inputs = {
-        "pixel_values": torch.randn(options.batch, 3, 224, 224, generator=generator),
-        "input_ids": token_ids(options.batch, end, CONTEXT, generator),
+        "pixel_values": torch.randn(options.batch, 3, side, side, generator=generator),
+        "input_ids": token_ids(options.batch, end, WORDS if options.host else CONTEXT, generator),
     }
     inputs["attention_mask"] = (inputs["input_ids"] > 0).long()
     inputs = {key: value.to(options.device) for key, value in inputs.items()}
@@ -235,8 +251,11 @@ def contestants(options: argparse.Namespace) -> dict[str, Contestant]:
     captions = ["train.groupvit.loss.num_prompts=0", "train.groupvit.loss.multi_label=0"]
     captions.append("train.groupvit.loss.share_scale=true")
     settings = [(torch.float32, "none"), *((torch.bfloat16, kind) for kind in ("none", *options.compile))]
-    if not multiplies_bfloat16(options.device):
+    if options.host:
+        settings = settings[1:]
+    elif not multiplies_bfloat16(options.device):
         settings = settings[:1]
+    narrow = [f"train.groupvit.{size}" for size in NARROW] if options.host else []
     found = {}
     for precision, compiled in settings:
         kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision]
@@ -246,9 +265,9 @@ def contestants(options: argparse.Namespace) -> dict[str, Contestant]:
         for name in options.methods:
             if name == "groupvit":
                 found[f"groupvit, captions, {label}"] = ours(
-                    name, options, precision, compiled=compiled, settings=captions
+                    name, options, precision, compiled=compiled, settings=captions + narrow
                 )
-            if precision == torch.bfloat16 or len(settings) == 1:
+            if not options.host and (precision == torch.bfloat16 or len(settings) == 1):
                 found[f"{name}, {label}"] = ours(name, options, precision, compiled=compiled)
     return found
 
@@ -270,13 +289,33 @@ def report(entries: dict[str, Contestant], options: argparse.Namespace) -> list[
         times = " ".join(f"{1e3 * seconds:7.0f}" for seconds in parts.values())
         memory, rate = entry.memory / 2**30, options.batch / entry.step
         print(f"  {name:44s} {rate:8.1f} {times} ms {memory:5.1f} GiB {floor / entry.step:5.1%} {1e3 * floor:6.0f} ms")
+    compare(entries, TO_REACH[torch.device(options.device).type])
+    return rows
+
+
+def report_host(entries: dict[str, Contestant], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print what a step costs the host, the best of each part's rounds, since others only add; returns the rows."""
+    print(f"what a step costs the host; {device_name(options.device)}; torch {torch.__version__}")
+    print(f"  {'ms':44s}    step  forward backward  update")
+    rows = []
+    for name, entry in entries.items():
+        entry.seconds = {part: [min(values)] for part, values in entry.seconds.items()}
+        parts = {part: best for part, [best] in entry.seconds.items()}
+        times = " ".join(f"{1e3 * seconds:8.1f}" for seconds in (entry.step, *parts.values()))
+        rows.append({"name": name, "step": entry.step, **parts})
+        print(f"  {name:44s}{times}")
+    compare(entries, TO_REACH["cuda"])
+    return rows
+
+
+def compare(entries: dict[str, Contestant], wanted: float) -> None:
+    """Print GroupViT's ratios to its peer."""
     peers = {name: entry.step for name, entry in entries.items() if name.startswith("transformers")}
     mine = {name: entry.step for name, entry in entries.items() if name.startswith("groupvit, captions")}
     if mine and peers:
-        best, wanted = min(mine, key=lambda name: mine[name]), TO_REACH[torch.device(options.device).type]
+        best = min(mine, key=lambda name: mine[name])
         for name, seconds in peers.items():
             print(f"  {seconds / mine[best]:.2f} x as fast ({best}) as {name}; to reach: {wanted}")
-    return rows
 
 
 def main() -> None:
@@ -290,10 +329,15 @@ def main() -> None:
         "--compile", nargs="*", choices=["blocks", "whole", "graphs"], default=[], help="bf16 variants to add"
     )
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--host", action="store_true", help="what GroupViT's step costs the host")
     options = parser.parse_args()
+    if options.host and (options.device != "cpu" or options.methods != ["groupvit"]):
+        parser.error("--host: GroupViT on a CPU")
+    if options.host:
+        torch.set_num_threads(1)
     entries = contestants(options)
     measure(entries, options)
-    rows = report(entries, options)
+    rows = report_host(entries, options) if options.host else report(entries, options)
     if options.out:
         options.out.write_text(json.dumps({"device": device_name(options.device), "rows": rows}, indent=1))
 

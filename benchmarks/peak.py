@@ -38,4 +38,5 @@ def wait_for(device: str) -> None:
 
 def device_name(device: str) -> str:
     """For the head of a table."""
-    return f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else torch.cuda.get_device_name()

@@ -11,6 +11,7 @@ Nothing of it is held in memory but what the system caches, once for all process
 Source: OVSegmentor card section 3.2.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -104,11 +105,14 @@ def _list(path: Path, offsets: np.ndarray, shards: Iterable[Ragged]) -> None:
 
 
 def _array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """An array in a new file. An empty one cannot be mapped, and is not."""
-    if shape[0]:
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    np.save(path, empty := np.empty(shape, dtype))
-    return empty
+    """An array in a new file that has its room on the disk: a full one would end whoever writes what is mapped."""
+    if not shape[0]:  # cannot be mapped
+        np.save(path, empty := np.empty(shape, dtype))
+        return empty
+    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return mapped
 
 
 def _firsts(lengths: Sequence[int]) -> list[int]:
