@@ -7,7 +7,7 @@ space of images and texts, or of a tower's output), texts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -123,6 +123,24 @@ class ClipEncoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TextRows:
+    """Texts side by side in rows, so that a text tower computes next to no padding.
+
+    token_ids: 0 between the last text of a row and its end. places: of each token in its text; 0 in padding, so that
+    each padding token is a text of its own. ends: where each text's last token is in the flattened rows, in the order
+    of the texts.
+    """
+
+    token_ids: Int64[Tensor, "rows length"]
+    places: Int64[Tensor, "rows length"]
+    ends: Int64[Tensor, " texts"]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TextRows":
+        """The same rows on `device`."""
+        return TextRows(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
+
+
 @dataclass
 class TrainBatch:
     """Pairs after the joint transforms; row i of every field is the same sample.
@@ -130,7 +148,8 @@ class TrainBatch:
     pixels: ImageNet-normalised RGB. captions: the caption (or prompt) chosen for this visit. token_ids: its tokens,
     padded with 0. regions: pseudo-mask labels moved with the image, at the pseudo-mask grid; OUTSIDE where the crop
     leaves the stored image; None where the method reads none. uids: stable sample names. prompt_ids: tokens of the k-th
-    noun prompt of image i at [k, i]. views: unit CLIP vectors of the image's cached views.
+    noun prompt of image i at [k, i]. views: unit CLIP vectors of the image's cached views. rows: captions, and after
+    them the first prompt of each image, the second and so on, side by side; None for towers that need each alone.
     """
 
     pixels: Float[Tensor, "batch 3 height width"]
@@ -140,6 +159,14 @@ class TrainBatch:
     uids: list[str]
     prompt_ids: Int64[Tensor, "prompts batch length"] | None = None
     views: Float[Tensor, "batch views dim"] | None = None
+    rows: TextRows | None = None
+
+    @property
+    def texts(self) -> "Int64[Tensor, 'texts length'] | TextRows":
+        """What a text tower reads: captions, and after them the first prompt of each image, the second and so on."""
+        if self.rows is not None:
+            return self.rows
+        return self.token_ids if self.prompt_ids is None else torch.cat([self.token_ids, *self.prompt_ids])
 
     def to(self, device: torch.device | str) -> "TrainBatch":
         """The same batch on `device`."""
@@ -148,6 +175,9 @@ class TrainBatch:
 
 def on_device(batch: T, device: torch.device | str) -> T:
     """A dataclass of tensors and other things with its tensors on `device`."""
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}  # type: ignore[arg-type]
-    moved = {n: v.to(device, non_blocking=True) for n, v in tensors.items() if isinstance(v, Tensor)}
-    return replace(batch, **moved)  # type: ignore[type-var]
+    return replace(batch, **{f.name: moved(getattr(batch, f.name), device) for f in fields(batch)})  # type: ignore[arg-type, type-var]
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """A batch's field: on `device` if it is of tensors, else as it is."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor | TextRows) else value

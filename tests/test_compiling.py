@@ -71,7 +71,9 @@ print("equal")
 LENGTHS = """
 import torch
 from torch._dynamo.utils import counters
+from pipeline.datasets.text_rows import in_rows
 from pipeline.nn.bert import Bert
+from pipeline.nn.text import TextSizes, TextTransformer
 from pipeline.training.compiling import compile_blocks
 
 bert = Bert(vocab_size=50, positions=40, width=16, layers=3, heads=4, dropout=0.1, end_token=3)
@@ -82,12 +84,19 @@ for rows in (4, 6):
         ids[:, -1] = 3
         bert.states(ids).sum().backward()
 assert counters["stats"]["unique_graphs"] <= 4, counters["stats"]
+counters.clear()
+sizes = TextSizes(context_length=8, width=16, layers=3, heads=4, pooling="eos")
+tower = TextTransformer(sizes, vocab_size=50, end_token=3, out_dim=4)
+assert compile_blocks(tower, backend="aot_eager") == 3
+for texts in range(6, 40, 2):
+    tower(in_rows(torch.tensor([[7, 7, 3, 0, 0, 0, 0, 0]] * texts), 3)).sum().backward()
+assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
 assert not counters["graph_break"] and not counters["unimplemented"]
 print("equal")
 """
 
 
-def test_a_tower_of_texts_of_any_length_is_compiled_a_few_times_in_all():
+def test_a_tower_of_texts_of_any_length_and_number_is_compiled_a_few_times_in_all():
     run(LENGTHS)
 
 
@@ -101,8 +110,11 @@ from copy import deepcopy
 from dataclasses import replace
 
 import groupvit_cases, ovsegmentor_cases, torch, zeroseg_cases
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from pipeline import methods
+from pipeline.datasets.text_rows import in_rows
+from pipeline.interfaces import TextRows
 from pipeline.training.compiling import compile_whole, recompute_blocks
 from pipeline.training.phases import TrainingData
 
@@ -144,6 +156,14 @@ model = groupvit_cases.model()
 loss = compared("groupvit", model, groupvit_cases.batch(model))
 loss(groupvit_cases.batch(model, 7), None)["total"].backward()
 assert counters["stats"]["unique_graphs"] == 1, "a smaller batch is not compiled"
+model = groupvit_cases.model()
+batch = groupvit_cases.batch(model)
+rows = in_rows(batch.texts, model.tokenizer.eot)
+loss = compared("groupvit", model, replace(batch, rows=rows))
+for empty in range(1, 7):
+    ids, places = (F.pad(table, (0, 0, 0, empty)) for table in (rows.token_ids, rows.places))
+    loss(replace(batch, rows=TextRows(ids, places, rows.ends)), None)["total"].backward()
+assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
 compared("zeroseg", zeroseg_cases.model(), zeroseg_cases.batch(), backend="aot_eager")
 model = ovsegmentor_cases.model()
 batch = ovsegmentor_cases.batch(model)

@@ -5,6 +5,7 @@ Of a batch in several parts (`micro_batches`) each part has to fit.
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from pipeline import methods
 from pipeline.cli.sizes import UNITS, parse_size
+from pipeline.datasets.batches import PairCollate
+from pipeline.datasets.entity_batches import EntityCollate
 from pipeline.machine import use_device
 from pipeline.project import Project
 from pipeline.trainer import pair_loader, phase_loss, read_data, start
@@ -89,7 +92,7 @@ def _largest(project: Project, model: Any, config: Any, data: TrainingData, phas
 
 def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase: Phase, images: int) -> Any:
     settings = replace(phase.optimisation, batch_size=images, micro_batches=1)
-    phase = replace(phase, optimisation=settings)
+    phase = replace(phase, optimisation=settings, collate=longest_texts(phase.collate))
     alone = replace(project.machine, workers=0)  # processes would take longer to start than to make a batch
     batches = pair_loader(data, config, phase, alone).batches(0)
     loaded = next(batches)
@@ -113,6 +116,13 @@ def _spend(project: Project, model: Any, config: Any, data: TrainingData, phase:
     if device.type == "cuda":
         return allocate(model, make, loaded, device)
     return count(steps := make(), loaded, held(model, steps))
+
+
+def longest_texts(collate: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes batches in which every text takes what the longest would: in some later batch all may be long."""
+    if isinstance(collate, PairCollate):
+        return replace(collate, rows=False)
+    return replace(collate, longest=False) if isinstance(collate, EntityCollate) else collate
 
 
 def held(model: Any, steps: Steps) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """From stored pairs to training batches: `PairTransform` draws a row's part, `PairCollate` makes a batch of many."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 from numpy import ndarray
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from pipeline.datasets.images import StoredImage
 from pipeline.datasets.looks import Drawn, Look
 from pipeline.datasets.pairs import PairShard, Sample, captions
 from pipeline.datasets.pixels import Packed, Pixels
+from pipeline.datasets.text_rows import in_rows
 from pipeline.datasets.transforms import View, ViewConfig, move_labels
 from pipeline.interfaces import TrainBatch
 from pipeline.nn.text import TextConfig, Vocabulary
@@ -104,23 +105,26 @@ class PairTransform:
 
 @dataclass(frozen=True, slots=True)
 class PairCollate:
-    """Stack pseudo-masks and tokenise.
+    """Stack pseudo-masks and tokenise; texts side by side as well where the tower takes `rows` of them.
 
     Raises:
         ValueError: of a batch's images some have pseudo-masks, and some none.
     """
 
-    tokenizer: Callable[[list[str]], Int64[Tensor, "batch length"]]
+    tokenizer: BytePairTokenizer
+    rows: bool = False
 
     def __call__(self, prepared: list[Prepared], uids: list[str], shown: dict[str, Pixels]) -> Packed[TrainBatch]:
         captions = [item.caption for item in prepared]
-        rows = [self.tokenizer(list(texts)) for texts in zip(*(item.prompts for item in prepared), strict=True)]
+        ids = [self.tokenizer(captions)]
+        ids += [self.tokenizer(list(texts)) for texts in zip(*(item.prompts for item in prepared), strict=True)]
         others = {
             "captions": captions,
-            "token_ids": self.tokenizer(captions),
+            "token_ids": ids[0],
             "regions": _stacked([item.regions for item in prepared]),
             "uids": uids,
-            "prompt_ids": torch.stack(rows) if rows else None,
+            "prompt_ids": torch.stack(ids[1:]) if ids[1:] else None,
+            "rows": in_rows(torch.cat(ids), self.tokenizer.eot) if self.rows else None,
         }
         return Packed(TrainBatch, shown, others)
 

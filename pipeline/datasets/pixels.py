@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.datasets.augmentation import noise
 from pipeline.datasets.looks import Erased
 from pipeline.datasets.transforms import normalise
+from pipeline.interfaces import moved
 
 Batch = TypeVar("Batch")
 
@@ -52,5 +53,5 @@ class Packed(Generic[Batch]):
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
-        others = {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in self.others.items()}
+        others = {name: moved(value, device) for name, value in self.others.items()}
         return self.make(**{name: pixels.to(device) for name, pixels in self.pixels.items()}, **others)

@@ -68,8 +68,7 @@ class ClipTraining(nn.Module):
         counts from `second_reading_from` on, since both from the start learn names later (reports/log.md).
         """
         readings = self.clip.readings(batch.pixels)
-        captions = self._texts(batch.token_ids)
-        prompts = [] if batch.prompt_ids is None else [self._texts(ids) for ids in batch.prompt_ids]
+        captions, *prompts = self._texts(batch)
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=batch.pixels.device)
         for number, (name, image) in enumerate(readings.items()):
@@ -81,11 +80,12 @@ class ClipTraining(nn.Module):
             terms |= {f"{name}_{key}" if number else key: value for key, value in found.items()}
         return {**terms, "total": total}
 
-    def _texts(
-        self, token_ids: Int64[Tensor, "batch length"]
-    ) -> tuple[Float[Tensor, "batch dim"], Int64[Tensor, "batch length"]]:
-        """Unit vectors of the texts, and the tokens, which say what texts are equal."""
-        return self.clip.embed_ids(token_ids), token_ids
+    def _texts(self, batch: TrainBatch) -> list[tuple[Float[Tensor, "batch dim"], Int64[Tensor, "batch length"]]]:
+        """Of the captions and of every prompt: unit vectors, and the tokens, which say what texts are equal."""
+        ids = [batch.token_ids, *(() if batch.prompt_ids is None else batch.prompt_ids)]
+        if batch.rows is None:
+            return [(self.clip.embed_ids(texts), texts) for texts in ids]
+        return list(zip(self.clip.embed_ids(batch.rows).unflatten(0, (len(ids), -1)), ids, strict=True))
 
     def _contrast(
         self,

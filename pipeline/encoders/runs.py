@@ -77,7 +77,7 @@ def train_clip(
         threads=machine.threads,
         workers=machine.loaders,
         prepare=PairTransform(views=config.views, num_prompts=config.num_prompts, templates=templates),
-        collate=PairCollate(tokenise),
+        collate=PairCollate(tokenise, rows=config.architecture.text.takes_rows),
     )
     result = fit(model, model.loss, loader, config.optimisation, run=run, device=machine.device)
     return model.finished().state_dict(), {

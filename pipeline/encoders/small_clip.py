@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline import params
 from pipeline.encoders.files import fit_weights
 from pipeline.encoders.small_vit import Count, SmallTower, TowerConfig
-from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, VisualTower
+from pipeline.interfaces import IMAGENET_MEAN, IMAGENET_STD, TextRows, VisualTower
 from pipeline.nn.text import TextSizes, TextTransformer, Vocabulary
 from pipeline.nn.visual_tower import value_tokens
 from pipeline.params import Range
@@ -162,9 +162,9 @@ class SmallClip(nn.Module):
         """Unit vector of every text."""
         return self.embed_ids(self.tokenizer(texts).to(self.scale.device))
 
-    def embed_ids(self, token_ids: Int64[Tensor, "texts length"]) -> Float[Tensor, "texts dim"]:
+    def embed_ids(self, texts: Int64[Tensor, "texts length"] | TextRows) -> Float[Tensor, "texts dim"]:
         """Unit vector of every tokenised text."""
-        return F.normalize(self.text_head(self.text(token_ids)).float(), dim=-1)
+        return F.normalize(self.text_head(self.text(texts)).float(), dim=-1)
 
 
 def _projection(inputs: int, outputs: int, kind: str) -> nn.Module:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -174,15 +173,13 @@ class GroupViT(ProjectedGroups):
         self, batch: TrainBatch
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch prompts dim"] | None]:
         """Captions and prompts in one pass: the projector's BatchNorm sees them mixed (card section 4)."""
-        rows, token_ids = len(batch.token_ids), batch.token_ids
-        if self.settings.num_prompts:
-            if batch.prompt_ids is None or len(batch.prompt_ids) != self.settings.num_prompts:
-                raise ValueError(f"GroupViT's multi-label loss needs {self.settings.num_prompts} prompts per image")
-            token_ids = torch.cat([token_ids, batch.prompt_ids.flatten(0, 1)])
-        vectors = F.normalize(self.text_projector(self.text(token_ids)).float(), dim=-1)
-        if not self.settings.num_prompts:
+        images, wanted = len(batch.token_ids), self.settings.num_prompts
+        if wanted != (0 if batch.prompt_ids is None else len(batch.prompt_ids)):
+            raise ValueError(f"GroupViT's multi-label loss needs {wanted} prompts per image")
+        vectors = F.normalize(self.text_projector(self.text(batch.texts)).float(), dim=-1)
+        if not wanted:
             return vectors, None
-        return vectors[:rows], vectors[rows:].unflatten(0, (-1, rows)).transpose(0, 1)
+        return vectors[:images], vectors[images:].unflatten(0, (-1, images)).transpose(0, 1)
 
     def _multi_label(
         self, image: Float[Tensor, "batch dim"], prompts: Float[Tensor, "batch prompts dim"]
@@ -214,7 +211,7 @@ def phases(model: GroupViT, config: Config, data: TrainingData) -> list[Phase]:
         Phase(
             optimisation=config.optimisation,
             prepare=prepare,
-            collate=PairCollate(model.tokenizer),
+            collate=PairCollate(model.tokenizer, rows=config.text.takes_rows),
             loss=lambda batch, _: model.loss(batch),
             traceable=True,
         )

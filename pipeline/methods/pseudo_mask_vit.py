@@ -292,7 +292,7 @@ class PseudoMaskViT(ReadingModule):
         count = int(torch.where(labels == OUTSIDE, 0, labels).max()) + 1
         segments, present = self._segments(batch.pixels, batch.regions, count)
         image = F.normalize(pool_image(segments, present), dim=-1)
-        contrast = self.contrast(image, F.normalize(self.text(batch.token_ids).float(), dim=-1))
+        contrast = self.contrast(image, F.normalize(self.text(batch.texts).float(), dim=-1))
         return {
             "total": contrast.image_to_text + contrast.text_to_image,
             "image_to_text": contrast.image_to_text,
@@ -364,7 +364,7 @@ def phases(model: PseudoMaskViT, config: Config, data: TrainingData) -> list[Pha
         Phase(
             optimisation=config.optimisation,
             prepare=PairTransform(views=views, grid=grid, caption_form=views.caption_form),
-            collate=PairCollate(model.tokenizer),
+            collate=PairCollate(model.tokenizer, rows=config.text.takes_rows),
             loss=lambda batch, _: model.loss(batch),
         )
     ]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.artifacts.weights import load_model
 from pipeline.datasets.batches import Augmentation, PairCollate, PairTransform, seen_vocabulary
 from pipeline.datasets.pairs import Shuffle
-from pipeline.interfaces import OUTSIDE, TrainBatch
+from pipeline.interfaces import OUTSIDE, TextRows, TrainBatch
 from pipeline.losses.contrastive import ContrastiveLoss
 from pipeline.losses.masks import Targets, matched_losses, matching_cost, split_regions
 from pipeline.nn.maskformer import MaskFormer, Masks
@@ -219,7 +219,7 @@ class SSeg(ReadingModule):
         """
         settings = self.settings
         masks = self.maskformer(batch.pixels, all_layers=settings.deep_supervision)
-        contrast = self.contrast(self._pool(masks.features[-1]), self._embed_text(batch.token_ids))
+        contrast = self.contrast(self._pool(masks.features[-1]), self._embed_text(batch.texts))
         with torch.autocast(batch.pixels.device.type, enabled=False):
             focal, dice, winners = self._mask_losses(masks, batch)
         mask = settings.focal * focal + settings.dice * dice
@@ -266,8 +266,8 @@ class SSeg(ReadingModule):
             return F.normalize(self.image_projection(features.mean(dim=1)).float(), dim=-1)
         return F.normalize(self.image_projection(features).mean(dim=1).float(), dim=-1)
 
-    def _embed_text(self, token_ids: Int64[Tensor, "texts length"]) -> Float[Tensor, "texts dim"]:
-        return F.normalize(self.text_projection(self.text(token_ids)).float(), dim=-1)
+    def _embed_text(self, texts: Int64[Tensor, "texts length"] | TextRows) -> Float[Tensor, "texts dim"]:
+        return F.normalize(self.text_projection(self.text(texts)).float(), dim=-1)
 
     def _mask_losses(
         self, masks: Masks, batch: TrainBatch
@@ -332,7 +332,7 @@ def phases(model: SSeg, config: Config, data: TrainingData) -> list[Phase]:
         Phase(
             optimisation=config.optimisation,
             prepare=prepare,
-            collate=PairCollate(model.tokenizer),
+            collate=PairCollate(model.tokenizer, rows=config.text.takes_rows),
             loss=lambda batch, _: model.loss(batch),
         )
     ]

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from pipeline.interfaces import TextRows
 from pipeline.nn.attention import Block, QuickGELU, causal_mask, initialise
 from pipeline.params import Range
 
@@ -35,6 +37,11 @@ class TextSizes:
     layers: Annotated[int, Range(0)]
     heads: Count
     pooling: Literal["eos", "mean"]
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the tower takes texts side by side: of each it must need the end token alone."""
+        return self.pooling == "eos"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +84,13 @@ def inside_text(token_ids: Int64[Tensor, "batch length"], end_token: int) -> Boo
     return ends.cumsum(dim=1) - ends == 0
 
 
+def own_text_mask(places: Int64[Tensor, "rows length"]) -> Float[Tensor, "rows 1 length length"]:
+    """Additive mask by which a token sees those before it in its text, and itself; for every head."""
+    starts = torch.arange(places.shape[1], device=places.device) - places
+    hidden = (starts[:, :, None] == starts[:, None, :]).tril().logical_not()
+    return torch.zeros(hidden.shape, device=places.device).masked_fill(hidden, float("-inf"))[:, None]
+
+
 def _block(width: int, heads: int, kind: BlockKind) -> Block:
     if kind == "clip":
         return Block(width, heads, 4.0, eps=1e-5, activation=QuickGELU)
@@ -107,6 +121,7 @@ class TextTransformer(nn.Module):
 
     `eos` takes the vector at the end token under a causal mask; `mean` averages the text's tokens, which see one
     another but no padding. With `layers` = 0 there are no positions either, so word order plays no part.
+    With `eos` texts may lie side by side (`TextRows`): each sees itself alone, and has the vector that it has alone.
     `out_dim` None leaves the projection out. `vocabulary` shrinks the table; None gives every id its own row.
     `block`: "timm" has GELU, norms of eps 1e-6 and truncated normal weights; "clip" has QuickGELU, eps 1e-5 and CLIP's
     initialisation by width and depth, which is GroupViT's tower.
@@ -114,6 +129,7 @@ class TextTransformer(nn.Module):
     """
 
     mask: Tensor
+    sizes_vary = True  # of its batches, in the number of rows; see `compile_blocks`
 
     def __init__(
         self,
@@ -152,17 +168,19 @@ class TextTransformer(nn.Module):
         if isinstance(self.projection, nn.Linear):
             nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
-    def forward(self, token_ids: Int64[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
+    def forward(self, texts: Int64[Tensor, "batch length"] | TextRows) -> Float[Tensor, "batch dim"]:
         """One vector per text, not normalised.
 
         Raises:
-            ValueError: more tokens than the context length.
+            ValueError: more tokens than the context length; texts side by side where their mean is taken.
         """
-        length = token_ids.shape[1]
+        if isinstance(texts, TextRows):
+            return self._of_rows(texts)
+        length = texts.shape[1]
         if length > self.context_length:
             raise ValueError(f"{length} tokens in a text tower of context length {self.context_length}")
-        inside = inside_text(token_ids, self.end_token)
-        x = self.embedding(token_ids if self.vocabulary is None else self.vocabulary(token_ids))
+        inside = inside_text(texts, self.end_token)
+        x = self._embed(texts)
         if self.position is not None:
             x = x + self.position[:length]
         mask = self._mask(inside)
@@ -176,6 +194,18 @@ class TextTransformer(nn.Module):
             weight = inside.to(x.dtype)
             pooled = (x * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True)
         return self.projection(pooled)
+
+    def _of_rows(self, rows: TextRows) -> Float[Tensor, "texts dim"]:
+        if self.pooling != "eos" or self.position is None:
+            raise ValueError("texts side by side in a tower that takes their mean")
+        x = self._embed(rows.token_ids) + F.embedding(rows.places, self.position)
+        mask = own_text_mask(rows.places).to(x.dtype)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.projection(self.norm(x.flatten(0, 1)[rows.ends]))
+
+    def _embed(self, token_ids: Int64[Tensor, "rows length"]) -> Float[Tensor, "rows length dim"]:
+        return self.embedding(token_ids if self.vocabulary is None else self.vocabulary(token_ids))
 
     def _mask(self, inside: Bool[Tensor, "batch length"]) -> Float[Tensor, "*rows length length"]:
         """Causal for `eos` (padding stands after the end token, so it is hidden already), padding for `mean`."""
