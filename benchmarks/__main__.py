@@ -6,6 +6,7 @@ then 1.
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 names = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
@@ -15,6 +16,8 @@ if unknown := sorted(set(asked) - set(names)):
 broken = []
 for name in asked:
     print(f"\n== {name}", flush=True)
+    started = time.perf_counter()
     if subprocess.run([sys.executable, "-m", f"benchmarks.bench_{name}"]).returncode:
         broken.append(name)
+    print(f"({name}: {(time.perf_counter() - started) / 60:.1f} minutes)", flush=True)
 sys.exit(f"error: broken: {', '.join(broken)}" if broken else 0)

@@ -108,7 +108,7 @@ def loader(images: Path, filtered: Path, threads: int, workers: int, *, augmente
         threads=threads,
         workers=workers,
         prepare=prepare,
-        collate=PairCollate(BytePairTokenizer(config.text.context_length)),
+        collate=PairCollate(BytePairTokenizer(config.text.context_length), rows=config.text.takes_rows),
     ).batches(0)
 
     def run(count: int) -> None:

@@ -3,8 +3,9 @@
     python -m benchmarks memory
     python -m benchmarks.bench_memory --memory 24G --methods groupvit sseg --side 448
 
-Real steps of two small batches, bfloat16, with a GPU's attention; the tensors alive at once make a line over the batch
-(`pipeline.training.memory`). Beside it what a step allocated on a GPU (reports/gpu.md), where it was measured.
+Real steps of two small batches, bfloat16, with a GPU's attention, every text as long as the context; the tensors alive
+at once make a line over the batch (`pipeline.training.memory`). Beside it what a step allocated on a GPU
+(reports/gpu.md), where it was measured.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import math
 
 import torch
 
-from benchmarks.bench_training import CONTEXT, WORDS, batch_for
+from benchmarks.bench_training import CONTEXT, batch_for
 from benchmarks.paper import paper_config
 from pipeline import methods
 from pipeline.cli.fit_batch import GIB
@@ -25,7 +26,8 @@ from pipeline.training.optimiser import adamw, parameter_groups
 from pipeline.training.steps import Loaded, Steps
 
 COUNTED = (2, 4)
-# Source: reports/gpu.md, uncompiled bfloat16, 224 px, texts of 12 tokens: images of a step, GiB.
+# Source: reports/gpu.md, uncompiled bfloat16, 224 px, texts of `KNOWN` tokens: images of a step, GiB.
+KNOWN = 12
 ALLOCATED = {
     "groupvit": (256, 9.8),
     "ovsegmentor": (128, 11.2),
@@ -73,7 +75,7 @@ def fitted(name: str, memory: float, *, recompute: bool, side: int | None, token
             precision="bf16",
             device=torch.device("cpu"),
         )
-        batch = batch_for(name, model, config, images, WORDS if name == "ovsegmentor" else tokens)
+        batch = batch_for(name, model, config, images, tokens)
         return count(steps, Loaded(batch, images), held=[])
 
     return largest_counted(spend, memory, COUNTED)
@@ -87,7 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="*", choices=sorted(ALLOCATED), default=sorted(ALLOCATED))
     parser.add_argument("--side", type=int, help="pixels, instead of the paper's 224 (S-Seg, pseudo-mask ViT)")
-    parser.add_argument("--tokens", type=int, default=CONTEXT, help=f"of a text, with its padding (default {CONTEXT})")
+    parser.add_argument("--tokens", type=int, default=CONTEXT, help=f"of every text (default {CONTEXT}, the most)")
     options = parser.parse_args()
     print(f"GiB of a step, and images a step that fit into {options.memory / GIB:.1f} GiB")
     print(f"  {'':34s} without images  an image  images that fit   counted at / allocated at")
@@ -98,7 +100,7 @@ def main() -> None:
             images, measured = ALLOCATED.get(name, (0, math.nan))
             compared = f"{found.bytes_of(images) / GIB:6.1f} / {measured:.1f} GiB at {images}"
             label = f"{name}, recomputed blocks" if recompute else name
-            known = not recompute and options.side is None and options.tokens == WORDS
+            known = not recompute and options.side is None and options.tokens == KNOWN
             print(
                 f"  {label:34s} {none:14.2f} {each:9.4f} {found.images:16,}   {compared if known else ''}", flush=True
             )
