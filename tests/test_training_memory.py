@@ -41,6 +41,17 @@ def test_alive_counts_a_storage_once_and_forgets_what_is_freed():
     assert alive.now == 2 * 1024
 
 
+def test_products_count_in_their_own_type():
+    """They are computed in float32, of which nothing may count."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(32, 64), torch.randn(16, 32)
+    with Alive() as alive, torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        half = 2 * (16 * 64 + 16 * 32 + 64 * 32 + 64)  # the result, and what autocast copies
+        assert found.dtype == torch.bfloat16 and alive.now == alive.peak == half
+    torch.testing.assert_close(found.float(), layer(x), rtol=0.02, atol=0.02)
+
+
 def test_attention_in_one_kernel_is_the_same_and_keeps_no_scores():
     torch.manual_seed(0)
     attention, x = Attention(16, 2), torch.randn(2, 64, 16)

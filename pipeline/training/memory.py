@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from pipeline.training.steps import Loaded, Steps
 ROUNDS = 2  # steps of a batch: AdamW's moments are there from the first one on
 SPARE = 0.05  # of the memory, for what an allocator cannot fill
 UNCOUNTED = 0.2  # of the memory, for what a count misses: 12 % (`python -m benchmarks.bench_memory --tokens 12`)
+# Most of a step's time; a count has them computed in float32.
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 CLOSE = 16  # a search ends within this share of the batch
 
 
@@ -75,11 +78,17 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
-        result = func(*args, **(kwargs or {}))
+        compute = partial(_in_float32, func) if func in PRODUCTS else func
+        result = compute(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
         return result
+
+
+def _in_float32(product: Any, *factors: Tensor, **scales: float) -> Tensor:
+    """A product of the factors' type; a CPU without bfloat16 takes seven times as long to compute it in that."""
+    return product(*(factor.float() for factor in factors), **scales).to(factors[-1].dtype)
 
 
 def count(steps: Steps, loaded: Loaded, held: list[Tensor]) -> Spent:
