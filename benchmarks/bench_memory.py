@@ -4,7 +4,7 @@
     python -m benchmarks.bench_memory --memory 24G --methods groupvit sseg --side 448
 
 Real steps of two small batches, bfloat16, with a GPU's attention, every text as long as the context; the tensors alive
-at once make a line over the batch (`pipeline.training.memory`). Beside it what a step allocated on a GPU
+at once make a line over the batch (`pipeline.planning.memory`). Beside it what a step allocated on a GPU
 (reports/gpu.md), where it was measured.
 """
 
@@ -19,9 +19,9 @@ from benchmarks.paper import paper_config
 from pipeline import methods
 from pipeline.cli.fit_batch import GIB
 from pipeline.cli.sizes import parse_size
+from pipeline.planning.memory import Fit, Spent, count, largest_counted
 from pipeline.training import Optimisation
 from pipeline.training.compiling import recompute_blocks
-from pipeline.training.memory import Fit, Spent, count, largest_counted
 from pipeline.training.optimiser import adamw, parameter_groups
 from pipeline.training.steps import Loaded, Steps
 

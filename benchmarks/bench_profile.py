@@ -34,7 +34,7 @@ from benchmarks.bench_training import Contestant, ours, step
 from benchmarks.paper import PAPER
 from benchmarks.peak import ROUNDS, device_name, multiplies_bfloat16, product_rate, wait_for
 from pipeline.artifacts.files import atomic_write
-from pipeline.training.memory import Alive
+from pipeline.planning.memory import Alive
 from pipeline.training.optimiser import adamw, parameter_groups
 
 PARTS = ("forward", "backward", "update")

@@ -16,7 +16,7 @@ from pipeline.losses.contrastive import ContrastiveTerms, info_nce, multi_label
 from pipeline.losses.parts import Parts, over_parts
 from pipeline.nn.matching import assign
 from pipeline.nn.projector import SharedBatchNorm
-from pipeline.training.memory import Alive
+from pipeline.planning.memory import Alive
 from pipeline.training.steps import Loaded, NonFiniteLoss
 
 

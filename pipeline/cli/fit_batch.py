@@ -18,9 +18,9 @@ from pipeline.cli.sizes import UNITS, parse_size
 from pipeline.datasets.batches import PairCollate
 from pipeline.datasets.entity_batches import EntityCollate
 from pipeline.machine import use_device
+from pipeline.planning.memory import Fit, allocate, count, largest_counted, largest_tried, tensors
 from pipeline.project import Project
 from pipeline.trainer import pair_loader, phase_loss, read_data, start
-from pipeline.training.memory import Fit, allocate, count, largest_counted, largest_tried, tensors
 from pipeline.training.optimiser import optimiser_of
 from pipeline.training.phases import Phase, TrainingData
 from pipeline.training.steps import Steps

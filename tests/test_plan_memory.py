@@ -17,9 +17,9 @@ from pipeline.cli import fit_batch, main
 from pipeline.methods import sseg
 from pipeline.nn.attention import Attention, one_kernel
 from pipeline.nn.matching import BadCost
+from pipeline.planning.memory import Alive, Spent, allocate, count, largest_counted, largest_tried
 from pipeline.training import Loaded
 from pipeline.training.compiling import recompute_blocks
-from pipeline.training.memory import Alive, Spent, allocate, count, largest_counted, largest_tried
 from pipeline.training.optimiser import adamw, parameter_groups
 from pipeline.training.steps import Steps
 from stages import open_project
