@@ -11,8 +11,9 @@ and in an entry of its own to the longest of the batch (the same captions). Step
 busy machine slows all of them. MFU: the step's matrix products (counted by torch, attention included) at the rate of a
 large square product.
 
-`--host`: GroupViT and its peer as deep as ever but a few channels wide, on one thread of the CPU: what is left of a
-step is what its operations, as many as ever, cost the host. On a GPU no step is shorter.
+`--host`: GroupViT and its peer as deep as ever but a few channels wide, our rows no longer than the longest caption,
+on one thread of the CPU: what is left of a step is what its operations, as many as ever, cost the host. On a GPU no
+step is shorter.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int64
@@ -155,17 +156,19 @@ def ours(
     *,
     compiled: str = "none",
     settings: Sequence[str] = (),
-    padded: bool = False,
+    texts: Literal["rows", "short rows", "padded"] = "rows",
 ) -> Contestant:
     """A method of this package at its paper's size, with `settings` of params.yaml besides.
 
     Args:
-        padded: each text alone, to the context length, instead of side by side.
+        texts: side by side as the loader lays them out, in rows as short as the longest, or each alone, padded.
     """
     config = paper_config(name, *settings)
     model, frozen = fresh(name, config, options.device)
     batch = batch_for(name, model, config, options.batch).to(options.device)
-    if padded:
+    if texts == "short rows":
+        batch.rows = in_rows(to_longest(batch.token_ids), model.tokenizer.eot)  # captions alone
+    elif texts == "padded":
         batch.rows = None
     loss = model.loss
     if compiled == "blocks":
@@ -278,8 +281,9 @@ def contestants(options: argparse.Namespace) -> dict[str, Contestant]:
     captions = ["train.groupvit.loss.num_prompts=0", "train.groupvit.loss.multi_label=0"]
     captions.append("train.groupvit.loss.share_scale=true")
     settings = [(torch.float32, "none"), *((torch.bfloat16, kind) for kind in ("none", *options.compile))]
+    rows: Literal["rows", "short rows"] = "rows"
     if options.host:
-        settings = settings[1:]
+        settings, rows = settings[1:], "short rows"
         captions += [f"train.groupvit.{size}" for size in NARROW]
     elif not multiplies_bfloat16(options.device):
         settings = settings[:1]
@@ -287,18 +291,19 @@ def contestants(options: argparse.Namespace) -> dict[str, Contestant]:
     for precision, compiled in settings:
         kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision]
         if compiled == "none":
-            found[f"transformers' GroupViT, {kind}, 77 tokens"] = peer(options, precision, longest=False)
+            if not options.host:
+                found[f"transformers' GroupViT, {kind}, 77 tokens"] = peer(options, precision, longest=False)
             found[f"transformers' GroupViT, {kind}"] = peer(options, precision, longest=True)
         label = kind if compiled == "none" else f"{kind}, compiled {compiled}"
         for name in options.methods:
             if name == "groupvit":
                 found[f"groupvit, captions, {label}"] = ours(
-                    name, options, precision, compiled=compiled, settings=captions
+                    name, options, precision, compiled=compiled, settings=captions, texts=rows
                 )
             if not options.host and (precision == torch.bfloat16 or len(settings) == 1):
                 found[f"{name}, {label}"] = ours(name, options, precision, compiled=compiled)
                 if name == "groupvit" and compiled == "none":
-                    found[f"{name}, {label}, padded texts"] = ours(name, options, precision, padded=True)
+                    found[f"{name}, {label}, padded texts"] = ours(name, options, precision, texts="padded")
     return found
 
 
